@@ -1,0 +1,48 @@
+"""A run's log: JSON lines, the first of which says on what the run was made."""
+
+import importlib.metadata
+import json
+import platform
+import sys
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+PACKAGES = ("numpy", "jax", "jaxlib", "flax", "optax", "torch", "safetensors", "regex")
+
+
+def environment() -> dict[str, Any]:
+    """Python, operating system, processor and the versions of the packages that decide numbers."""
+    versions = {}
+    for package in PACKAGES:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            versions[package] = None
+    return {
+        "python": sys.version.split()[0],
+        "system": platform.system(),
+        "machine": platform.machine(),
+        "versions": versions,
+    }
+
+
+class RunLog:
+    """Appends one JSON object a line; every line is flushed, so that a killed run loses none."""
+
+    def __init__(self, path: Path | str, **header: Any) -> None:
+        self.path = Path(path)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = self.path.open("a", encoding="utf-8")
+        self.write({"event": "start", "time": datetime.now(UTC).isoformat(), **environment(), **header})
+
+    def write(self, row: dict[str, Any]) -> None:
+        self._file.write(json.dumps(row) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def read_log(path: Path | str) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()]

@@ -1,0 +1,34 @@
+"""The scalars of one optimizer step, as float64 functions of integers, shared by both frameworks.
+
+They enter each side's step as numbers and are cast last: optax's schedules give float32 even with x64 on, and torch's
+cosine climbs again after its last step.
+"""
+
+import math
+from typing import NamedTuple
+
+from llm_common.config import OptimizerConfig
+
+
+class StepScalars(NamedTuple):
+    """What AdamW needs to know beside the gradients; all float64."""
+
+    lr: float
+    bias_correction1: float  # 1 - beta1^n
+    bias_correction2: float  # 1 - beta2^n
+
+
+def learning_rate(cfg: OptimizerConfig, step: int) -> float:
+    """Linear warmup from 0 to lr_max, cosine to lr_min at total_steps, then lr_min. The first step is 0."""
+    if step < cfg.warmup_steps:
+        return cfg.lr_max * step / cfg.warmup_steps
+    if step >= cfg.total_steps:
+        return cfg.lr_min
+    progress = (step - cfg.warmup_steps) / (cfg.total_steps - cfg.warmup_steps)
+    return cfg.lr_min + 0.5 * (1.0 + math.cos(math.pi * progress)) * (cfg.lr_max - cfg.lr_min)
+
+
+def step_scalars(cfg: OptimizerConfig, step: int, adam_count: int) -> StepScalars:
+    """The scalars of step `step` when `adam_count` updates were made before it (fewer than `step` after a skip)."""
+    n = adam_count + 1
+    return StepScalars(learning_rate(cfg, step), 1.0 - cfg.beta1**n, 1.0 - cfg.beta2**n)
