@@ -28,7 +28,11 @@ def learning_rate(cfg: OptimizerConfig, step: int) -> float:
     return cfg.lr_min + 0.5 * (1.0 + math.cos(math.pi * progress)) * (cfg.lr_max - cfg.lr_min)
 
 
+def bias_corrections(beta1: float, beta2: float, n: int) -> tuple[float, float]:
+    """1 - beta1^n and 1 - beta2^n for the n-th update, n = 1, 2, ... (Kingma and Ba 2015, algorithm 1)."""
+    return 1.0 - beta1**n, 1.0 - beta2**n
+
+
 def step_scalars(cfg: OptimizerConfig, step: int, adam_count: int) -> StepScalars:
     """The scalars of step `step` when `adam_count` updates were made before it (fewer than `step` after a skip)."""
-    n = adam_count + 1
-    return StepScalars(learning_rate(cfg, step), 1.0 - cfg.beta1**n, 1.0 - cfg.beta2**n)
+    return StepScalars(learning_rate(cfg, step), *bias_corrections(cfg.beta1, cfg.beta2, adam_count + 1))

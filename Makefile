@@ -1,0 +1,43 @@
+# Two commands for a fresh machine with Python 3.11 or newer:
+#   make parity   train a small model in both frameworks and check that they agree
+#   make test     lint, types and tests
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+
+.PHONY: parity test lint format docs slow clean
+
+parity: $(VENV)/.installed
+	$(BIN)/parity demo
+
+test: $(VENV)/.installed lint
+	@echo "== tests"
+	$(BIN)/python -m pytest -n 2 --dist loadfile
+
+lint: $(VENV)/.installed
+	@echo "== lint and types"
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+
+# the tests that take minutes, and those that need the TPU compiler (pip install '.[tpu]')
+slow: $(VENV)/.installed
+	$(BIN)/python -m pytest -m "slow or tpu"
+
+format: $(VENV)/.installed
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+docs: $(VENV)/.installed
+	$(BIN)/python scripts/side_by_side.py
+
+# made again when the dependencies change
+$(VENV)/.installed: pyproject.toml constraints.txt
+	@echo "== setting up $(VENV) (once; about two minutes)"
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.12")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+clean:
+	rm -rf $(VENV) runs data

@@ -1,0 +1,102 @@
+"""Causal attention with grouped key/value heads.
+
+B batch, T query positions, S key positions, D hidden_size, N query heads, K key/value heads, G = N / K, H head_dim.
+"""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from jax_llm.kv_cache import LayerCache, update
+from jax_llm.layers import DType, Linear, upcast
+from jax_llm.rope import apply_rope
+from llm_common.config import ModelConfig
+from llm_common.errors import UserError
+
+
+def reference_attention(q: Array, k: Array, v: Array, mask: Array | None = None) -> Array:
+    """softmax(q k^T / sqrt(H)) v for q (B, T, N, H) and k, v (B, S, K, H): (B, T, N, H).
+
+    Query head n reads key/value head n // G. `mask` is boolean, True where a query may look, and broadcasts to
+    (B, K, G, T, S); None is causal (T = S). Scores and softmax are float32, the probabilities are rounded to v's dtype.
+    Source: Vaswani et al. 2017; Ainslie et al. 2023, https://arxiv.org/abs/2305.13245.
+    """
+    b, t, n, h = q.shape
+    s, kv_heads = k.shape[1], k.shape[2]
+    if mask is None:
+        mask = causal_mask(jnp.arange(t), jnp.arange(s))
+    q = q.reshape(b, t, kv_heads, n // kv_heads, h)  # (B, T, K, G, H)
+    scores = jnp.einsum("btkgh,bskh->bkgts", upcast(q), upcast(k)) * h**-0.5  # (B, K, G, T, S)
+    scores = jnp.where(mask, scores, -jnp.inf)
+    probs = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
+    return jnp.einsum("bkgts,bskh->btkgh", probs, v).reshape(b, t, n, h)
+
+
+def fused_attention(q: Array, k: Array, v: Array, mask: Array | None, implementation: str) -> Array:
+    """The same through `jax.nn.dot_product_attention`: "xla" on any device, "cudnn" on a GPU in bfloat16.
+
+    With an explicit mask, which is cached decoding, cuDNN has nothing to gain and "xla" is taken.
+    """
+    if q.dtype == jnp.float64:
+        raise UserError("JAX's fused attention computes float64 at float32 accuracy; use attention_backend = 'reference'")
+    if mask is None:
+        return jax.nn.dot_product_attention(
+            q, k, v, scale=q.shape[-1] ** -0.5, is_causal=True, implementation=implementation
+        )
+    return jax.nn.dot_product_attention(
+        q, k, v, scale=q.shape[-1] ** -0.5, mask=mask[None, None], implementation="xla"
+    )
+
+
+def causal_mask(query_positions: Array, key_positions: Array) -> Array:
+    """True where a query may look at a key: (T,) and (S,) to (T, S)."""
+    return key_positions[None, :] <= query_positions[:, None]
+
+
+def dot_product_attention(q: Array, k: Array, v: Array, mask: Array | None, backend: str) -> Array:
+    """Attention by a resolved backend: "reference", "xla" or "cudnn". mask: (T, S), or None for causal."""
+    if backend == "reference":
+        return reference_attention(q, k, v, mask)
+    return fused_attention(q, k, v, mask, backend)
+
+
+def resolve_backend(setting: str, platform: str, compute_dtype: str) -> str:
+    """The backend for a setting ("auto", "reference" or "fused") on a platform ("cpu", "gpu" or "tpu").
+
+    Resolved once, outside the model: a program compiled ahead of time for another device must not ask the default one.
+    """
+    if setting == "reference" or (setting == "auto" and (platform == "cpu" or compute_dtype == "float64")):
+        return "reference"
+    if compute_dtype == "float64":
+        raise UserError("attention_backend = 'fused' with compute_dtype = 'float64': use 'reference' or 'auto'")
+    return "cudnn" if platform == "gpu" and compute_dtype == "bfloat16" else "xla"
+
+
+class Attention(nn.Module):
+    """The projections around attention. Returns the output and, if one came in, the new cache of this layer."""
+
+    cfg: ModelConfig
+    backend: str = "reference"
+    param_dtype: DType = jnp.float32
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Array,
+        cos: Array,
+        sin: Array,
+        mask: Array | None = None,
+        cache: LayerCache | None = None,
+        position: int | Array = 0,
+    ) -> tuple[Array, LayerCache | None]:
+        n, kv_heads, h = self.cfg.num_attention_heads, self.cfg.num_key_value_heads, self.cfg.head_dim
+        b, t, d = x.shape
+        q = Linear(n * h, self.param_dtype, name="q_proj")(x).reshape(b, t, n, h)
+        k = Linear(kv_heads * h, self.param_dtype, name="k_proj")(x).reshape(b, t, kv_heads, h)
+        v = Linear(kv_heads * h, self.param_dtype, name="v_proj")(x).reshape(b, t, kv_heads, h)
+        q, k = apply_rope(q, cos, sin), apply_rope(k, cos, sin)
+        if cache is not None:
+            k, v = cache = update(cache, k, v, position)  # (B, S, K, H): all slots, the mask hides the empty ones
+        out = dot_product_attention(q, k, v, mask, self.backend)  # (B, T, N, H)
+        return Linear(d, self.param_dtype, name="o_proj")(out.reshape(b, t, n * h)), cache

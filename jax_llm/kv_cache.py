@@ -1,0 +1,51 @@
+"""The key/value cache as a value: it goes into the model and comes out of it, one position longer.
+
+    here                           torch_llm.kv_cache
+    KVCache, a tuple of arrays     KVCache, an object that owns its buffers
+    init_cache(...)                KVCache(...)
+    cache = update(cache, ...)     cache.update(...), in place
+    attends to every slot, the     attends to the filled slots, a view
+    mask hides the empty ones
+
+B batch, S slots, T new positions, K key/value heads, H head_dim.
+"""
+
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from llm_common.config import ModelConfig, check_length
+
+
+class LayerCache(NamedTuple):
+    """Keys and values of one layer, each (B, S, K, H)."""
+
+    k: Array
+    v: Array
+
+
+class KVCache(NamedTuple):
+    """The caches of all layers and how many positions are filled (an int32 scalar)."""
+
+    layers: tuple[LayerCache, ...]
+    length: Array
+
+
+def init_cache(cfg: ModelConfig, batch_size: int, max_length: int, dtype) -> KVCache:
+    """An empty cache with max_length slots. Raises UserError if that is more than the RoPE table holds."""
+    check_length(cfg, max_length, "the KV cache")
+    shape = (batch_size, max_length, cfg.num_key_value_heads, cfg.head_dim)
+    layers = tuple(LayerCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)) for _ in range(cfg.num_hidden_layers))
+    return KVCache(layers, jnp.zeros((), jnp.int32))
+
+
+def update(cache: LayerCache, k: Array, v: Array, position: int | Array) -> LayerCache:
+    """The cache with k and v (B, T, K, H) written at slots [position, position + T).
+
+    The caller must leave room: past the end `dynamic_update_slice` would move the write back over older entries.
+    """
+    write = partial(jax.lax.dynamic_update_slice_in_dim, start_index=position, axis=1)
+    return LayerCache(write(cache.k, k), write(cache.v, v))

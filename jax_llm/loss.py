@@ -1,0 +1,32 @@
+"""Cross-entropy of next tokens.
+
+B batch, T positions, V vocab_size.
+"""
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from jax_llm.layers import upcast
+
+IGNORE_INDEX = -100  # a target that is not counted
+
+
+def cross_entropy_sum(logits: Array, targets: Array) -> tuple[Array, Array]:
+    """Sum of -log softmax(logits)[target] in nats over targets != -100, and how many those are.
+
+    logits (..., V), targets (...). Computed in float32. Targets must lie in [0, V) or be -100: that is checked on the
+    host, where the data is read.
+    """
+    logits = upcast(logits)
+    counted = targets != IGNORE_INDEX
+    safe = jnp.where(counted, targets, 0)
+    picked = jnp.take_along_axis(logits, safe[..., None], axis=-1)[..., 0]
+    nll = jax.nn.logsumexp(logits, axis=-1) - picked
+    return jnp.where(counted, nll, 0.0).sum(), counted.sum()
+
+
+def cross_entropy(logits: Array, targets: Array) -> Array:
+    """Mean over the counted targets, a scalar in nats; 0 with zero gradients if there is none."""
+    total, count = cross_entropy_sum(logits, targets)
+    return total / jnp.maximum(count, 1)

@@ -1,0 +1,97 @@
+"""Global-norm clipping and AdamW as optax gradient transformations: pure functions of (gradients, state, parameters).
+
+Any pytree can be trained with them, and `optax.adamw` can take their place in `train_step`.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import Array
+
+from llm_common.config import ModelConfig, OptimizerConfig
+from llm_common.schedule import StepScalars
+from llm_common.tensors import decays, tensor_shapes
+
+Tree = Any
+
+
+def global_norm(grads: Tree) -> Array:
+    """Euclidean norm over all leaves, in their dtype."""
+    return jnp.sqrt(sum(jnp.sum(jnp.square(g)) for g in jax.tree.leaves(grads)))
+
+
+def clip_by_global_norm(grads: Tree, max_norm: float | None) -> tuple[Tree, Array]:
+    """Gradients times min(1, max_norm / norm), and the norm before clipping. None: no clipping.
+
+    No epsilon is added to the norm: torch's own function adds 1e-6, which costs five digits of float64 parity.
+    """
+    norm = global_norm(grads)
+    if max_norm is None:
+        return grads, norm
+    factor = jnp.minimum(1.0, max_norm / norm)  # norm 0: min(1, inf)
+    return jax.tree.map(lambda g: g * factor, grads), norm
+
+
+class AdamWState(NamedTuple):
+    """Running means of the gradients and of their squares; trees like the parameters."""
+
+    mu: Tree
+    nu: Tree
+
+
+def clip(max_norm: float | None) -> optax.GradientTransformation:
+    """`clip_by_global_norm` as a gradient transformation without state."""
+
+    def update(grads, state, params=None):
+        return clip_by_global_norm(grads, max_norm)[0], state
+
+    return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
+
+
+def adamw(
+    beta1: float, beta2: float, eps: float, weight_decay: float, decay_mask: Tree | None = None
+) -> optax.GradientTransformationExtraArgs:
+    """p <- p - lr * (m_hat / (sqrt(v_hat) + eps) + weight_decay * p), the decay on the old p where decay_mask is True.
+
+    `update` takes `scalars`, a `StepScalars`: the learning rate and bias corrections are values of the step, not state.
+    decay_mask: a tree of bools; None decays leaves of two or more axes.
+    Source: Loshchilov and Hutter 2019, https://arxiv.org/abs/1711.05101.
+    """
+
+    def init(params):
+        return AdamWState(jax.tree.map(jnp.zeros_like, params), jax.tree.map(jnp.zeros_like, params))
+
+    def update(grads, state, params, *, scalars: StepScalars, **_):
+        mask = jax.tree.map(lambda p: p.ndim >= 2, params) if decay_mask is None else decay_mask
+        lr, correction1, correction2 = scalars
+        mu = jax.tree.map(lambda g, m: beta1 * m + (1.0 - beta1) * g, grads, state.mu)
+        nu = jax.tree.map(lambda g, v: beta2 * v + (1.0 - beta2) * g * g, grads, state.nu)
+
+        def delta(m: Array, v: Array, p: Array, decay: bool) -> Array:
+            direction = (m / correction1) / (jnp.sqrt(v / correction2) + eps)
+            return -lr * (direction + weight_decay * p if decay else direction)
+
+        return jax.tree.map(delta, mu, nu, params, mask), AdamWState(mu, nu)
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def decay_mask(cfg: ModelConfig) -> Tree:
+    """Which leaves of the model's parameter tree decay.
+
+    Decided from the canonical tensor: a stacked norm weight has two axes, (L, D), and must not decay.
+    """
+    from jax_llm.model import build_params  # here, so that the optimizer can be read and used without the model
+
+    shapes = tensor_shapes(cfg)
+    flags = build_params(cfg, lambda name: jnp.asarray(decays(shapes[name])))
+    return jax.tree.map(lambda flag: bool(flag.all()), flags)
+
+
+def make_optimizer(cfg: OptimizerConfig, mask: Tree | None = None) -> optax.GradientTransformationExtraArgs:
+    """The chain that `train_step` runs: clip, then AdamW."""
+    return optax.chain(
+        clip(cfg.max_grad_norm), adamw(cfg.beta1, cfg.beta2, cfg.eps, cfg.weight_decay, decay_mask=mask)
+    )

@@ -1,0 +1,94 @@
+"""Causal attention with grouped key/value heads.
+
+B batch, T query positions, S key positions, D hidden_size, N query heads, K key/value heads, G = N / K, H head_dim.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from llm_common.config import ModelConfig
+from torch_llm.kv_cache import KVCache
+from torch_llm.layers import Linear, upcast
+from torch_llm.rope import apply_rope
+
+
+def reference_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+    """softmax(q k^T / sqrt(H)) v for q (B, T, N, H) and k, v (B, S, K, H): (B, T, N, H).
+
+    Query head n reads key/value head n // G. `mask` is boolean, True where a query may look, and broadcasts to
+    (B, K, G, T, S); None is causal (T = S). Scores and softmax are float32, the probabilities are rounded to v's dtype.
+    Source: Vaswani et al. 2017; Ainslie et al. 2023, https://arxiv.org/abs/2305.13245.
+    """
+    b, t, n, h = q.shape
+    s, kv_heads = k.shape[1], k.shape[2]
+    if mask is None:
+        mask = causal_mask(torch.arange(t, device=q.device), torch.arange(s, device=q.device))
+    q = q.reshape(b, t, kv_heads, n // kv_heads, h)  # (B, T, K, G, H)
+    scores = torch.einsum("btkgh,bskh->bkgts", upcast(q), upcast(k)) * h**-0.5  # (B, K, G, T, S)
+    scores = torch.where(mask, scores, -torch.inf)
+    probs = torch.softmax(scores, dim=-1).to(v.dtype)
+    return torch.einsum("bkgts,bskh->btkgh", probs, v).reshape(b, t, n, h)
+
+
+def fused_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    """The same through `F.scaled_dot_product_attention`, which picks the fastest kernel of the device."""
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # (B, heads, T, H)
+    out = F.scaled_dot_product_attention(
+        q, k, v, attn_mask=mask, is_causal=mask is None, scale=q.shape[-1] ** -0.5, enable_gqa=True
+    )
+    return out.transpose(1, 2)
+
+
+def causal_mask(query_positions: Tensor, key_positions: Tensor) -> Tensor:
+    """True where a query may look at a key: (T,) and (S,) to (T, S)."""
+    return key_positions[None, :] <= query_positions[:, None]
+
+
+def dot_product_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, backend: str) -> Tensor:
+    """Attention by a resolved backend: "reference" or "sdpa". mask: (T, S), or None for causal."""
+    if backend == "reference":
+        return reference_attention(q, k, v, mask)
+    return fused_attention(q, k, v, mask)
+
+
+def resolve_backend(setting: str, platform: str, compute_dtype: str) -> str:
+    """The backend for a setting ("auto", "reference" or "fused") on a platform ("cpu", "cuda" or "mps").
+
+    Resolved once, outside the model. float64 takes the reference by itself: no fused kernel computes it.
+    """
+    if setting == "reference" or (setting == "auto" and (platform == "cpu" or compute_dtype == "float64")):
+        return "reference"
+    return "sdpa"
+
+
+class Attention(nn.Module):
+    """The projections around attention."""
+
+    def __init__(self, cfg: ModelConfig, backend: str = "reference") -> None:
+        super().__init__()
+        n, kv_heads, h, d = cfg.num_attention_heads, cfg.num_key_value_heads, cfg.head_dim, cfg.hidden_size
+        self.n, self.kv_heads, self.h, self.backend = n, kv_heads, h, backend
+        self.q_proj = Linear(d, n * h)
+        self.k_proj = Linear(d, kv_heads * h)
+        self.v_proj = Linear(d, kv_heads * h)
+        self.o_proj = Linear(n * h, d)
+
+    def forward(
+        self,
+        x: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        mask: Tensor | None = None,
+        cache: KVCache | None = None,
+        layer: int = 0,
+    ) -> Tensor:
+        b, t, _ = x.shape
+        q = self.q_proj(x).reshape(b, t, self.n, self.h)
+        k = self.k_proj(x).reshape(b, t, self.kv_heads, self.h)
+        v = self.v_proj(x).reshape(b, t, self.kv_heads, self.h)
+        q, k = apply_rope(q, cos, sin), apply_rope(k, cos, sin)
+        if cache is not None:
+            k, v = cache.update(layer, k, v)  # (B, S, K, H): the filled slots
+        out = dot_product_attention(q, k, v, mask, self.backend)  # (B, T, N, H)
+        return self.o_proj(out.reshape(b, t, self.n * self.h))

@@ -1,0 +1,61 @@
+"""Generating text: one pass over the prompt fills the cache, then one token at a time.
+
+B batch, P prompt length, V vocab_size. A Python loop over a cache that it writes to, where JAX's twin is one compiled
+`while_loop` over a state that holds the cache.
+"""
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from llm_common.config import SamplingConfig, check_length
+from llm_common.errors import UserError
+from llm_common.tensors import check_token_ids
+from torch_llm import random_bits
+from torch_llm.kv_cache import KVCache
+from torch_llm.model import CausalLM
+from torch_llm.sampling import sample
+
+
+def decode_step(model: CausalLM, cache: KVCache, tokens: Tensor, key: Tensor, sampling: SamplingConfig) -> Tensor:
+    """Feed tokens (B, T) at the cache's next positions and draw the token that follows: ids (B,)."""
+    logits = model(tokens, cache)
+    rows = torch.arange(tokens.shape[0], device=tokens.device)
+    positions = torch.full_like(rows, cache.length)
+    return sample(logits[:, -1], sampling, key, rows, positions)
+
+
+@torch.inference_mode()
+def generate(
+    model: CausalLM,
+    prompt: np.ndarray,
+    max_new_tokens: int,
+    sampling: SamplingConfig,
+    eos_id: int | None = None,
+) -> list[list[int]]:
+    """Continue prompts (B, P) of equal length by up to max_new_tokens each; the new ids of each text, without EOS.
+
+    Raises UserError for an empty prompt, an id outside the vocabulary or a text longer than the model's positions.
+    """
+    prompt = np.asarray(prompt)
+    if prompt.ndim != 2 or prompt.size == 0 or max_new_tokens < 1:
+        raise UserError(f"generate needs a prompt of shape (B, P) and max_new_tokens >= 1, got {prompt.shape}")
+    check_token_ids(prompt, model.cfg.vocab_size, "prompt")
+    check_length(model.cfg, prompt.shape[1] + max_new_tokens, "prompt + max_new_tokens")
+    weight = model.model.embed_tokens.weight
+    b, p = prompt.shape
+    cache = KVCache(model.cfg, b, p + max_new_tokens, weight.dtype, weight.device)
+    key = random_bits.key(sampling.seed, weight.device)
+    tokens = torch.tensor(prompt, device=weight.device).long()
+    texts: list[list[int]] = [[] for _ in range(b)]
+    done = [False] * b
+    for _ in range(max_new_tokens):
+        drawn = decode_step(model, cache, tokens, key, sampling)
+        for row, token in enumerate(drawn.tolist()):
+            done[row] = done[row] or token == eos_id
+            if not done[row]:
+                texts[row].append(token)
+        if all(done):
+            break
+        tokens = drawn[:, None]
+    return texts

@@ -1,0 +1,103 @@
+"""Linear, Embedding, RMSNorm and the SwiGLU MLP: free functions on tensors, then modules that own their weights.
+
+B batch, T positions, D hidden_size, F intermediate_size (or any output size), V vocab_size.
+Weights are (out, in), as in the checkpoint. The activations' dtype is that of the weights.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from llm_common.tensors import INIT_STD
+
+
+def upcast(x: Tensor) -> Tensor:
+    """x in float32, or in float64 if it is float64: the dtype of statistics, softmax and loss."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def linear(x: Tensor, weight: Tensor) -> Tensor:
+    """x @ weight.T: (..., D) and (F, D) to (..., F)."""
+    return F.linear(x, weight)
+
+
+def embedding(input_ids: Tensor, weight: Tensor) -> Tensor:
+    """Rows of weight (V, D) at input_ids (B, T): (B, T, D). Ids must lie in [0, V): torch raises on others.
+
+    The look-up is made in float32 so that its backward pass, a scatter-add, sums in float32: in bfloat16 a frequent
+    token's gradient would lose its small terms. F.embedding, because the backward pass of indexing is not deterministic.
+    """
+    return F.embedding(input_ids, upcast(weight)).to(weight.dtype)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """x / sqrt(mean(x^2) + eps) * weight over the last axis: (..., D) and (D,) to (..., D).
+
+    Llama's order: statistics in float32, round to the activation dtype, then multiply by the weight.
+    Source: Zhang and Sennrich 2019, https://arxiv.org/abs/1910.07467.
+    """
+    h = upcast(x)
+    h = h * torch.rsqrt(torch.mean(h * h, dim=-1, keepdim=True) + eps)
+    return h.to(x.dtype) * weight
+
+
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    """silu(gate) * up in float32, rounded once: in bfloat16 the frameworks' own silu differ in a third of elements.
+
+    Source: Shazeer 2020, https://arxiv.org/abs/2002.05202.
+    """
+    return (F.silu(upcast(gate)) * upcast(up)).to(gate.dtype)
+
+
+class Linear(nn.Module):
+    """A linear map without bias; its weight is (out_features, in_features)."""
+
+    def __init__(self, in_features: int, out_features: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(out_features, in_features))
+        nn.init.normal_(self.weight, std=INIT_STD)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return linear(x, self.weight)
+
+
+class Embedding(nn.Module):
+    """A table of D-vectors, one for each of V token ids; `attend` is the tied head."""
+
+    def __init__(self, vocab_size: int, hidden_size: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(vocab_size, hidden_size))
+        nn.init.normal_(self.weight, std=INIT_STD)
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        return embedding(input_ids, self.weight)
+
+    def attend(self, x: Tensor) -> Tensor:
+        return linear(x, self.weight)
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square normalisation with a gain per channel."""
+
+    def __init__(self, hidden_size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(hidden_size))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return rms_norm(x, self.weight, self.eps)
+
+
+class MLP(nn.Module):
+    """The gated feed-forward block: down(silu(gate(x)) * up(x))."""
+
+    def __init__(self, hidden_size: int, intermediate_size: int) -> None:
+        super().__init__()
+        self.gate_proj = Linear(hidden_size, intermediate_size)
+        self.up_proj = Linear(hidden_size, intermediate_size)
+        self.down_proj = Linear(intermediate_size, hidden_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate = self.gate_proj(x)  # (B, T, F)
+        up = self.up_proj(x)  # (B, T, F)
+        return self.down_proj(swiglu(gate, up))  # (B, T, D)

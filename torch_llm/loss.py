@@ -1,0 +1,27 @@
+"""Cross-entropy of next tokens.
+
+B batch, T positions, V vocab_size.
+"""
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from torch_llm.layers import upcast
+
+IGNORE_INDEX = -100  # a target that is not counted
+
+
+def cross_entropy_sum(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Sum of -log softmax(logits)[target] in nats over targets != -100, and how many those are.
+
+    logits (..., V), targets (...). Computed in float32. Targets must lie in [0, V) or be -100: torch raises on others.
+    """
+    logits, targets = upcast(logits).flatten(0, -2), targets.flatten()  # F.cross_entropy's class axis is 1
+    total = F.cross_entropy(logits, targets, ignore_index=IGNORE_INDEX, reduction="sum")
+    return total, (targets != IGNORE_INDEX).sum()
+
+
+def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
+    """Mean over the counted targets, a scalar in nats; 0 with zero gradients if there is none."""
+    total, count = cross_entropy_sum(logits, targets)
+    return total / count.clamp(min=1)

@@ -1,0 +1,102 @@
+"""The decoder-only language model, and its initial weights.
+
+B batch, T positions, S cache slots, D hidden_size, V vocab_size, L layers.
+
+`state_dict()` holds exactly the canonical tensors: tables and caches are not parameters, a tied head has no weight.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from llm_common.config import ModelConfig, check_length
+from llm_common.tensors import init_range, tensor_shapes
+from torch_llm import random_bits
+from torch_llm.attention import Attention, causal_mask
+from torch_llm.kv_cache import KVCache
+from torch_llm.layers import MLP, Embedding, Linear, RMSNorm, upcast
+from torch_llm.rope import RotaryTable
+
+
+class DecoderLayer(nn.Module):
+    """A pre-norm block: x + attention(norm(x)), then x + mlp(norm(x))."""
+
+    def __init__(self, cfg: ModelConfig, backend: str = "reference") -> None:
+        super().__init__()
+        self.input_layernorm = RMSNorm(cfg.hidden_size, cfg.rms_norm_eps)
+        self.self_attn = Attention(cfg, backend)
+        self.post_attention_layernorm = RMSNorm(cfg.hidden_size, cfg.rms_norm_eps)
+        self.mlp = MLP(cfg.hidden_size, cfg.intermediate_size)
+
+    def forward(
+        self,
+        x: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        mask: Tensor | None = None,
+        cache: KVCache | None = None,
+        layer: int = 0,
+    ) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin, mask, cache, layer)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class Transformer(nn.Module):
+    """Embedding, L decoder layers and the final norm: token ids (B, T) to hidden states (B, T, D)."""
+
+    def __init__(self, cfg: ModelConfig, backend: str = "reference") -> None:
+        super().__init__()
+        self.cfg = cfg
+        self.embed_tokens = Embedding(cfg.vocab_size, cfg.hidden_size)
+        self.layers = nn.ModuleList(DecoderLayer(cfg, backend) for _ in range(cfg.num_hidden_layers))
+        self.norm = RMSNorm(cfg.hidden_size, cfg.rms_norm_eps)
+        self.rotary_table = RotaryTable(cfg)
+
+    def forward(self, input_ids: Tensor, cache: KVCache | None = None) -> Tensor:
+        x = self.embed_tokens(input_ids)  # (B, T, D)
+        t, position = input_ids.shape[1], 0 if cache is None else cache.length
+        check_length(self.cfg, position + t, "the input")
+        cos, sin = self.rotary_table(position, t, x.device, upcast(x[:0]).dtype)
+        mask = None
+        if cache is not None:
+            positions = torch.arange(position + t, device=x.device)
+            mask = causal_mask(positions[position:], positions)  # (T, S)
+        for i, layer in enumerate(self.layers):
+            x = layer(x, cos, sin, mask, cache, i)
+        if cache is not None:
+            cache.advance(t)
+        return self.norm(x)
+
+
+class CausalLM(nn.Module):
+    """The transformer and its head: token ids (B, T) to logits (B, T, V) in the weights' dtype."""
+
+    def __init__(self, cfg: ModelConfig, backend: str = "reference") -> None:
+        super().__init__()
+        self.cfg = cfg
+        self.model = Transformer(cfg, backend)
+        self.lm_head = None if cfg.tie_word_embeddings else Linear(cfg.hidden_size, cfg.vocab_size)
+
+    def forward(self, input_ids: Tensor, cache: KVCache | None = None) -> Tensor:
+        x = self.model(input_ids, cache)
+        return self.model.embed_tokens.attend(x) if self.lm_head is None else self.lm_head(x)
+
+    @torch.no_grad()
+    def init_weights(self, seed: int) -> "CausalLM":
+        """Initial weights, bit-identical to JAX's from the same seed: uniform, keyed by the canonical name's index."""
+        parameters = dict(self.named_parameters())
+        for i, name in enumerate(tensor_shapes(self.cfg)):
+            p, width = parameters[name], init_range(self.cfg, name)
+            if width is None:
+                p.fill_(1.0)
+                continue
+            key = random_bits.fold_in(random_bits.key(seed, p.device), i)
+            u = random_bits.uniform(random_bits.random_bits(key, p.numel()), p.dtype)
+            p.copy_(((u - 0.5) * torch.tensor(width, dtype=p.dtype)).reshape(p.shape))
+        return self
+
+
+def make_model(cfg: ModelConfig, seed: int, backend: str, dtype: torch.dtype, device: torch.device | str) -> CausalLM:
+    """A model made directly on its device, with the initial weights of `seed`."""
+    with torch.device("meta"):
+        model = CausalLM(cfg, backend).to(dtype)
+    return model.to_empty(device=device).init_weights(seed)

@@ -1,0 +1,89 @@
+"""Global-norm clipping and AdamW as an optimizer object: it owns the moments and changes the parameters in place.
+
+Any module can be trained with them, and `torch.optim.AdamW` can take their place in a training loop.
+"""
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+from llm_common.config import OptimizerConfig
+from llm_common.schedule import bias_corrections
+from llm_common.tensors import decays
+
+
+def global_norm(grads: Iterable[Tensor]) -> Tensor:
+    """Euclidean norm over all tensors, in their dtype."""
+    return torch.sqrt(torch.stack([torch.sum(torch.square(g)) for g in grads]).sum())
+
+
+@torch.no_grad()
+def clip_by_global_norm(parameters: Iterable[nn.Parameter], max_norm: float | None) -> Tensor:
+    """Multiply the gradients in place by min(1, max_norm / norm); returns the norm before. None: no clipping.
+
+    No epsilon is added to the norm: `torch.nn.utils.clip_grad_norm_` adds 1e-6, which costs five digits of float64
+    parity.
+    """
+    grads = [p.grad for p in parameters if p.grad is not None]
+    norm = global_norm(grads)
+    if max_norm is not None:
+        factor = torch.clamp(max_norm / norm, max=1.0)  # norm 0: min(inf, 1)
+        for g in grads:
+            g.mul_(factor)
+    return norm
+
+
+class AdamW(torch.optim.Optimizer):
+    """p <- p - lr * (m_hat / (sqrt(v_hat) + eps) + weight_decay * p), the decay on the old p.
+
+    `group["lr"]` is set from outside before each step. `count` is the number of updates made, one for all parameters.
+    A parameter without a gradient counts as one with zero gradient, as it does in JAX.
+    Source: Loshchilov and Hutter 2019, https://arxiv.org/abs/1711.05101.
+    """
+
+    def __init__(
+        self, params, lr: float, beta1: float, beta2: float, eps: float, weight_decay: float
+    ) -> None:
+        super().__init__(params, {"lr": lr, "beta1": beta1, "beta2": beta2, "eps": eps, "weight_decay": weight_decay})
+        self.count = 0
+
+    @torch.no_grad()
+    def step(self, closure=None) -> None:
+        assert closure is None, "AdamW needs no closure"
+        self.count += 1
+        for group in self.param_groups:
+            lr, beta1, beta2 = group["lr"], group["beta1"], group["beta2"]
+            correction1, correction2 = bias_corrections(beta1, beta2, self.count)
+            for p in group["params"]:
+                mu, nu = self.moments(p)
+                g = torch.zeros_like(p) if p.grad is None else p.grad
+                mu.mul_(beta1).add_((1.0 - beta1) * g)
+                nu.mul_(beta2).add_((1.0 - beta2) * g * g)
+                direction = (mu / correction1) / (torch.sqrt(nu / correction2) + group["eps"])
+                p.sub_(lr * (direction + group["weight_decay"] * p))
+
+    def moments(self, p: nn.Parameter) -> tuple[Tensor, Tensor]:
+        """Running means of a parameter's gradients and of their squares, zero at the start."""
+        state = self.state[p]
+        if not state:
+            state["mu"], state["nu"] = torch.zeros_like(p), torch.zeros_like(p)
+        return state["mu"], state["nu"]
+
+    def state_dict(self) -> dict:
+        return {**super().state_dict(), "count": self.count}
+
+    def load_state_dict(self, state_dict: dict) -> None:
+        state_dict = dict(state_dict)
+        self.count = state_dict.pop("count")
+        super().load_state_dict(state_dict)
+
+
+def make_optimizer(cfg: OptimizerConfig, module: nn.Module) -> AdamW:
+    """AdamW over a module's parameters: matrices decay, gains do not."""
+    parameters = list(module.parameters())
+    groups = [
+        {"params": [p for p in parameters if decays(p.shape)], "weight_decay": cfg.weight_decay},
+        {"params": [p for p in parameters if not decays(p.shape)], "weight_decay": 0.0},
+    ]
+    return AdamW([g for g in groups if g["params"]], cfg.lr_max, cfg.beta1, cfg.beta2, cfg.eps, cfg.weight_decay)
