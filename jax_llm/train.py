@@ -10,6 +10,7 @@ B batch, T positions.
 """
 
 import contextlib
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -134,6 +135,14 @@ def make_model(cfg: ModelConfig, train: TrainConfig, platform: str) -> CausalLM:
     return CausalLM(cfg, backend=resolve_backend(train.attention_backend, platform, train.compute_dtype))
 
 
+@functools.lru_cache(maxsize=8)
+def compiled_train_step(cfg: ModelConfig, train: TrainConfig, opt: OptimizerConfig, platform: str):
+    """The jitted step of a run, its state donated; the same settings give the same function, compiled once."""
+    optimizer = make_optimizer(opt, decay_mask(cfg))
+    step = make_train_step(make_model(cfg, train, platform), optimizer, train.compute_dtype)
+    return jax.jit(step, donate_argnums=0)
+
+
 def fit(
     state: TrainState,
     cfg: ModelConfig,
@@ -150,9 +159,7 @@ def fit(
     """
     check_length(cfg, train.seq_len, "seq_len")
     (platform,) = {d.platform for d in state.step.devices()}
-    model = make_model(cfg, train, platform)
-    optimizer = make_optimizer(opt, decay_mask(cfg))
-    train_step = jax.jit(make_train_step(model, optimizer, train.compute_dtype), donate_argnums=0)
+    train_step = compiled_train_step(cfg, train, opt, platform)
     step, adam_count, skipped_in_row = int(state.step), int(state.adam_count), 0
     while step < (opt.total_steps if until_step is None else until_step):
         inputs, targets = (jnp.array(np.ascontiguousarray(x)) for x in dataset.batch(step))

@@ -1,0 +1,68 @@
+"""What is fed to the three witnesses: configs, weights with every parameter random, token batches."""
+
+import dataclasses
+import math
+
+import numpy as np
+
+from llm_common.checkpoint import TrainingState
+from llm_common.config import ModelConfig
+from llm_common.tensors import tensor_shapes
+from parity.compare import Tensors, round_to
+
+
+def variants(cfg: ModelConfig) -> dict[str, ModelConfig]:
+    """The config, and what it leaves untested: the other kind of head, one key/value head, no grouping."""
+    tied = dataclasses.replace(cfg, tie_word_embeddings=not cfg.tie_word_embeddings, num_key_value_heads=1)
+    grouped = dataclasses.replace(cfg, num_key_value_heads=cfg.num_attention_heads, rope_theta=500.0, rms_norm_eps=1e-3)
+    return {"as given": cfg, "other head, one kv head": tied, "no grouping, other theta and eps": grouped}
+
+
+def random_weights(cfg: ModelConfig, seed: int, dtype: str = "float64") -> Tensors:
+    """Weights that keep activations near 1 and that no default could imitate, rounded to `dtype`, as float64.
+
+    Gains differ from 1 and the head is large enough for peaked distributions: with 1 and with flat logits a dropped
+    gain or a wrong temperature would hardly show.
+    """
+    rng = np.random.default_rng((seed, 1))
+    weights = {}
+    for name, shape in tensor_shapes(cfg).items():
+        if len(shape) == 1:
+            x = 1.0 + 0.3 * rng.standard_normal(shape)
+        elif name == "model.embed_tokens.weight" and not cfg.tie_word_embeddings:
+            x = rng.standard_normal(shape)
+        elif name in ("model.embed_tokens.weight", "lm_head.weight"):
+            x = rng.standard_normal(shape) * 2.0 / math.sqrt(shape[1])
+        elif name.endswith(("q_proj.weight", "k_proj.weight")):  # scores near 1: a saturated softmax hides its inputs
+            x = rng.standard_normal(shape) / math.sqrt(shape[1])
+        else:
+            x = rng.standard_normal(shape) * 1.5 / math.sqrt(shape[1])
+        weights[name] = round_to(x, dtype)
+    return weights
+
+
+def random_batch(cfg: ModelConfig, seed: int, batch: int = 3, length: int = 13, ignored: bool = True):
+    """Inputs and targets (B, T); with `ignored`, some targets are -100."""
+    rng = np.random.default_rng((seed, 2))
+    length = min(length, cfg.max_position_embeddings)
+    inputs, targets = rng.integers(0, cfg.vocab_size, (2, batch, length))
+    if ignored:
+        targets[rng.random(targets.shape) < 0.2] = -100
+        targets[0, 0] = 0
+    return inputs, targets
+
+
+class RandomBatches:
+    """A dataset of random tokens: `batch(step)` as `TokenDataset` has it, from `n` distinct batches in turn."""
+
+    def __init__(self, cfg: ModelConfig, seed: int, n: int = 32, batch: int = 3, length: int = 13) -> None:
+        self.batches = [random_batch(cfg, seed + 1000 * (i + 1), batch, length, ignored=False) for i in range(n)]
+
+    def batch(self, step: int, host: int = 0, n_hosts: int = 1):
+        return tuple(x.astype(np.int32) for x in self.batches[step % len(self.batches)])
+
+
+def start_state(weights: Tensors) -> TrainingState:
+    """The training state before the first step, with float64 arrays."""
+    mu, nu = ({name: np.zeros_like(x) for name, x in weights.items()} for _ in range(2))
+    return TrainingState({name: x.copy() for name, x in weights.items()}, mu, nu, 0, 0)

@@ -1,0 +1,93 @@
+"""Errors, verdicts and the rows of the table.
+
+The error of a tensor a against b is ||a - b|| / max(||b||, 1e-8 x global norm): relative, and not fooled by a tensor
+that is zero up to rounding. Every check has three witnesses, so a verdict names the side.
+"""
+
+import dataclasses
+import math
+
+import numpy as np
+
+Tensors = dict[str, np.ndarray]
+
+EPS = {"float64": 2.0**-52, "float32": 2.0**-23, "bfloat16": 2.0**-7}  # spacing of numbers at 1
+JAX, TORCH, BOTH, SHARED = "JAX", "torch", "JAX and torch, differently", "both alike: shared code or the specification"
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One line of the table: what was measured, what is allowed, and if it does not hold, on which side."""
+
+    check: str
+    item: str
+    dtype: str
+    measured: float
+    allowed: float
+    ok: bool
+    side: str = ""  # empty if ok
+    note: str = ""
+
+
+def global_norm(tensors: Tensors) -> float:
+    return math.sqrt(sum(float(np.sum(np.square(x, dtype=np.float64))) for x in tensors.values()))
+
+
+def tensor_errors(a: Tensors, b: Tensors) -> dict[str, float]:
+    """The error of every tensor of a against b; infinite where a is missing, has another shape or is not finite."""
+    floor = 1e-8 * global_norm(b)
+    return {name: _error(a.get(name), x, floor) for name, x in b.items()}
+
+
+def _error(a: np.ndarray | None, b: np.ndarray, floor: float) -> float:
+    if a is None or a.shape != b.shape:
+        return math.inf
+    if np.array_equal(a, b):
+        return 0.0
+    difference = float(np.linalg.norm(np.asarray(a, np.float64) - np.asarray(b, np.float64)))
+    error = difference / max(float(np.linalg.norm(b)), floor, 1e-300)
+    return error if math.isfinite(error) else math.inf
+
+
+def worst(errors: dict[str, float]) -> tuple[str, float]:
+    name = max(errors, key=errors.__getitem__)
+    return name, errors[name]
+
+
+def verdict(jax_bad: bool, torch_bad: bool, alike: bool) -> str:
+    """The side to blame, from which sides disagree with the specification and whether the two agree with each other."""
+    if jax_bad and torch_bad:
+        return SHARED if alike else BOTH
+    return JAX if jax_bad else TORCH if torch_bad else ""
+
+
+def three_way(
+    check: str, item: str, dtype: str, jax: Tensors, torch: Tensors, spec: Tensors, allowed: float, note: str = ""
+) -> Row:
+    """A row for results that must all be the same: the worst tensor of the worst pair decides."""
+    jax_name, jax_error = worst(tensor_errors(jax, spec))
+    torch_name, torch_error = worst(tensor_errors(torch, spec))
+    pair_name, pair_error = worst(tensor_errors(jax, torch))
+    measured, name = max((jax_error, jax_name), (torch_error, torch_name), (pair_error / 2, pair_name))
+    side = verdict(jax_error > allowed, torch_error > allowed, pair_error <= 2 * allowed)
+    where = name if len(spec) > 1 else ""
+    return Row(check, item, dtype, measured, allowed, not side, side, ", ".join(x for x in (where, note) if x))
+
+
+def round_to(x: np.ndarray, dtype: str) -> np.ndarray:
+    """x rounded to a dtype's numbers, to nearest and ties to even, and returned as float64."""
+    if dtype == "float64":
+        return np.asarray(x, np.float64)
+    x = np.asarray(x, np.float32)
+    if dtype == "bfloat16":
+        bits = x.view(np.uint32)
+        bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & np.uint32(0xFFFF0000)
+        x = bits.astype(np.uint32).view(np.float32)
+    return x.astype(np.float64)
+
+
+def spacing(x: np.ndarray, dtype: str) -> np.ndarray:
+    """The distance between neighbouring numbers of a dtype at x (one ulp), float64."""
+    x = np.abs(np.asarray(x, np.float64))
+    exponent = np.floor(np.log2(np.maximum(x, 2.0**-126)))
+    return EPS[dtype] * 2.0**exponent

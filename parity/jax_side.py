@@ -1,0 +1,143 @@
+"""The JAX side behind the interface that every check uses: canonical float64 arrays in, float64 arrays out.
+
+The twin is `parity/torch_side.py`. Each method goes through the code that a user runs.
+"""
+
+import contextlib
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from jax_llm import checkpoint, optim, random_bits, sampling
+from jax_llm.generate import generate
+from jax_llm.kv_cache import init_cache
+from jax_llm.model import CausalLM, init_params
+from jax_llm.train import compiled_train_step, fit, loss_and_grads
+from llm_common.checkpoint import TrainingState
+from llm_common.config import ModelConfig, OptimizerConfig, SamplingConfig, TrainConfig
+from llm_common.schedule import StepScalars, bias_corrections
+from parity.compare import Tensors
+
+
+def clear_caches() -> None:
+    """Forget every compiled program: a jitted function keeps the Python it was traced from."""
+    jax.clear_caches()
+    compiled_train_step.cache_clear()
+
+
+class JaxSide:
+    name = "JAX"
+
+    def __init__(self, cfg: ModelConfig, dtype: str, backend: str = "reference") -> None:
+        self.cfg, self.dtype = cfg, dtype
+        self.master = "float64" if dtype == "float64" else "float32"
+        self.model = CausalLM(cfg, backend=backend)
+        self._logits = jax.jit(lambda params, ids: self.model.apply({"params": params}, ids)[0])
+        self._cached = jax.jit(lambda params, ids, cache: self.model.apply({"params": params}, ids, cache))
+        self._grads = jax.jit(lambda params, ids, targets: loss_and_grads(self.model, params, ids, targets))
+
+    @contextlib.contextmanager
+    def scope(self):
+        """x64 on for float64 and off, asserted, for the rest; float32 products in full precision."""
+        with jax.enable_x64(self.dtype == "float64"), jax.default_matmul_precision("highest"):
+            assert jnp.zeros(()).dtype == (jnp.float64 if self.dtype == "float64" else jnp.float32)
+            yield
+
+    def _params(self, weights: Tensors, dtype: str | None = None):
+        return checkpoint.from_canonical(self.cfg, weights, jnp.dtype(dtype or self.dtype))
+
+    def _tensors(self, tree) -> Tensors:
+        return {name: x.astype(np.float64) for name, x in checkpoint.to_canonical(self.cfg, tree).items()}
+
+    def initial_weights(self, seed: int) -> Tensors:
+        with self.scope():
+            params = jax.jit(lambda: init_params(self.cfg, seed, jnp.dtype(self.master)))()
+            return self._tensors(params)
+
+    def logits(self, weights: Tensors, ids: np.ndarray) -> np.ndarray:
+        with self.scope():
+            return np.asarray(self._logits(self._params(weights), jnp.array(ids))).astype(np.float64)
+
+    def cached_logits(self, weights: Tensors, ids: np.ndarray, prompt: int) -> np.ndarray:
+        """The logits of ids (B, T) when the first `prompt` positions are fed together and the rest one by one."""
+        with self.scope():
+            params = self._params(weights)
+            cache = init_cache(self.cfg, ids.shape[0], ids.shape[1], jnp.dtype(self.dtype))
+            parts = []
+            for piece in [ids[:, :prompt], *np.split(ids[:, prompt:], ids.shape[1] - prompt, axis=1)]:
+                logits, cache = self._cached(params, jnp.array(piece), cache)
+                parts.append(np.asarray(logits).astype(np.float64))
+            return np.concatenate(parts, axis=1)
+
+    def loss_and_grads(self, weights: Tensors, ids: np.ndarray, targets: np.ndarray) -> tuple[float, Tensors]:
+        with self.scope():
+            loss, grads = self._grads(self._params(weights), jnp.array(ids), jnp.array(targets))
+            return float(loss), self._tensors(grads)
+
+    def train(
+        self,
+        state: TrainingState,
+        opt: OptimizerConfig,
+        dataset,
+        until_step: int,
+        on_step: Callable[[int, Callable[[], TrainingState], float], None] | None = None,
+        max_skipped_steps: int = 10,
+    ) -> TrainingState:
+        """Run `fit`; `on_step` gets the step, a function that reads the state, and the loss."""
+        train = TrainConfig(
+            compute_dtype=self.dtype, seq_len=1, attention_backend="reference", max_skipped_steps=max_skipped_steps
+        )
+
+        def hook(step, state, metrics):
+            if on_step is not None:
+                on_step(step, lambda: checkpoint.to_training_state(self.cfg, state), metrics["loss"])
+
+        with self.scope():
+            jax_state = checkpoint.from_training_state(self.cfg, opt, state, jnp.dtype(self.master))
+            jax_state = fit(jax_state, self.cfg, train, opt, dataset, until_step, hook)
+            return checkpoint.to_training_state(self.cfg, jax_state)
+
+    def adamw(
+        self, weights: Tensors, grads: list[Tensors], opt: OptimizerConfig, keep: tuple[int, ...], library: bool
+    ) -> dict[int, Tensors]:
+        """The weights after the updates numbered in `keep`, from given gradients at lr_max; no clipping.
+
+        library: by `optax.adamw` instead of ours.
+        """
+        with self.scope():
+            mask = optim.decay_mask(self.cfg)
+            optimizer = optim.adamw(opt.beta1, opt.beta2, opt.eps, opt.weight_decay, mask)
+            if library:
+                optimizer = optax.adamw(
+                    opt.lr_max, opt.beta1, opt.beta2, opt.eps, weight_decay=opt.weight_decay, mask=mask
+                )
+            optimizer = optax.with_extra_args_support(optimizer)
+
+            @jax.jit
+            def step(params, state, grads, scalars):
+                updates, state = optimizer.update(grads, state, params, scalars=scalars)
+                return optax.apply_updates(params, updates), state
+
+            params = self._params(weights, self.master)
+            state, kept = optimizer.init(params), {}
+            for n, g in enumerate(grads, start=1):
+                scalars = StepScalars(opt.lr_max, *bias_corrections(opt.beta1, opt.beta2, n))
+                params, state = step(params, state, self._params(g, self.master), scalars)
+                if n in keep:
+                    kept[n] = self._tensors(params)
+            return kept
+
+    def sample(self, logits: np.ndarray, cfg: SamplingConfig, rows: np.ndarray, positions: np.ndarray) -> np.ndarray:
+        """Tokens for logits (n, V), in float32 (float64 for float64)."""
+        with self.scope():
+            logits = jnp.array(logits, jnp.dtype(self.master))
+            key = random_bits.key(cfg.seed)
+            draw = jax.jit(lambda *args: sampling.sample(args[0], cfg, *args[1:]))
+            return np.asarray(draw(logits, key, jnp.array(rows), jnp.array(positions)))
+
+    def generate(self, weights: Tensors, prompt: np.ndarray, n_new: int, cfg: SamplingConfig, eos_id: int | None):
+        with self.scope():
+            return generate(self.model, self._params(weights), prompt, n_new, cfg, eos_id)

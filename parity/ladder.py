@@ -1,0 +1,93 @@
+"""The ladder: all checks in order, from initial weights to sampled tokens."""
+
+import dataclasses
+import time
+from collections.abc import Callable, Iterator
+
+from llm_common.config import DTYPES, ModelConfig, OptimizerConfig, preset
+from llm_common.errors import UserError
+from llm_common.schedule import learning_rate
+from parity.compare import Row
+from parity.model_checks import check_cache, check_gradients, check_init, check_logits, check_spec
+from parity.precision_checks import check_precision
+from parity.token_checks import check_tokens
+from parity.training_checks import check_adamw, check_library, check_trajectory
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """What the checks are run on."""
+
+    cfg: ModelConfig = dataclasses.field(default_factory=lambda: preset("tiny"))
+    seed: int = 0
+    dtypes: tuple[str, ...] = ("float64", "float32", "bfloat16")
+    batch: int = 3
+    length: int = 13  # positions in a training or test sequence
+    steps: int = 1000  # of a trajectory
+    tokens: int = 4000  # draws in float32
+
+    def __post_init__(self) -> None:
+        for dtype in self.dtypes:
+            if dtype not in DTYPES:
+                raise UserError(f"unknown dtype {dtype!r}; known: {', '.join(DTYPES)}")
+        for field in ("batch", "length", "steps", "tokens"):
+            if getattr(self, field) < 1:
+                raise UserError(f"{field} = {getattr(self, field)} must be at least 1")
+        if not 0 <= self.seed < 2**32:
+            raise UserError(f"seed = {self.seed} must lie in [0, 2^32)")
+
+    @staticmethod
+    def warmup_lr_is_zero(opt: OptimizerConfig, step: int) -> bool:
+        """Whether a step moves nothing: the first one of a warmup."""
+        return learning_rate(opt, step) == 0.0
+
+
+CHECKS: dict[str, Callable[[Settings], Iterator[Row]]] = {
+    "spec": check_spec,
+    "init": check_init,
+    "logits": check_logits,
+    "gradients": check_gradients,
+    "precision": check_precision,
+    "adamw": check_adamw,
+    "library": check_library,
+    "trajectory": check_trajectory,
+    "cache": check_cache,
+    "tokens": check_tokens,
+}
+
+
+def run_checks(
+    settings: Settings, names: tuple[str, ...] = (), on_check: Callable[[str, list[Row], float], None] | None = None
+) -> list[Row]:
+    """All rows of the named checks (none named: all). `on_check` is told each check's rows and seconds as they come.
+
+    A check that raises is a failed row with the error in it, not the end of the ladder.
+    """
+    for name in names:
+        if name not in CHECKS:
+            raise UserError(f"unknown check {name!r}; known: {', '.join(CHECKS)}")
+    rows: list[Row] = []
+    for name in names or tuple(CHECKS):
+        start = time.perf_counter()
+        try:
+            found = list(CHECKS[name](settings))
+        except UserError:
+            raise
+        except Exception as error:  # whatever a broken side raises is a finding
+            found = [_crash(name, error)]
+        rows += found
+        if on_check is not None:
+            on_check(name, found, time.perf_counter() - start)
+    return rows
+
+
+def _crash(check: str, error: Exception) -> Row:
+    """A row for an exception; the side is the one whose package the traceback ends in."""
+    side, frame = "", error.__traceback__
+    while frame is not None:
+        module = frame.tb_frame.f_globals.get("__name__", "")
+        for prefix, name in (("jax_llm", "JAX"), ("torch_llm", "torch"), ("llm_common", "shared code")):
+            side = name if module.startswith(prefix) else side
+        frame = frame.tb_next
+    note = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+    return Row(check, "raised an error", "", float("nan"), 0, False, side or "the check itself", note)

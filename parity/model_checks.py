@@ -1,0 +1,202 @@
+"""Checks of the model: the specification itself, initial weights, logits, loss, the gradient of every tensor, the cache."""
+
+import math
+import re
+from collections import defaultdict
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from llm_common.tensors import tensor_shapes
+from parity import spec
+from parity.cases import random_batch, random_weights, variants
+from parity.compare import BOTH, EPS, JAX, TORCH, Row, Tensors, spacing, tensor_errors, three_way, verdict, worst
+from parity.jax_side import JaxSide
+from parity.torch_side import TorchSide
+
+if TYPE_CHECKING:
+    from parity.ladder import Settings
+
+# float64, logits, loss and gradients: measured at most 7e-15 over shapes and seeds; the smallest planted bug that
+# changes mathematics (an epsilon of 1e-6 for 1e-5 in the norm) changes logits by 1e-6, a RoPE table in float32 by 6e-9.
+FLOAT64_ALLOWED = 1e-12
+# Complex steps have no cancellation: what is left is rounding in a sum over all weights (measured below 1e-13).
+COMPLEX_STEP_ALLOWED = 1e-11
+SEEDS = 16  # pooled in float32 and bfloat16; with 8 the ratio of a key projection's errors reached 2.3 by chance
+# One side may err at most this many times as much as the other, pooled over SEEDS seeds (measured: 0.7 to 1.4).
+RATIO_ALLOWED = {"logits": 2.0, "gradients": 3.0}
+SMALL = 64  # tensors with fewer elements are pooled over layers: a ratio of two small sums of squares is noise
+# The ceiling is the specification's own error when every weight and every intermediate result is moved by one ulp up or
+# down, twice the largest error that rounding to nearest makes. In float32 the sums inside a matrix product are rounded too,
+# term by term: some sqrt(n) / 3 ulps for n terms, hence the factor. Measured: 0.2 to 0.3 of the ceiling in both dtypes;
+# an op that rounds to bfloat16 inside a float32 run is at 1,000 times the ceiling.
+CEILING = {"float32": 4.0, "bfloat16": 1.0}
+
+
+def check_spec(s: "Settings") -> Iterator[Row]:
+    """The specification's gradients against complex steps along random directions: no finite differences."""
+    for name, cfg in variants(s.cfg).items():
+        weights = random_weights(cfg, s.seed)
+        ids, targets = random_batch(cfg, s.seed, s.batch, s.length)
+        _, grads = spec.loss_and_grads(weights, ids, targets, cfg)
+        rng = np.random.default_rng((s.seed, 3))
+        error = 0.0
+        for _ in range(3):
+            direction = {key: rng.standard_normal(x.shape) for key, x in weights.items()}
+            moved = {key: x + 1e-30j * direction[key] for key, x in weights.items()}
+            slope = spec.cross_entropy(spec.forward(moved, ids, cfg)[0], targets).imag / 1e-30
+            products = [grads[key] * direction[key] for key in weights]
+            scale = math.sqrt(sum(float((x**2).sum()) for x in products))
+            error = max(error, abs(sum(float(x.sum()) for x in products) - slope) / scale)
+        ok = error <= COMPLEX_STEP_ALLOWED
+        side = "" if ok else "the specification"
+        yield Row("spec", f"gradient = complex step; {name}", "float64", error, COMPLEX_STEP_ALLOWED, ok, side)
+
+
+def check_init(s: "Settings") -> Iterator[Row]:
+    """Initial weights from a seed, bit for bit: random bits, order of names, widths."""
+    for dtype in [d for d in ("float64", "float32") if d in s.dtypes]:
+        sides = [side(s.cfg, dtype).initial_weights(s.seed) for side in (JaxSide, TorchSide)]
+        expected = {}
+        for i, (name, shape) in enumerate(tensor_shapes(s.cfg).items()):
+            x = spec.initial_weight(s.seed, i, name, shape, s.cfg.num_hidden_layers)
+            if dtype == "float32":  # u - 0.5 is exact in float32; the width is rounded, then the product
+                width = 0.02 * math.sqrt(12.0)
+                if name.endswith(("o_proj.weight", "down_proj.weight")):
+                    width = 0.02 / math.sqrt(2 * s.cfg.num_hidden_layers) * math.sqrt(12.0)
+                u = spec.uniform(spec.fold_in((0, s.seed), i), math.prod(shape)).reshape(shape)
+                x = x if len(shape) == 1 else (u - 0.5).astype(np.float32) * np.float32(width)
+            expected[name] = x.astype(np.float64)
+        differing = [sum(int((a[n] != x).sum()) for n, x in expected.items()) for a in sides]
+        pair = sum(int((sides[0][n] != sides[1][n]).sum()) for n in expected)
+        side = verdict(differing[0] > 0, differing[1] > 0, pair == 0)
+        yield Row("init", "elements that differ", dtype, max(*differing, pair), 0, not side, side)
+
+
+def check_logits(s: "Settings") -> Iterator[Row]:
+    """Logits of the same weights and tokens."""
+    yield from _check_model(s, "logits")
+
+
+def check_gradients(s: "Settings") -> Iterator[Row]:
+    """The loss, and its gradient for every tensor by name."""
+    yield from _check_model(s, "gradients")
+
+
+def _check_model(s: "Settings", what: str) -> Iterator[Row]:
+    if "float64" in s.dtypes:
+        for name, cfg in variants(s.cfg).items():
+            weights = random_weights(cfg, s.seed)
+            ids, targets = random_batch(cfg, s.seed, s.batch, s.length)
+            sides = [side(cfg, "float64") for side in (JaxSide, TorchSide)]
+            if what == "logits":
+                results = [{"logits": side.logits(weights, ids)} for side in sides]
+                results.append({"logits": spec.forward(weights, ids, cfg)[0]})
+                yield three_way("logits", name, "float64", *results, FLOAT64_ALLOWED)
+            else:
+                pairs = [side.loss_and_grads(weights, ids, targets) for side in sides]
+                pairs.append(spec.loss_and_grads(weights, ids, targets, cfg))
+                losses = [{"loss": np.array(loss)} for loss, _ in pairs]
+                yield three_way("loss", name, "float64", *losses, FLOAT64_ALLOWED)
+                yield three_way("gradients", name, "float64", *[grads for _, grads in pairs], FLOAT64_ALLOWED)
+    for dtype in [d for d in ("float32", "bfloat16") if d in s.dtypes]:
+        yield from _check_pooled(s, what, dtype)
+
+
+def _check_pooled(s: "Settings", what: str, dtype: str) -> Iterator[Row]:
+    """Rule for low precision: neither side errs much more than the other, and neither more than rounding explains."""
+    sides = [side(s.cfg, dtype) for side in (JaxSide, TorchSide)]
+    squares: list[defaultdict[str, float]] = [defaultdict(float) for _ in range(3)]
+    losses: list[list[float]] = [[], [], []]
+    for i in range(SEEDS):
+        seed = s.seed + 100 * i
+        weights = random_weights(s.cfg, seed, dtype)
+        ids, targets = random_batch(s.cfg, seed, s.batch, s.length)
+        noise = _one_ulp_noise(seed, dtype)
+        moved = {name: noise(x) for name, x in weights.items()}
+        if what == "logits":
+            exact = {"logits": spec.forward(weights, ids, s.cfg)[0]}
+            results = [{"logits": side.logits(weights, ids)} for side in sides]
+            results.append({"logits": spec.forward(moved, ids, s.cfg, noise)[0]})
+        else:
+            loss, exact = spec.loss_and_grads(weights, ids, targets, s.cfg)
+            pairs = [side.loss_and_grads(weights, ids, targets) for side in sides]
+            pairs.append(spec.loss_and_grads(moved, ids, targets, s.cfg, noise))
+            results = [grads for _, grads in pairs]
+            for k, (low, _) in enumerate(pairs):
+                losses[k].append(low - loss)
+        for k, result in enumerate(results):
+            for name, error in tensor_errors(result, exact).items():
+                squares[k][_pool(name, exact)] += error**2
+    pooled = [{name: math.sqrt(x / SEEDS) for name, x in square.items()} for square in squares]
+    yield from _ceiling_rows(what, dtype, *pooled)
+    yield _ratio_row(what, dtype, pooled[0], pooled[1])
+    if what == "gradients":
+        yield _loss_row(dtype, losses, spacing(np.array(loss), "float32"))
+
+
+def _one_ulp_noise(seed: int, dtype: str):
+    rng = np.random.default_rng((seed, 4))
+    return lambda x: x + spacing(x, dtype) * rng.choice([-1.0, 1.0], x.shape)
+
+
+def _pool(name: str, tensors: Tensors) -> str:
+    return re.sub(r"layers\.\d+", "layers.*", name) if tensors[name].size < SMALL else name
+
+
+def _ceiling_rows(what: str, dtype: str, jax: dict, torch: dict, noise: dict) -> Iterator[Row]:
+    """Each side's pooled error as a share of the ceiling; the worst tensor decides."""
+    shares = [{n: x / max(CEILING[dtype] * noise[n], 1e-300) for n, x in side.items()} for side in (jax, torch)]
+    (jax_name, jax_share), (torch_name, torch_share) = worst(shares[0]), worst(shares[1])
+    side = verdict(jax_share > 1, torch_share > 1, _alike(jax, torch, jax_name) and _alike(jax, torch, torch_name))
+    name = jax_name if jax_share >= torch_share else torch_name
+    measured = max(jax[name], torch[name])
+    yield Row(what, "error against float64", dtype, measured, CEILING[dtype] * noise[name], not side, side, name)
+
+
+def _alike(jax: dict, torch: dict, name: str) -> bool:
+    return 0.5 < jax[name] / max(torch[name], 1e-300) < 2.0
+
+
+def _ratio_row(what: str, dtype: str, jax: dict, torch: dict) -> Row:
+    """The larger of the two sides' errors over the smaller; the less accurate side is to blame."""
+    floor = EPS[dtype] * 1e-3  # both exact: no ratio
+    ratios = {n: (jax[n] + floor) / (torch[n] + floor) for n in jax}
+    name = max(ratios, key=lambda n: abs(math.log(ratios[n])) if math.isfinite(ratios[n]) else math.inf)
+    ratio = max(ratios[name], 1 / max(ratios[name], 1e-300))
+    ok = ratio <= RATIO_ALLOWED[what]
+    side = "" if ok else JAX if ratios[name] > 1 else TORCH
+    return Row(what, "ratio of the two sides' errors", dtype, ratio, RATIO_ALLOWED[what], ok, side, name)
+
+
+def _loss_row(dtype: str, losses: list[list[float]], ulp: float) -> Row:
+    """|loss_JAX - loss_torch| <= 4 x (rms errors of both) + 2 spacings; the rms of each is capped by the ceiling."""
+    rms = [math.sqrt(sum(x * x for x in side) / len(side)) for side in losses]
+    ceiling = rms[2] + 2 * float(ulp)
+    measured = max(abs(a - b) for a, b in zip(losses[0], losses[1], strict=True))
+    allowed = 4 * (min(rms[0], ceiling) + min(rms[1], ceiling)) + 2 * float(ulp)
+    bad = [measured > allowed and rms[k] == max(rms[0], rms[1]) for k in (0, 1)]
+    over = [not rms[k] <= 2 * ceiling for k in (0, 1)]
+    side = verdict(over[0] or bad[0], over[1] or bad[1], measured <= allowed) or ("" if measured <= allowed else BOTH)
+    return Row("loss", f"difference over {len(losses[0])} seeds", dtype, measured, allowed, not side, side)
+
+
+def check_cache(s: "Settings") -> Iterator[Row]:
+    """Logits of cached decoding against a full forward pass, one of each side's own and one of the specification."""
+    ids, _ = random_batch(s.cfg, s.seed, s.batch, s.length)
+    prompt = max(1, ids.shape[1] // 3)
+    if ids.shape[1] < 2:
+        return
+    for dtype in [d for d in ("float64", "float32") if d in s.dtypes]:
+        weights = random_weights(s.cfg, s.seed, dtype)
+        exact = {"logits": spec.forward(weights, ids, s.cfg)[0]}
+        results = [{"logits": side(s.cfg, dtype).cached_logits(weights, ids, prompt)} for side in (JaxSide, TorchSide)]
+        allowed = FLOAT64_ALLOWED
+        if dtype == "float32":
+            noise = _one_ulp_noise(s.seed, dtype)
+            moved = {name: noise(x) for name, x in weights.items()}
+            noisy = {"logits": spec.forward(moved, ids, s.cfg, noise)[0]}
+            # one seed, not a pool: the ceiling is doubled
+            allowed = 2 * CEILING[dtype] * worst(tensor_errors(noisy, exact))[1]
+        yield three_way("cache", "cached decoding = full forward", dtype, *results, exact, allowed)

@@ -1,0 +1,257 @@
+"""Precision, op by op: whole-model errors in bfloat16 cannot see a softmax made in bfloat16 (1.05 to 1.2 times).
+
+Given identical rounded inputs, an op that computes in float32 and rounds once gives nearly the same bits on both sides.
+And a table declares which ops must run in float32 inside; both sides are watched while they run.
+"""
+
+import math
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import jax_llm.attention
+import jax_llm.layers
+import jax_llm.loss
+import jax_llm.optim
+import jax_llm.rope
+import torch_llm.attention
+import torch_llm.layers
+import torch_llm.loss
+import torch_llm.optim
+import torch_llm.rope
+from parity import spec
+from parity.compare import EPS, Row, round_to, spacing, verdict
+
+if TYPE_CHECKING:
+    from parity.ladder import Settings
+
+# Share of elements that may differ from the specification rounded where the algorithm rounds: float32 sums in another
+# order move 1e-7 of a value, so 1e-7 / 4e-3 of the elements cross a bfloat16 border; measured at most 1e-3 where
+# rounded probabilities are summed. A softmax in bfloat16 changes about half of the elements.
+DIFFERING_ALLOWED = 0.005
+ULPS_ALLOWED = 1.0
+# float32: ||op - spec|| / ||spec|| in units of u = 2^-24. A sum over n = 32 terms and some ten operations after it;
+# measured at most 3; an op that rounds to bfloat16 inside shows 2^15.
+FLOAT32_UNITS = 16.0
+
+
+def _inputs(seed: int, dtype: str) -> dict[str, np.ndarray]:
+    rng = np.random.default_rng((seed, 7))
+    draw = lambda scale, *shape: round_to(scale * rng.standard_normal(shape), dtype)
+    return {
+        "x": draw(3.0, 4, 65, 32),
+        "gain": round_to(1.0 + 0.25 * rng.standard_normal(32), dtype),
+        "gate": draw(2.0, 4, 65, 48),
+        "up": draw(1.0, 4, 65, 48),
+        "q": draw(2.0, 4, 33, 4, 16),
+        "k": draw(2.0, 4, 33, 2, 16),
+        "v": draw(1.0, 4, 33, 2, 16),
+        "logits": draw(4.0, 4, 65, 96),
+    }
+
+
+ANGLES = np.outer(np.arange(33), 100.0 ** (-np.arange(8) / 8.0))
+EPS_NORM = 1e-5
+
+
+def _spec_ops(i: dict[str, np.ndarray], dtype: str) -> dict[str, np.ndarray]:
+    """The ops in float64, rounded exactly where the algorithm rounds."""
+    rnd = lambda x: round_to(x, dtype)
+    k, v = np.repeat(i["k"], 2, axis=2), np.repeat(i["v"], 2, axis=2)
+    ones = np.ones_like(i["gain"])
+    log_probs = np.log(spec.softmax(i["logits"]))
+    targets = _targets(i)
+    return {
+        "rms_norm": rnd(rnd(spec.rms_norm(i["x"], ones, EPS_NORM)) * i["gain"]),
+        "apply_rope": rnd(spec.rotate(i["q"], ANGLES)),
+        "swiglu": rnd(spec.silu(i["gate"]) * i["up"]),
+        "attention": rnd(np.einsum("bnts,bsnh->btnh", rnd(spec.attention_weights(i["q"], k)), v)),
+        "cross_entropy": -np.take_along_axis(log_probs, targets[..., None], axis=-1).mean(),
+        "embedding": i["x"].reshape(-1, 32)[targets],
+        "embedding gradient": rnd(_scatter(i["x"], targets)),
+    }
+
+
+def _targets(i: dict[str, np.ndarray]) -> np.ndarray:
+    return np.arange(i["logits"].size // 96).reshape(4, 65) % 5  # five ids, each many times
+
+
+def _scatter(cotangent: np.ndarray, ids: np.ndarray) -> np.ndarray:
+    table = np.zeros((260, 32))
+    np.add.at(table, ids, cotangent)
+    return table
+
+
+def _jax_ops(i: dict[str, np.ndarray], dtype: str) -> dict[str, Callable[[], Any]]:
+    a = {name: jnp.array(x, jnp.dtype(dtype)) for name, x in i.items()}
+    table_dtype = jnp.promote_types(jnp.dtype(dtype), jnp.float32)
+    cos, sin = jnp.array(np.cos(ANGLES), table_dtype), jnp.array(np.sin(ANGLES), table_dtype)
+    targets = jnp.array(_targets(i))
+    layers, rows = jax_llm.layers, a["x"].reshape(-1, 32)
+    return {
+        "rms_norm": lambda: layers.rms_norm(a["x"], a["gain"], EPS_NORM),
+        "apply_rope": lambda: jax_llm.rope.apply_rope(a["q"], cos, sin),
+        "swiglu": lambda: layers.swiglu(a["gate"], a["up"]),
+        "attention": lambda: jax_llm.attention.reference_attention(a["q"], a["k"], a["v"]),
+        "cross_entropy": lambda: jax_llm.loss.cross_entropy(a["logits"], targets),
+        "embedding": lambda: layers.embedding(targets, rows),
+        "embedding gradient": lambda: jax.vjp(lambda w: layers.embedding(targets, w), rows)[1](a["x"])[0],
+    }
+
+
+def _torch_ops(i: dict[str, np.ndarray], dtype: str) -> dict[str, Callable[[], Any]]:
+    a = {name: torch.tensor(x).to(getattr(torch, dtype)) for name, x in i.items()}
+    table_dtype = torch.promote_types(getattr(torch, dtype), torch.float32)
+    cos, sin = torch.tensor(np.cos(ANGLES)).to(table_dtype), torch.tensor(np.sin(ANGLES)).to(table_dtype)
+    targets = torch.tensor(_targets(i))
+    layers, rows = torch_llm.layers, a["x"].reshape(-1, 32)
+
+    def embedding_gradient():
+        table = rows.clone().requires_grad_()
+        return torch.autograd.grad(layers.embedding(targets, table), table, a["x"])[0]
+
+    return {
+        "rms_norm": lambda: layers.rms_norm(a["x"], a["gain"], EPS_NORM),
+        "apply_rope": lambda: torch_llm.rope.apply_rope(a["q"], cos, sin),
+        "swiglu": lambda: layers.swiglu(a["gate"], a["up"]),
+        "attention": lambda: torch_llm.attention.reference_attention(a["q"], a["k"], a["v"]),
+        "cross_entropy": lambda: torch_llm.loss.cross_entropy(a["logits"], targets),
+        "embedding": lambda: layers.embedding(targets, rows),
+        "embedding gradient": embedding_gradient,
+    }
+
+
+def check_precision(s: "Settings") -> Iterator[Row]:
+    """Every reference op on identical rounded inputs, and the declared dtypes inside them."""
+    for dtype in [d for d in ("float32", "bfloat16") if d in s.dtypes]:
+        inputs = _inputs(s.seed, dtype)
+        expected = _spec_ops(inputs, dtype)
+        # eager on purpose: a fused JAX program may drop a rounding in the middle
+        with jax.default_matmul_precision("highest"):
+            jax_results = {n: np.asarray(f().astype(jnp.float32), np.float64) for n, f in _jax_ops(inputs, dtype).items()}
+        torch_results = {name: op().double().numpy() for name, op in _torch_ops(inputs, dtype).items()}
+        for name, exact in expected.items():
+            yield _op_row(name, dtype, jax_results[name], torch_results[name], exact)
+    for dtype in [d for d in ("bfloat16", "float64") if d in s.dtypes]:
+        yield from _dtype_rows(s, dtype)
+
+
+def _op_row(name: str, dtype: str, jax_x: np.ndarray, torch_x: np.ndarray, exact: np.ndarray) -> Row:
+    if dtype == "bfloat16" and exact.ndim:
+        shares = [_differing(x, exact, dtype) for x in (jax_x, torch_x)]
+        pair = _differing(jax_x, torch_x, dtype)
+        item, allowed = f"{name}: share of elements that differ", DIFFERING_ALLOWED
+    else:
+        shares = [_units(x, exact) for x in (jax_x, torch_x)]
+        pair = _units(jax_x, torch_x) / 2
+        item, allowed = f"{name}: error in units of 2^-24", FLOAT32_UNITS
+    side = verdict(not shares[0] <= allowed, not shares[1] <= allowed, pair <= allowed)
+    return Row("precision", item, dtype, max(*shares, pair), allowed, not side, side)
+
+
+def _differing(a: np.ndarray, b: np.ndarray, dtype: str) -> float:
+    """Share of elements that differ; all of them if one does by more than an ulp.
+
+    An ulp is that of the larger neighbour, and never below the spacing at 1e-3 of the largest element: a sum that
+    cancels has lost its low bits on both sides.
+    """
+    if a.shape != b.shape or not np.isfinite(a).all():
+        return math.inf
+    ulp = np.maximum(spacing(np.maximum(np.abs(a), np.abs(b)), dtype), spacing(np.abs(b).max() * 2e-3, dtype))
+    differ = a != b
+    return 1.0 if (np.abs(a - b) > ULPS_ALLOWED * ulp).any() else float(differ.mean())
+
+
+def _units(a: np.ndarray, b: np.ndarray) -> float:
+    error = float(np.linalg.norm(np.asarray(a - b)) / max(float(np.linalg.norm(b)), 1e-300)) * 2.0**24
+    return error if math.isfinite(error) else math.inf
+
+
+# --- the declared table: (what, op, JAX primitive, torch operator); inputs of that dtype or wider wherever it occurs
+DECLARED = (
+    ("norm statistics", "rms_norm", "rsqrt", "aten.rsqrt"),
+    ("norm mean", "rms_norm", "reduce_sum", "aten.mean"),
+    ("rotation", "apply_rope", "mul", "aten.mul"),
+    ("SwiGLU", "swiglu", "mul", "aten.mul"),
+    ("softmax", "attention", "exp", "aten._softmax"),
+    ("loss", "cross_entropy", "exp", "aten._log_softmax"),
+    ("sums of embedding gradients", "embedding gradient", "scatter-add", "aten.embedding_dense_backward"),
+)
+
+
+def _dtype_rows(s: "Settings", dtype: str) -> Iterator[Row]:
+    inputs = _inputs(s.seed, dtype)
+    wide = "float64" if dtype == "float64" else "float32"
+    with jax.enable_x64(dtype == "float64"):
+        jax_ops = {name: _jaxpr_dtypes(op) for name, op in _jax_ops(inputs, dtype).items()}
+    torch_ops = {name: _dispatched_dtypes(op) for name, op in _torch_ops(inputs, dtype).items()}
+    found = [
+        (what, jax_ops[op].get(primitive, set()), torch_ops[op].get(operator, set()))
+        for what, op, primitive, operator in DECLARED
+    ]
+    # scores: the products q k^T, which are the first matrix product of attention
+    found.append(("attention scores", *[{ops["attention"]["first product"]} for ops in (jax_ops, torch_ops)]))
+    found.append(("moments", *_moment_dtypes(wide)))
+    wrong = [[what for what, *dtypes in found if dtypes[k] != {wide}] for k in (0, 1)]
+    side = verdict(bool(wrong[0]), bool(wrong[1]), wrong[0] == wrong[1])
+    note = "; ".join(f"{label}: {', '.join(w)}" for label, w in zip(("JAX", "torch"), wrong, strict=True) if w)
+    item = f"ops not in {wide} of {len(found)} declared"
+    yield Row("precision", item, dtype, max(len(w) for w in wrong), 0, not side, side, note)
+
+
+def _jaxpr_dtypes(op: Callable[[], Any]) -> dict[str, Any]:
+    """Primitive -> dtypes of its floating inputs, over the whole traced program; plus the first product's."""
+    found: dict[str, Any] = {}
+
+    def walk(jaxpr) -> None:
+        for equation in jaxpr.eqns:
+            dtypes = {str(v.aval.dtype) for v in equation.invars if jnp.issubdtype(v.aval.dtype, jnp.floating)}
+            if dtypes:
+                found.setdefault(equation.primitive.name, set()).update(dtypes)
+            if equation.primitive.name == "dot_general":
+                found.setdefault("first product", str(equation.outvars[0].aval.dtype))
+            for value in equation.params.values():
+                inner = getattr(value, "jaxpr", value)
+                if hasattr(inner, "eqns"):
+                    walk(inner)
+
+    walk(jax.make_jaxpr(op)().jaxpr)
+    return found
+
+
+class _Recorder(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: dict[str, Any] = {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        name = str(func.overloadpacket)
+        dtypes = {str(x.dtype).removeprefix("torch.") for x in args if isinstance(x, torch.Tensor) and x.is_floating_point()}
+        if dtypes:
+            self.found.setdefault(name, set()).update(dtypes)
+        if name in ("aten.bmm", "aten.mm") and isinstance(result, torch.Tensor):
+            self.found.setdefault("first product", str(result.dtype).removeprefix("torch."))
+        return result
+
+
+def _dispatched_dtypes(op: Callable[[], Any]) -> dict[str, Any]:
+    with _Recorder() as recorder:
+        op()
+    return recorder.found
+
+
+def _moment_dtypes(master: str) -> tuple[set[str], set[str]]:
+    """The dtypes of Adam's moments for master weights of a dtype."""
+    with jax.enable_x64(master == "float64"):
+        params = {"w": jnp.ones((2, 2), jnp.dtype(master))}
+        state = jax_llm.optim.adamw(0.9, 0.95, 1e-8, 0.1).init(params)
+        jax_dtypes = {str(x.dtype) for x in jax.tree.leaves(state)}
+    p = torch.nn.Parameter(torch.ones(2, 2, dtype=getattr(torch, master)))
+    moments = torch_llm.optim.AdamW([p], 1e-3, 0.9, 0.95, 1e-8, 0.1).moments(p)
+    return jax_dtypes, {str(x.dtype).removeprefix("torch.") for x in moments}

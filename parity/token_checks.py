@@ -1,0 +1,137 @@
+"""Checks of sampled tokens: whole texts in float64, single draws in float32, samplers alone for bfloat16."""
+
+import math
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from llm_common.config import SamplingConfig
+from parity import spec
+from parity.cases import random_batch, random_weights
+from parity.compare import JAX, TORCH, Row, verdict
+from parity.jax_side import JaxSide
+from parity.torch_side import TorchSide
+
+if TYPE_CHECKING:
+    from parity.ladder import Settings
+
+# A draw may differ where the float64 margin is below 4 x the measured logit error over the temperature, and such draws
+# are rare: at most 5 in 20,000.
+FLIPS_ALLOWED = 5 / 20_000
+MARGIN_FACTOR = 4.0
+
+
+def settings(seed: int) -> dict[str, SamplingConfig]:
+    return {
+        "greedy": SamplingConfig(temperature=0.0, seed=seed),
+        "temperature 1": SamplingConfig(seed=seed),
+        "temperature 0.7, top-k 7": SamplingConfig(temperature=0.7, top_k=7, seed=seed + 1),
+        "temperature 1.3, top-p 0.8": SamplingConfig(temperature=1.3, top_p=0.8, seed=seed + 2),
+        "top-k 20, top-p 0.9, min-p 0.05": SamplingConfig(top_k=20, top_p=0.9, min_p=0.05, seed=seed + 3),
+    }
+
+
+def check_tokens(s: "Settings") -> Iterator[Row]:
+    """The same tokens from the same seed."""
+    if "float64" in s.dtypes:
+        yield _texts(s)
+    for dtype in [d for d in ("float32", "bfloat16") if d in s.dtypes]:
+        yield from _draws(s, dtype)
+
+
+def _texts(s: "Settings") -> Row:
+    """Prefill, cache, sampler and end of text together, in float64: every text must be the specification's."""
+    weights = random_weights(s.cfg, s.seed)
+    prompt, _ = random_batch(s.cfg, s.seed, 3, min(5, s.cfg.max_position_embeddings // 4 or 1))
+    n_new = min(16, s.cfg.max_position_embeddings - prompt.shape[1])
+    eos_id = int(prompt[0, 0])
+    differing, total = [0, 0, 0], 0
+    for sampling in settings(s.seed % 2**31).values():
+        texts = [side(s.cfg, "float64").generate(weights, prompt, n_new, sampling, eos_id) for side in (JaxSide, TorchSide)]
+        expected = spec.generate(weights, prompt, s.cfg, sampling, n_new, eos_id)
+        for k, pair in enumerate(((texts[0], expected), (texts[1], expected), (texts[0], texts[1]))):
+            differing[k] += sum(a != b for a, b in zip(*pair, strict=True))
+        total += len(expected)
+    side = verdict(differing[0] > 0, differing[1] > 0, differing[2] == 0)
+    return Row("tokens", f"texts that differ, of {total}", "float64", max(differing), 0, not side, side)
+
+
+def _draws(s: "Settings", dtype: str) -> Iterator[Row]:
+    """Teacher-forced: every position of random sequences is one draw.
+
+    float32: each side draws from its own logits. bfloat16: both draw from the same logits, so that only the samplers
+    are compared.
+    """
+    weights = random_weights(s.cfg, s.seed, dtype)
+    n_settings = len(settings(0))
+    length = min(32, s.cfg.max_position_embeddings)
+    rows = math.ceil(s.tokens / (n_settings * length))
+    ids, _ = random_batch(s.cfg, s.seed + 7, rows, length, ignored=False)
+    exact = spec.forward(weights, ids, s.cfg)[0]
+    sides = [JaxSide(s.cfg, dtype), TorchSide(s.cfg, dtype)]
+    logits = [side.logits(weights, ids) for side in sides]
+    if dtype == "bfloat16":
+        exact = logits[0]
+        logits = [exact, exact]
+    error = max(float(np.abs(x - exact).max()) for x in logits)
+    flat = lambda x: x.reshape(-1, s.cfg.vocab_size)
+    row = np.repeat(np.arange(rows), length)
+    position = np.tile(np.arange(1, length + 1), rows)
+    flips, unexplained, notes = [0, 0], [0, 0], []
+    for name, sampling in settings(s.seed % 2**31).items():
+        expected = np.array([spec.sample(x, sampling, int(r), int(p)) for x, r, p in zip(flat(exact), row, position, strict=True)])
+        for k, side in enumerate(sides):
+            drawn = side.sample(flat(logits[k]), sampling, row, position)
+            for i in np.flatnonzero(drawn != expected):
+                margin = draw_margin(flat(exact)[i], sampling, int(row[i]), int(position[i]))
+                allowed = allowed_margin(error, flat(exact)[i], sampling)
+                flips[k] += 1
+                unexplained[k] += not margin < allowed
+                notes.append(f"{side.name} {name}: row {row[i]} position {position[i]} margin {margin:.1e}")
+    total = rows * length * n_settings
+    side = verdict(unexplained[0] > 0, unexplained[1] > 0, unexplained[0] == unexplained[1])
+    item = f"draws that differ without reason, of {total}"
+    yield Row("tokens", item, dtype, max(unexplained), 0, not side, side, "; ".join(notes[:5]))
+    limit = max(1, math.floor(FLIPS_ALLOWED * total))
+    side = verdict(flips[0] > limit, flips[1] > limit, False)
+    item = f"draws within the margin of rounding, of {total}"
+    yield Row("tokens", item, dtype, max(flips), limit, not side, side, f"logit error {error:.1e}")
+
+
+def allowed_margin(logit_error: float, logits: np.ndarray, sampling: SamplingConfig) -> float:
+    """How small a margin rounding explains: 4 x the logit error over the temperature, and float32 arithmetic.
+
+    The noise is at most 17 and is added to the logits in float32: four spacings of the largest possible score. A cumulative
+    sum of V probabilities errs by at most V x 2^-24, and a border's margin counts it twice.
+    """
+    if sampling.temperature == 0.0:
+        return MARGIN_FACTOR * logit_error
+    largest = np.abs(logits).max() / sampling.temperature + 17.0
+    arithmetic = 4 * 2.0**-23 * largest + 2 * len(logits) * 2.0**-24
+    return MARGIN_FACTOR * logit_error / sampling.temperature + arithmetic
+
+
+def draw_margin(logits: np.ndarray, sampling: SamplingConfig, row: int, position: int) -> float:
+    """The smallest change, in logits over the temperature, that can change this draw: the draw's own or a filter's."""
+    if sampling.temperature == 0.0:
+        top = np.sort(logits)[-2:]
+        return float(top[1] - top[0])
+    u = spec.uniform(spec.fold_in(spec.fold_in((0, sampling.seed), row), position), len(logits))
+    scores = np.sort(spec.filtered(logits, sampling) - np.log(-np.log(u)))[-2:]
+    margins = [float(scores[1] - scores[0])]
+    ranked = np.sort(logits / sampling.temperature)[::-1]
+    if 0 < sampling.top_k < len(ranked):
+        margins.append(float(ranked[sampling.top_k - 1] - ranked[sampling.top_k]))
+        ranked = ranked[: sampling.top_k]
+    probs = spec.softmax(ranked)
+    if sampling.top_p < 1.0:
+        before = np.cumsum(probs) - probs
+        # a change of d in the logits moves a cumulative probability c by at most 2 d c (1 - c) <= d / 2
+        margins.append(2 * float(np.abs(before[1:] - sampling.top_p).min(initial=math.inf)))
+    if sampling.min_p > 0.0:
+        margins.append(float(np.abs(np.log(probs / probs[0]) - math.log(sampling.min_p)).min()) / 2)
+    return min(margins)
+
+
+__all__ = ["JAX", "TORCH", "allowed_margin", "check_tokens", "draw_margin", "settings"]

@@ -1,0 +1,305 @@
+"""Checks of training: AdamW steps, the library's own AdamW beside ours, and trajectories of a thousand steps."""
+
+import dataclasses
+import math
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from llm_common.checkpoint import TrainingState
+from llm_common.config import OptimizerConfig
+from llm_common.errors import UserError
+from llm_common.tensors import tensor_shapes
+from parity import spec
+from parity.cases import RandomBatches, random_weights, start_state
+from parity.compare import EPS, JAX, TORCH, Row, Tensors, global_norm, round_to, tensor_errors, three_way, verdict, worst
+from parity.jax_side import JaxSide
+from parity.torch_side import TorchSide
+
+if TYPE_CHECKING:
+    from parity.ladder import Settings
+
+# Error of the update p_n - p_0 in float64. Measured 1e-15 after 1 step to 1e-13 after 100; torch's clip epsilon of 1e-6,
+# the smallest planted bug, gives 2e-7 (gradients far below 1 in norm) and shows 2e-9 at the least.
+UPDATE_ALLOWED = 1e-10
+STEPS = (1, 3, 100)
+# Free-running float64: 10 x what one ulp in one weight does within one framework, floor 1e-11; past 1e-9 it is chaos.
+DRIFT_FLOOR, DRIFT_FACTOR, CHAOTIC = 1e-11, 10.0, 1e-9
+# Low precision: 10 x the control for float32 with a floor of 1e-5; see `_low_precision_trajectory` for bfloat16.
+LOSS_FLOOR = {"float32": 1e-5, "bfloat16": 1e-2}
+
+
+def update_of(new: Tensors, old: Tensors) -> Tensors:
+    return {name: x - old[name] for name, x in new.items()}
+
+
+def spec_train(s: "Settings", state: TrainingState, opt: OptimizerConfig, data, until_step: int, keep=()):
+    """The specification's run: the last state, and the states after the steps in `keep`."""
+    values, kept = (state.weights, state.mu, state.nu, state.step, state.adam_count), {}
+    losses = []
+    while values[3] < until_step:
+        ids, targets = data.batch(values[3])
+        values, loss, _ = spec.train_step(*values, ids, targets, s.cfg, opt)
+        losses.append(loss)
+        if values[3] in keep:
+            kept[values[3]] = TrainingState(*values)
+    return TrainingState(*values), kept, losses
+
+
+def clipping_config(s: "Settings", data: RandomBatches, weights: Tensors, **changes) -> OptimizerConfig:
+    """Warmup 0 and a clip that is active: max_norm is half of the first gradient norm."""
+    _, grads = spec.loss_and_grads(weights, *data.batch(0), s.cfg)
+    opt = OptimizerConfig(lr_max=1e-3, lr_min=1e-4, total_steps=1000, max_grad_norm=global_norm(grads) / 2)
+    return dataclasses.replace(opt, **changes)
+
+
+def check_adamw(s: "Settings") -> Iterator[Row]:
+    """Whole training steps from a common start in float64; given gradients in float32."""
+    if "float64" in s.dtypes:
+        yield from _float64_steps(s)
+    if "float32" in s.dtypes:
+        yield from _float32_updates(s)
+
+
+def _float64_steps(s: "Settings") -> Iterator[Row]:
+    data, weights = RandomBatches(s.cfg, s.seed, batch=s.batch, length=s.length), random_weights(s.cfg, s.seed)
+    sides = [JaxSide(s.cfg, "float64"), TorchSide(s.cfg, "float64")]
+    opt = clipping_config(s, data, weights)
+    kept: list[dict[int, TrainingState]] = []
+    for side in sides:
+        states: dict[int, TrainingState] = {}
+
+        def keep(step, state, loss, states=states):
+            if step in STEPS:
+                states[step] = state()
+
+        side.train(start_state(weights), opt, data, STEPS[-1], keep)
+        kept.append(states)
+    kept.append(spec_train(s, start_state(weights), opt, data, STEPS[-1], STEPS)[1])
+    for n in STEPS:
+        updates = [update_of(states[n].weights, weights) for states in kept]
+        norm = global_norm(updates[0])
+        row = three_way("adamw", f"update after {n} steps, clip active", "float64", *updates, UPDATE_ALLOWED)
+        if not norm > 0:
+            row = dataclasses.replace(row, ok=False, side=JAX, note="the update is zero")
+        yield row
+    moments = [
+        {f"mu.{k}": x for k, x in states[3].mu.items()} | {f"nu.{k}": x for k, x in states[3].nu.items()}
+        for states in kept
+    ]
+    yield three_way("adamw", "moments after 3 steps", "float64", *moments, UPDATE_ALLOWED)
+
+    # a short schedule from warmup past its end, and no clipping
+    opt = clipping_config(s, data, weights, warmup_steps=3, total_steps=7, max_grad_norm=None)
+    ends = [side.train(start_state(weights), opt, data, 9) for side in sides]
+    ends.append(spec_train(s, start_state(weights), opt, data, 9)[0])
+    updates = [update_of(end.weights, weights) for end in ends]
+    yield three_way("adamw", "warmup 3, cosine to 7, 9 steps", "float64", *updates, UPDATE_ALLOWED)
+
+    # an infinite weight: the norm is not finite, the update is skipped, the step counts
+    broken = {name: x.copy() for name, x in weights.items()}
+    broken["model.layers.0.mlp.down_proj.weight"][0, 0] = np.inf
+    bad = []
+    for side in sides:
+        end = side.train(start_state(broken), opt, data, 2)
+        same = all(np.array_equal(end.weights[k], x) for k, x in broken.items())
+        still = not any(x.any() for x in (*end.mu.values(), *end.nu.values()))
+        bad.append(not (same and still and end.step == 2 and end.adam_count == 0))
+    side = verdict(*bad, alike=True)
+    yield Row("adamw", "a non-finite gradient skips the update", "float64", sum(bad), 0, not side, side)
+
+
+def _float32_updates(s: "Settings") -> Iterator[Row]:
+    """AdamW alone from the same gradients: ||p - p64|| <= u (t ||p64|| + 8 sum ||lr update||) for every tensor.
+
+    Each of t steps rounds p once (u ||p||), and an update is some eight operations, each with a relative rounding u.
+    """
+    opt = OptimizerConfig(lr_max=1e-3, lr_min=1e-4, total_steps=1000, max_grad_norm=None)
+    weights, grads = _given_gradients(s, "float32", 100)
+    exact, travelled = _spec_adamw(weights, grads, opt)
+    results = [side(s.cfg, "float32").adamw(weights, grads, opt, (100,), library=False) for side in (JaxSide, TorchSide)]
+    shares = []
+    for result in results:
+        share = {}
+        for name, p64 in exact[100].items():
+            bound = EPS["float32"] / 2 * (100 * np.linalg.norm(p64) + 8 * travelled[name])
+            share[name] = float(np.linalg.norm(result[100][name] - p64) / bound)
+        shares.append(worst(share))
+    (jax_name, jax_share), (torch_name, torch_share) = shares
+    side = verdict(not jax_share <= 1, not torch_share <= 1, True)
+    name = jax_name if jax_share >= torch_share else torch_name
+    yield Row("adamw", "100 given gradients, share of the bound", "float32", max(jax_share, torch_share), 1.0, not side, side, name)
+
+
+def _given_gradients(s: "Settings", dtype: str, n: int) -> tuple[Tensors, list[Tensors]]:
+    weights = random_weights(s.cfg, s.seed, dtype)
+    rng = np.random.default_rng((s.seed, 5))
+    signal = {name: rng.standard_normal(x.shape) for name, x in weights.items()}
+    grads = []
+    for _ in range(n):
+        g = {name: 0.05 * (signal[name] + rng.standard_normal(x.shape)) for name, x in weights.items()}
+        grads.append({name: x.astype(np.float32).astype(np.float64) for name, x in g.items()})
+    return weights, grads
+
+
+def _spec_adamw(weights: Tensors, grads: list[Tensors], opt: OptimizerConfig) -> tuple[dict[int, Tensors], dict[str, float]]:
+    """The specification's weights after STEPS, and for every tensor the length of its path, sum ||lr update||."""
+    state = start_state(weights)
+    w, mu, nu, kept = state.weights, state.mu, state.nu, {}
+    travelled = dict.fromkeys(weights, 0.0)
+    for n, g in enumerate(grads, start=1):
+        new, mu, nu = spec.adamw_step(w, mu, nu, g, opt, opt.lr_max, n)
+        for name in travelled:
+            travelled[name] += float(np.linalg.norm(new[name] - w[name]))
+        w = new
+        if n in STEPS:
+            kept[n] = w
+    return kept, travelled
+
+
+def check_library(s: "Settings") -> Iterator[Row]:
+    """`optax.adamw` and `torch.optim.AdamW`, whose formula is the same, beside the specification: same gradients."""
+    opt = OptimizerConfig(lr_max=1e-3, lr_min=1e-4, total_steps=1000, max_grad_norm=None)
+    for dtype in [d for d in ("float64", "float32") if d in s.dtypes]:
+        weights, grads = _given_gradients(s, dtype, STEPS[-1])
+        exact, travelled = _spec_adamw(weights, grads, opt)
+        # float32: torch keeps 1 - lr * decay rounded, a relative error of u / 2 in p at every step, on top of rounding
+        # p twice a step; relative to the path that is far larger than for our own form, and proportional to t.
+        for side, library in ((JaxSide, "optax.adamw"), (TorchSide, "torch.optim.AdamW")):
+            results = side(s.cfg, dtype).adamw(weights, grads, opt, STEPS, library=True)
+            for n in STEPS:
+                if dtype == "float64":
+                    name, error = worst(tensor_errors(update_of(results[n], weights), update_of(exact[n], weights)))
+                    allowed = UPDATE_ALLOWED
+                elif n == STEPS[-1]:
+                    share = {}
+                    for key, p64 in exact[n].items():
+                        bound = EPS[dtype] / 2 * (3 * n * np.linalg.norm(p64) + 8 * travelled[key])
+                        share[key] = float(np.linalg.norm(results[n][key] - p64) / bound)
+                    (name, error), allowed = worst(share), 1.0
+                else:
+                    continue
+                ok = error <= allowed
+                what = "update" if dtype == "float64" else "share of the bound"
+                yield Row("library", f"{library}, {what} after {n}", dtype, error, allowed, ok, "" if ok else side.name, name)
+
+
+def initial_weights(s: "Settings") -> Tensors:
+    """The start of a training run, as the specification makes it."""
+    shapes = tensor_shapes(s.cfg).items()
+    return {
+        name: spec.initial_weight(s.seed, i, name, shape, s.cfg.num_hidden_layers)
+        for i, (name, shape) in enumerate(shapes)
+    }
+
+
+def check_trajectory(s: "Settings") -> Iterator[Row]:
+    """A thousand steps: single steps from common states, and both sides running free."""
+    if "float64" in s.dtypes:
+        yield from _float64_trajectory(s)
+    for dtype in [d for d in ("float32", "bfloat16") if d in s.dtypes]:
+        yield from _low_precision_trajectory(s, dtype)
+
+
+def _float64_trajectory(s: "Settings") -> Iterator[Row]:
+    data, weights = RandomBatches(s.cfg, s.seed, batch=s.batch, length=s.length), initial_weights(s)
+    opt = OptimizerConfig(lr_max=1e-3, lr_min=1e-4, warmup_steps=min(100, s.steps // 10), total_steps=s.steps)
+    sides = [JaxSide(s.cfg, "float64"), TorchSide(s.cfg, "float64")]
+    checkpoints: dict[int, TrainingState] = {0: start_state(weights)}
+
+    def keep(step, state, loss):
+        if step % 10 == 0 and step < s.steps:
+            checkpoints[step] = state()
+
+    free = [sides[0].train(start_state(weights), opt, data, s.steps, keep)]
+    free.append(sides[1].train(start_state(weights), opt, data, s.steps))
+    nudged = start_state(weights)
+    first = nudged.weights["model.layers.0.self_attn.q_proj.weight"]
+    first[0, 0] = np.nextafter(first[0, 0], np.inf)
+    control = sides[0].train(nudged, opt, data, s.steps)
+
+    # (a) one step of each from the same state, which is JAX's own at every tenth step
+    rows = []
+    for step, state in checkpoints.items():
+        if s.warmup_lr_is_zero(opt, step):
+            continue
+        ends = [side.train(state, opt, data, step + 1).weights for side in sides]
+        ends.append(spec_train(s, state, opt, data, step + 1)[0].weights)
+        updates = [update_of(end, state.weights) for end in ends]
+        rows.append(three_way("trajectory", "", "float64", *updates, UPDATE_ALLOWED, f"step {step}"))
+    bad = [row for row in rows if not row.ok]
+    row = max(bad or rows, key=lambda row: row.measured)
+    yield dataclasses.replace(row, item=f"one step from a common state, {len(rows)} states")
+
+    # (b) running free
+    free.append(spec_train(s, start_state(weights), opt, data, s.steps)[0])
+    drift = [_max_difference(a, b) for a, b in ((free[0], free[2]), (free[1], free[2]), (free[0], free[1]))]
+    noise = _max_difference(free[0], control)
+    allowed = max(DRIFT_FLOOR, DRIFT_FACTOR * noise)
+    item, note = f"max |dp| after {s.steps} free steps", f"one ulp in one weight makes {noise:.1e}"
+    if noise > CHAOTIC:
+        yield Row("trajectory", item, "float64", max(drift), math.inf, True, "", note + ": chaotic, not judged")
+        return
+    side = verdict(not drift[0] <= allowed, not drift[1] <= allowed, drift[2] <= allowed)
+    yield Row("trajectory", item, "float64", max(drift), allowed, not side, side, note)
+
+
+def _max_difference(a: TrainingState, b: TrainingState) -> float:
+    return max(float(np.abs(a.weights[name] - b.weights[name]).max()) for name in a.weights)
+
+
+def _low_precision_trajectory(s: "Settings", dtype: str) -> Iterator[Row]:
+    """Loss curves of both sides, against what the smallest change within one framework does to its own curve.
+
+    float32: |difference| <= 10 x the control at every step, floor 1e-5. bfloat16: the rms difference over the run, at
+    most 3 x that of the control, which is JAX with one bfloat16 ulp in every tenth weight; elementwise it would be noise.
+    """
+    steps = min(s.steps, 1000 if dtype == "float32" else 200)
+    data = RandomBatches(s.cfg, s.seed, batch=s.batch, length=s.length)
+    weights = {name: round_to(x, "float32") for name, x in initial_weights(s).items()}
+    opt = OptimizerConfig(lr_max=1e-3, lr_min=1e-4, warmup_steps=steps // 10, total_steps=steps)
+    rng = np.random.default_rng((s.seed, 6))
+
+    def losses(side, weights) -> np.ndarray:
+        curve: list[float] = []
+        try:
+            side.train(start_state(weights), opt, data, steps, lambda step, state, loss: curve.append(loss))
+        except UserError:  # too many skipped steps: a curve of NaN, which no band holds
+            curve += [math.nan] * (steps - len(curve))
+        return np.array(curve)
+
+    def nudged() -> Tensors:
+        return {
+            name: x * (1 + EPS[dtype] * (rng.random(x.shape) < 0.1) * rng.choice([-1, 1], x.shape))
+            for name, x in weights.items()
+        }
+
+    jax_side = JaxSide(s.cfg, dtype)
+    jax, torch = losses(jax_side, weights), losses(TorchSide(s.cfg, dtype), weights)
+    exact = np.array(spec_train(s, start_state(weights), opt, data, steps)[2])
+    controls = [losses(jax_side, nudged()) for _ in range(3)]
+    if dtype == "float32":
+        noise = max(float(np.abs(control - jax).max()) for control in controls)
+        allowed = max(LOSS_FLOOR[dtype], 10 * noise)
+        distance = lambda a, b: float(np.abs(a - b).max())
+        item = f"largest loss difference in {steps} steps"
+    else:
+        noise = max(_rms(control - jax) for control in controls)
+        allowed = max(LOSS_FLOOR[dtype], 3 * noise)
+        distance = lambda a, b: _rms(a - b)
+        item = f"rms loss difference over {steps} steps"
+    pair = distance(jax, torch)
+    side = ""
+    if not pair <= allowed:
+        errors = distance(jax, exact), distance(torch, exact)
+        side = TORCH if not errors[1] <= errors[0] else JAX
+    else:  # both may be off the specification alike: a shared error, allowed three times the band for low precision
+        errors = distance(jax, exact), distance(torch, exact)
+        band = 3 * max(allowed, 30 * noise if dtype == "float32" else 10 * noise)
+        side = verdict(not errors[0] <= band, not errors[1] <= band, True)
+    yield Row("trajectory", item, dtype, pair, allowed, not side, side, f"within JAX: {noise:.1e}")
+
+
+def _rms(x: np.ndarray) -> float:
+    return float(np.sqrt(np.mean(x * x)))
