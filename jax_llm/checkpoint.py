@@ -3,18 +3,28 @@
 Every array that comes in is copied: `jax.device_put` may alias NumPy memory on a CPU.
 """
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 
 from jax_llm.model import Params, build_params
 from jax_llm.optim import decay_mask, make_optimizer
-from jax_llm.train import TrainState
-from llm_common.checkpoint import TrainingState, load_checkpoint, save_checkpoint
-from llm_common.config import ModelConfig, OptimizerConfig
+from jax_llm.train import TrainState, fit, init_state, select_device
+from llm_common.checkpoint import (
+    TrainingState,
+    check_resumable,
+    latest_checkpoint,
+    load_checkpoint,
+    run_settings,
+    save_checkpoint,
+)
+from llm_common.config import ModelConfig, OptimizerConfig, TrainConfig
+from llm_common.data import TokenDataset
 from llm_common.tensors import check_tensors, tensor_shapes
 from llm_common.tokenizer import Tokenizer
 
@@ -66,3 +76,38 @@ def restore(folder: Path, cfg: ModelConfig, opt: OptimizerConfig, dtype=jnp.floa
     """Read a checkpoint folder, written by either framework. Raises UserError if it is damaged or of another model."""
     _, saved, _ = load_checkpoint(folder, cfg)
     return from_training_state(cfg, opt, saved, dtype)
+
+
+def fit_and_save(
+    run: Path,
+    cfg: ModelConfig,
+    train: TrainConfig,
+    opt: OptimizerConfig,
+    dataset: TokenDataset,
+    device: str = "auto",
+    tokenizer: Tokenizer | None = None,
+    save_every: int | None = None,
+    on_step: Callable[[int, dict[str, float]], None] | None = None,
+) -> Path:
+    """Train with checkpoints: go on from the newest one in `run`, save every `save_every` steps and at the end.
+
+    Returns the last checkpoint. Raises UserError if the checkpoint there belongs to another run, or the device is absent.
+    """
+    settings = run_settings(train, opt, dataset)
+    folder = latest_checkpoint(run)
+    with jax.default_device(select_device(device)):
+        if folder is None:
+            state = init_state(cfg, train, opt)
+        else:
+            _, saved, old_settings = load_checkpoint(folder, cfg)
+            check_resumable(folder, old_settings, settings)
+            state = from_training_state(cfg, opt, saved, jnp.dtype(train.master_dtype))
+
+        def hook(step: int, state: TrainState, metrics: dict[str, float]) -> None:
+            if on_step is not None:
+                on_step(step, metrics)
+            if save_every and step % save_every == 0 and step < opt.total_steps:
+                save(run, cfg, state, settings, tokenizer)
+
+        state = fit(state, cfg, train, opt, dataset, on_step=hook)
+        return save(run, cfg, state, settings, tokenizer)

@@ -11,17 +11,18 @@ The folder is written under a temporary name and renamed when it is complete, so
 checkpoint as it was. There is no pickle anywhere.
 """
 
-import dataclasses
 import hashlib
 import json
 import os
 import shutil
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from llm_common.config import ModelConfig
+from llm_common.config import ModelConfig, OptimizerConfig, TrainConfig
+from llm_common.data import TokenDataset
 from llm_common.errors import UserError
 from llm_common.tensors import check_tensors, read_tensors, sync, write_tensors
 from llm_common.tokenizer import FILE_NAME as TOKENIZER_FILE
@@ -36,7 +37,7 @@ CONFIG_FILE, MODEL_FILE, OPTIMIZER_FILE, STATE_FILE = (
 )
 
 
-@dataclasses.dataclass
+@dataclass
 class TrainingState:
     """Everything a run needs to go on, in either framework. Arrays are canonical tensors in the master dtype."""
 
@@ -127,7 +128,7 @@ def load_checkpoint(folder: Path, cfg: ModelConfig | None = None) -> tuple[Model
             raise UserError(f"{path}: damaged (its sha256 is not the recorded one); use an earlier checkpoint")
     saved_cfg, weights = load_weights(folder)
     if cfg is not None and cfg != saved_cfg:
-        saved, asked = dataclasses.asdict(saved_cfg), dataclasses.asdict(cfg)
+        saved, asked = asdict(saved_cfg), asdict(cfg)
         differing = [f"{key} = {saved[key]!r} here, {asked[key]!r} asked for" for key in saved if saved[key] != asked[key]]
         raise UserError(f"{folder}: checkpoint of another model: {'; '.join(differing)}")
     moments = read_tensors(folder / OPTIMIZER_FILE)
@@ -138,6 +139,26 @@ def load_checkpoint(folder: Path, cfg: ModelConfig | None = None) -> tuple[Model
         check_tensors(saved_cfg, moment, f"{folder / OPTIMIZER_FILE} ({label})")
     state = TrainingState(weights, mu, nu, content["step"], content["adam_count"])
     return saved_cfg, state, content["settings"]
+
+
+def run_settings(train: TrainConfig, opt: OptimizerConfig, dataset: TokenDataset) -> dict[str, Any]:
+    """What a checkpoint records of its run, as JSON."""
+    return {"train": asdict(train), "optimizer": asdict(opt), "data": dataset.fingerprint()}
+
+
+def check_resumable(folder: Path, saved: dict[str, Any], asked: dict[str, Any]) -> None:
+    """Raise UserError, naming every differing field, unless a run may go on from the checkpoint `folder`.
+
+    The framework and the attention backend may change: the results agree. Everything else would silently be another run.
+    """
+    differing = []
+    for part, values in asked.items():
+        for key, value in values.items():
+            old = saved.get(part, {}).get(key)
+            if old != value and key != "attention_backend":
+                differing.append(f"{part}.{key} = {old!r} here, {value!r} asked for")
+    if differing:
+        raise UserError(f"{folder}: the run was started with other settings: {'; '.join(differing)}; use another --out")
 
 
 def load_tokenizer(folder: Path) -> Tokenizer | None:

@@ -11,7 +11,7 @@ import numpy as np
 from llm_common.tensors import tensor_shapes
 from parity import spec
 from parity.cases import random_batch, random_weights, variants
-from parity.compare import BOTH, EPS, JAX, TORCH, Row, Tensors, spacing, tensor_errors, three_way, verdict, worst
+from parity.compare import BOTH, EPS, JAX, TORCH, Row, Tensors, global_norm, spacing, tensor_errors, three_way, verdict, worst
 from parity.jax_side import JaxSide
 from parity.torch_side import TorchSide
 
@@ -108,6 +108,7 @@ def _check_pooled(s: "Settings", what: str, dtype: str) -> Iterator[Row]:
     """Rule for low precision: neither side errs much more than the other, and neither more than rounding explains."""
     sides = [side(s.cfg, dtype) for side in (JaxSide, TorchSide)]
     squares: list[defaultdict[str, float]] = [defaultdict(float) for _ in range(3)]
+    sizes: defaultdict[str, float] = defaultdict(float)
     losses: list[list[float]] = [[], [], []]
     for i in range(SEEDS):
         seed = s.seed + 100 * i
@@ -126,10 +127,15 @@ def _check_pooled(s: "Settings", what: str, dtype: str) -> Iterator[Row]:
             results = [grads for _, grads in pairs]
             for k, (low, _) in enumerate(pairs):
                 losses[k].append(low - loss)
-        for k, result in enumerate(results):
-            for name, error in tensor_errors(result, exact).items():
-                squares[k][_pool(name, exact)] += error**2
-    pooled = [{name: math.sqrt(x / SEEDS) for name, x in square.items()} for square in squares]
+        floor, all_errors = 1e-8 * global_norm(exact), [tensor_errors(result, exact) for result in results]
+        for name, x in exact.items():
+            size = max(float(np.linalg.norm(x)), floor, 1e-300)
+            sizes[_pool(name, exact)] += size**2
+            for k, errors in enumerate(all_errors):
+                squares[k][_pool(name, exact)] += (errors[name] * size) ** 2
+    # sums of squares over sums of squares, not means of ratios: a seed whose gradient all but vanishes, as behind a
+    # saturated softmax, has a huge relative error on either side by chance
+    pooled = [{name: math.sqrt(x / sizes[name]) for name, x in square.items()} for square in squares]
     yield from _ceiling_rows(what, dtype, *pooled)
     yield _ratio_row(what, dtype, pooled[0], pooled[1])
     if what == "gradients":

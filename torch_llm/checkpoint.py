@@ -3,17 +3,27 @@
 Every array that comes in is copied: `torch.from_numpy` would share memory with its source.
 """
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from llm_common.checkpoint import TrainingState, load_checkpoint, save_checkpoint
+from llm_common.checkpoint import (
+    TrainingState,
+    check_resumable,
+    latest_checkpoint,
+    load_checkpoint,
+    run_settings,
+    save_checkpoint,
+)
+from llm_common.config import ModelConfig, OptimizerConfig, TrainConfig
+from llm_common.data import TokenDataset
 from llm_common.tensors import check_tensors, tensor_shapes
 from llm_common.tokenizer import Tokenizer
 from torch_llm.model import CausalLM
-from torch_llm.train import Trainer
+from torch_llm.train import Trainer, select_device
 
 
 def from_canonical(model: CausalLM, weights: dict[str, np.ndarray]) -> CausalLM:
@@ -61,6 +71,39 @@ def restore(folder: Path, trainer: Trainer) -> Trainer:
     """Read a checkpoint folder, written by either framework. Raises UserError if it is damaged or of another model."""
     _, saved, _ = load_checkpoint(folder, trainer.cfg)
     return from_training_state(trainer, saved)
+
+
+def fit_and_save(
+    run: Path,
+    cfg: ModelConfig,
+    train: TrainConfig,
+    opt: OptimizerConfig,
+    dataset: TokenDataset,
+    device: str = "auto",
+    tokenizer: Tokenizer | None = None,
+    save_every: int | None = None,
+    on_step: Callable[[int, dict[str, float]], None] | None = None,
+) -> Path:
+    """Train with checkpoints: go on from the newest one in `run`, save every `save_every` steps and at the end.
+
+    Returns the last checkpoint. Raises UserError if the checkpoint there belongs to another run, or the device is absent.
+    """
+    settings = run_settings(train, opt, dataset)
+    folder = latest_checkpoint(run)
+    trainer = Trainer(cfg, train, opt, select_device(device))
+    if folder is not None:
+        _, saved, old_settings = load_checkpoint(folder, cfg)
+        check_resumable(folder, old_settings, settings)
+        from_training_state(trainer, saved)
+
+    def hook(step: int, trainer: Trainer, metrics: dict[str, float]) -> None:
+        if on_step is not None:
+            on_step(step, metrics)
+        if save_every and step % save_every == 0 and step < opt.total_steps:
+            save(run, trainer, settings, tokenizer)
+
+    trainer.fit(dataset, on_step=hook)
+    return save(run, trainer, settings, tokenizer)
 
 
 def _array(tensor: torch.Tensor) -> np.ndarray:

@@ -1,0 +1,169 @@
+"""The whole story on one page: a tokenizer, one model trained in both frameworks, the ladder, the same text from both."""
+
+import time
+from pathlib import Path
+
+import numpy as np
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+from llm_common.checkpoint import load_checkpoint, load_weights
+from llm_common.config import OptimizerConfig, SamplingConfig, TrainConfig, preset
+from llm_common.corpus import documents
+from llm_common.data import TokenDataset, unigram_entropy, write_tokens
+from llm_common.errors import import_side
+from llm_common.run_log import RunLog
+from llm_common.tokenizer import FILE_NAME, Tokenizer, train_bpe
+from parity.compare import JAX, TORCH, Row
+from parity.jax_side import JaxSide
+from parity.ladder import Settings, run_checks
+from parity.report import draw_curves, make_console, print_table, verdict_line, write_json, write_markdown
+from parity.torch_side import TorchSide
+
+STEPS = 200
+PROMPT = "Return a string"
+NATS_BELOW_UNIGRAM = 0.8  # what a model that learned something must beat the token frequencies by
+# float32, the same weights and batches: rounding differs from the first step on and training amplifies it. Within one
+# framework, one ulp in one weight changes this run's losses by up to 3e-5; ten times that is allowed.
+LOSS_DIFFERENCE_ALLOWED = 3e-4
+
+
+def run_demo(out: Path, data: str | None = None, steps: int = STEPS, ladder: Settings | None = None) -> bool:
+    """Everything, printed as it goes; files go to `out`. Returns whether every check holds."""
+    console, start = make_console(), time.perf_counter()
+    out.mkdir(parents=True, exist_ok=True)
+    console.rule("[bold]1. text and tokenizer", align="left")
+    tokenizer, dataset, unigram = prepare(console, out, data)
+
+    console.rule("[bold]2. the same model, trained twice", align="left")
+    cfg, train = preset("demo"), TrainConfig(seed=0, batch_size=16, seq_len=128)
+    opt = OptimizerConfig(lr_max=3e-3, lr_min=3e-4, warmup_steps=min(20, steps // 2), total_steps=steps)
+    dataset = TokenDataset(dataset, train.seq_len, train.batch_size, train.seed, cfg.vocab_size)
+    console.print(
+        f"{cfg.num_parameters():,} parameters, {steps} steps of {train.batch_size} x {train.seq_len} tokens, float32, seed 0"
+    )
+    curves, folders = {}, {}
+    for framework in ("jax", "torch"):
+        curves[framework], folders[framework] = _train(console, framework, out, cfg, train, opt, dataset, tokenizer)
+    rows = _training_rows(cfg, curves, unigram)
+    picture = out / "loss_curves.png"
+    title = f"One model, one seed, two frameworks: {cfg.num_parameters() / 1e6:.1f}M parameters, float32"
+    draw_curves(picture, curves["jax"], curves["torch"], unigram, title)
+
+    console.rule("[bold]3. the ladder: logits, gradients, optimizer, trajectories, tokens", align="left")
+    settings = ladder or Settings()
+    rows += run_checks(settings, on_check=lambda *args: print_progress(console, *args))
+
+    console.rule("[bold]4. the same text from both", align="left")
+    rows.append(_generate(console, folders, tokenizer))
+
+    console.rule("[bold]verdict", align="left")
+    print_table(console, rows)
+    seconds = time.perf_counter() - start
+    last = {name: curve[-1] for name, curve in curves.items()}
+    summary = (
+        f"Loss after {steps} steps: JAX {last['jax']:.6f}, PyTorch {last['torch']:.6f} nats per token; "
+        f"unigram entropy {unigram:.3f}."
+    )
+    console.print(summary)
+    write_json(out / "report.json", rows, seconds=seconds, losses=curves, unigram_entropy=unigram)
+    write_markdown(out / "report.md", rows, [summary, "", "![loss curves](loss_curves.png)"])
+    ok = all(row.ok for row in rows)
+    console.print(f"[bold {'green' if ok else 'red'}]{verdict_line(rows)}[/]")
+    console.print(f"{seconds:.0f} s; report: {out / 'report.md'}, {out / 'report.json'}; picture: {picture}")
+    return ok
+
+
+def prepare(console: Console, out: Path, data: str | None) -> tuple[Tokenizer, Path, float]:
+    """Tokenizer and token file of a corpus; prints what they are and the unigram entropy."""
+    start = time.perf_counter()
+    texts = list(documents(data))
+    tokenizer = train_bpe(texts, preset("demo").vocab_size)
+    tokenizer.save(out / FILE_NAME)
+    path = out / "tokens.npy"
+    info = write_tokens(path, texts, tokenizer)
+    unigram = unigram_entropy(np.load(path))
+    source = "the documentation that ships with Python" if data is None else data
+    console.print(
+        f"{source}: {info['documents']:,} documents, {info['bytes'] / 1e6:.1f} MB; {info['tokens']:,} tokens of "
+        f"{tokenizer.vocab_size} kinds; unigram entropy {unigram:.3f} nats  ({time.perf_counter() - start:.0f} s)"
+    )
+    return tokenizer, path, unigram
+
+
+def _train(console, framework, out, cfg, train, opt, dataset, tokenizer) -> tuple[list[float], Path]:
+    """One run from step 0; its losses and its last checkpoint."""
+    run = out / framework
+    for old in run.glob("step-*"):  # a demo always trains again
+        for file in old.iterdir():
+            file.unlink()
+        old.rmdir()
+    (run / "log.jsonl").unlink(missing_ok=True)
+    log, losses, start = RunLog(run / "log.jsonl", framework=framework), [], time.perf_counter()
+    columns = (TextColumn(f"{framework:5}"), BarColumn(), TextColumn("{task.completed}/{task.total}"), TimeRemainingColumn())
+    with Progress(*columns, TextColumn("loss {task.fields[loss]:.3f}"), console=console, transient=True) as progress:
+        task = progress.add_task("", total=opt.total_steps, loss=float("nan"))
+
+        def on_step(step: int, metrics: dict[str, float]) -> None:
+            losses.append(metrics["loss"])
+            log.write({"step": step, **metrics})
+            progress.update(task, advance=1, loss=metrics["loss"])
+
+        folder = import_side(framework, "checkpoint").fit_and_save(
+            run, cfg, train, opt, dataset, "cpu", tokenizer, on_step=on_step
+        )
+    log.close()
+    seconds = time.perf_counter() - start
+    tokens = len(losses) * train.batch_size * train.seq_len
+    console.print(f"{framework:5}  loss {losses[0]:.6f} -> {losses[-1]:.6f}  {seconds:.0f} s, {tokens / seconds:,.0f} tokens/s")
+    return losses, folder
+
+
+def _training_rows(cfg, curves, unigram: float) -> list[Row]:
+    jax, torch = np.array(curves["jax"]), np.array(curves["torch"])
+    difference = float(np.abs(jax - torch).max())
+    ok = difference <= LOSS_DIFFERENCE_ALLOWED
+    rows = [
+        Row(
+            "training",
+            "largest difference of the loss curves",
+            "float32",
+            difference,
+            LOSS_DIFFERENCE_ALLOWED,
+            ok,
+            "" if ok else "JAX or torch: the ladder below tells which",
+        )
+    ]
+    for name, curve in ((JAX, jax), (TORCH, torch)):
+        last = float(curve[-10:].mean())
+        limit = unigram - NATS_BELOW_UNIGRAM
+        item = f"{name}: loss of the last 10 steps; unigram entropy {unigram:.3f} - {NATS_BELOW_UNIGRAM}"
+        rows.append(Row("training", item, "float32", last, limit, last <= limit, "" if last <= limit else name))
+    return rows
+
+
+def _generate(console: Console, folders: dict[str, Path], tokenizer: Tokenizer) -> Row:
+    """Each framework continues a prompt with the weights it trained itself, then torch with those that JAX trained."""
+    prompt = np.array([tokenizer.encode(PROMPT)])
+    sampling = SamplingConfig(temperature=0.8, top_k=40, seed=1)
+    texts, weights = {}, {}
+    for name, side in (("jax", JaxSide), ("torch", TorchSide)):
+        cfg, weights[name] = load_weights(folders[name])
+        texts[name] = side(cfg, "float32").generate(weights[name], prompt, 60, sampling, tokenizer.end_of_text)[0]
+        console.print(f"[bold]{name:5}[/bold] {PROMPT}{tokenizer.decode(texts[name])!r:.400}", markup=True)
+    crossed = TorchSide(cfg, "float32").generate(weights["jax"], prompt, 60, sampling, tokenizer.end_of_text)[0]
+    same = next((i for i, (a, b) in enumerate(zip(*texts.values(), strict=False)) if a != b), min(map(len, texts.values())))
+    console.print(f"own weights: the same first {same} of {len(texts['jax'])} tokens; JAX's checkpoint in torch: compared below")
+    load_checkpoint(folders["jax"])  # every sha256
+    differing = sum(a != b for a, b in zip(texts["jax"], crossed, strict=False)) + abs(len(texts["jax"]) - len(crossed))
+    ok = differing == 0
+    item = f"tokens that differ of {len(texts['jax'])}, JAX's checkpoint read by torch"
+    return Row("text", item, "float32", differing, 0, ok, "" if ok else "JAX or torch: see the tokens check")
+
+
+def print_progress(console: Console, name: str, rows: list[Row], seconds: float) -> None:
+    """One line for a finished check."""
+    bad = [row for row in rows if not row.ok]
+    mark = "[green]ok  [/green]" if not bad else "[bold red]FAIL[/bold red]"
+    text = f"{len(rows)} figures" if not bad else f"{bad[0].item}: side {bad[0].side}"
+    console.print(f"  {mark} {name:11} {text}  ({seconds:.0f} s)")

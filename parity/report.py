@@ -1,0 +1,112 @@
+"""What a person and a machine read of a run: the table, a JSON file, a Markdown page and the picture of the curves."""
+
+import json
+import math
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from llm_common.run_log import environment
+from parity.compare import Row
+
+
+def make_console() -> Console:
+    """A console as wide as the terminal, or wide enough for the table when the output goes to a file."""
+    console = Console(highlight=False)
+    return console if console.is_terminal else Console(highlight=False, width=150)
+
+
+def verdict_line(rows: list[Row]) -> str:
+    """One sentence: do they agree, and if not, which side differs first."""
+    failed = [row for row in rows if not row.ok]
+    if not failed:
+        return f"All {len(rows)} checks hold: JAX, PyTorch and the specification agree."
+    first = failed[0]
+    return (
+        f"{len(failed)} of {len(rows)} checks fail. First at {first.check} ({first.item}): {number(first.measured)}, "
+        f"allowed {number(first.allowed)}. Side: {first.side}."
+    )
+
+
+def number(x: float) -> str:
+    if not math.isfinite(x):
+        return "-" if math.isinf(x) else "nan"
+    return str(int(x)) if x == int(x) and abs(x) < 1e6 else f"{x:.1e}" if abs(x) < 1e-2 or abs(x) > 1e3 else f"{x:.2f}"
+
+
+def print_table(console: Console, rows: list[Row]) -> None:
+    table = Table(title="measured error against what is allowed", title_justify="left", pad_edge=False)
+    for column, justify in (("check", "left"), ("what", "left"), ("dtype", "left"), ("measured", "right"), ("allowed", "right")):
+        table.add_column(column, justify=justify, no_wrap=column != "what")  # type: ignore[arg-type]
+    table.add_column("verdict")
+    last = ""
+    for row in rows:
+        if last and row.check != last:
+            table.add_section()
+        last = row.check
+        verdict = "[green]ok[/green]" if row.ok else f"[bold red]{row.side}[/bold red] {row.note}"
+        table.add_row(row.check, row.item, row.dtype, number(row.measured), number(row.allowed), verdict)
+    console.print(table)
+
+
+def write_json(path: Path, rows: list[Row], **content: Any) -> None:
+    """The rows, the environment and whatever else describes the run."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    document = {
+        "verdict": verdict_line(rows),
+        "ok": all(row.ok for row in rows),
+        "environment": environment(),
+        **content,
+        "rows": [{key: _json_value(value) for key, value in asdict(row).items()} for row in rows],
+    }
+    path.write_text(json.dumps(document, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+
+
+def _json_value(x: Any) -> Any:
+    if isinstance(x, np.generic):
+        x = x.item()
+    return str(x) if isinstance(x, float) and not math.isfinite(x) else x  # JSON has no infinity
+
+
+def write_markdown(path: Path, rows: list[Row], paragraphs: list[str]) -> None:
+    """A page to send to a colleague or to paste into a pull request."""
+    versions = ", ".join(f"{name} {version}" for name, version in environment()["versions"].items() if version)
+    lines = ["# Parity report", "", f"**{verdict_line(rows)}**", "", *paragraphs]
+    lines += ["", "| check | what | dtype | measured | allowed | verdict |", "|---|---|---|---|---|---|"]
+    for row in rows:
+        verdict = "ok" if row.ok else f"**{row.side}** {row.note}"
+        lines.append(f"| {row.check} | {row.item} | {row.dtype} | {number(row.measured)} | {number(row.allowed)} | {verdict} |")
+    lines += ["", f"Python {environment()['python']}, {environment()['system']} {environment()['machine']}; {versions}", ""]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("\n".join(lines), encoding="utf-8")
+
+
+def draw_curves(path: Path, jax: list[float], torch: list[float], unigram: float, title: str) -> None:
+    """Both loss curves, and below them the size of their difference on a log axis."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    steps = range(1, len(jax) + 1)
+    figure, (top, bottom) = plt.subplots(2, 1, figsize=(7.5, 6), sharex=True, height_ratios=[2, 1], layout="constrained")
+    top.plot(steps, jax, color="#2a78d6", linewidth=4, alpha=0.45, label="JAX")
+    top.plot(steps, torch, color="#c2410c", linewidth=1.2, label="PyTorch")
+    top.axhline(unigram, color="#6b7280", linewidth=1, linestyle="--", label="entropy of the token frequencies")
+    top.set_ylabel("loss (nats per token)")
+    top.set_title(title, fontsize=11, loc="left")
+    top.legend(frameon=False)
+    difference = [max(abs(a - b), 1e-9) for a, b in zip(jax, torch, strict=True)]
+    bottom.semilogy(steps, difference, color="#111827", linewidth=1)
+    bottom.set_ylabel("|difference|")
+    bottom.set_xlabel("step")
+    for axis in (top, bottom):
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.grid(alpha=0.2)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
