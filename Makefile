@@ -18,7 +18,7 @@ lint: $(VENV)/.installed
 	@echo "== lint and types"
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/pyright
+	$(BIN)/pyright --pythonpath $(BIN)/python
 
 # the tests that take minutes, and those that need the TPU compiler (pip install '.[tpu]')
 slow: $(VENV)/.installed

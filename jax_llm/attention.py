@@ -3,6 +3,8 @@
 B batch, T query positions, S key positions, D hidden_size, N query heads, K key/value heads, G = N / K, H head_dim.
 """
 
+from typing import Literal
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -33,20 +35,20 @@ def reference_attention(q: Array, k: Array, v: Array, mask: Array | None = None)
     return jnp.einsum("bkgts,bskh->btkgh", probs, v).reshape(b, t, n, h)
 
 
-def fused_attention(q: Array, k: Array, v: Array, mask: Array | None, implementation: str) -> Array:
+def fused_attention(q: Array, k: Array, v: Array, mask: Array | None, implementation: Literal["xla", "cudnn"]) -> Array:
     """The same through `jax.nn.dot_product_attention`: "xla" on any device, "cudnn" on a GPU in bfloat16.
 
     With an explicit mask, which is cached decoding, cuDNN has nothing to gain and "xla" is taken.
     """
     if q.dtype == jnp.float64:
-        raise UserError("JAX's fused attention computes float64 at float32 accuracy; use attention_backend = 'reference'")
+        raise UserError(
+            "JAX's fused attention computes float64 at float32 accuracy; use attention_backend = 'reference'"
+        )
     if mask is None:
         return jax.nn.dot_product_attention(
             q, k, v, scale=q.shape[-1] ** -0.5, is_causal=True, implementation=implementation
         )
-    return jax.nn.dot_product_attention(
-        q, k, v, scale=q.shape[-1] ** -0.5, mask=mask[None, None], implementation="xla"
-    )
+    return jax.nn.dot_product_attention(q, k, v, scale=q.shape[-1] ** -0.5, mask=mask[None, None], implementation="xla")
 
 
 def causal_mask(query_positions: Array, key_positions: Array) -> Array:
@@ -58,7 +60,9 @@ def dot_product_attention(q: Array, k: Array, v: Array, mask: Array | None, back
     """Attention by a resolved backend: "reference", "xla" or "cudnn". mask: (T, S), or None for causal."""
     if backend == "reference":
         return reference_attention(q, k, v, mask)
-    return fused_attention(q, k, v, mask, backend)
+    if backend in ("xla", "cudnn"):
+        return fused_attention(q, k, v, mask, backend)
+    raise UserError(f"attention backend {backend!r} is unknown; known: reference, xla, cudnn (see resolve_backend)")
 
 
 def resolve_backend(setting: str, platform: str, compute_dtype: str) -> str:

@@ -14,7 +14,7 @@ import optax
 
 from jax_llm.model import Params, build_params
 from jax_llm.optim import decay_mask, make_optimizer
-from jax_llm.train import TrainState, fit, init_state, select_device
+from jax_llm.train import TrainState, fit, init_state, select_device, x64
 from llm_common.checkpoint import (
     TrainingState,
     check_resumable,
@@ -95,7 +95,7 @@ def fit_and_save(
     """
     settings = run_settings(train, opt, dataset)
     folder = latest_checkpoint(run)
-    with jax.default_device(select_device(device)):
+    with jax.default_device(select_device(device)), x64(train.master_dtype):
         if folder is None:
             state = init_state(cfg, train, opt)
         else:

@@ -13,10 +13,13 @@ import numpy as np
 from jax import Array
 
 from jax_llm import random_bits
+from jax_llm.attention import resolve_backend
+from jax_llm.checkpoint import from_canonical
 from jax_llm.kv_cache import KVCache, init_cache
 from jax_llm.model import CausalLM, Params
 from jax_llm.sampling import sample
-from llm_common.config import SamplingConfig, check_length
+from jax_llm.train import matmul_precision, select_device, x64
+from llm_common.config import ModelConfig, SamplingConfig, check_length
 from llm_common.errors import UserError
 from llm_common.tensors import check_token_ids
 
@@ -25,7 +28,7 @@ def decode_step(
     model: CausalLM, params: Params, cache: KVCache, tokens: Array, key: Array, sampling: SamplingConfig
 ) -> tuple[KVCache, Array]:
     """Feed tokens (B, T) at the cache's next positions and draw the token that follows: the new cache and ids (B,)."""
-    logits, cache = model.apply({"params": params}, tokens, cache)
+    logits, cache = model.apply({"params": params}, tokens, cache)  # pyright: ignore[reportAssignmentType]
     rows = jnp.arange(tokens.shape[0])
     positions = jnp.full_like(rows, cache.length)
     return cache, sample(logits[:, -1], sampling, key, rows, positions)
@@ -92,3 +95,21 @@ def generate(
         eos_id=eos_id,
     )
     return [[int(i) for i in text if i >= 0 and i != eos_id] for text in np.asarray(texts)]
+
+
+def generate_from(
+    cfg: ModelConfig,
+    weights: dict[str, np.ndarray],
+    prompt: np.ndarray,
+    max_new_tokens: int,
+    sampling: SamplingConfig,
+    eos_id: int | None = None,
+    device: str = "auto",
+    compute_dtype: str = "float32",
+) -> list[list[int]]:
+    """`generate` from canonical weights on a device by name."""
+    target = select_device(device)
+    with jax.default_device(target), x64(compute_dtype), matmul_precision(compute_dtype):
+        model = CausalLM(cfg, backend=resolve_backend("auto", target.platform, compute_dtype))
+        params = from_canonical(cfg, weights, jnp.dtype(compute_dtype))
+        return generate(model, params, prompt, max_new_tokens, sampling, eos_id)

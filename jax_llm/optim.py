@@ -44,8 +44,8 @@ class AdamWState(NamedTuple):
 def clip(max_norm: float | None) -> optax.GradientTransformation:
     """`clip_by_global_norm` as a gradient transformation without state."""
 
-    def update(grads, state, params=None):
-        return clip_by_global_norm(grads, max_norm)[0], state
+    def update(updates, state, params=None):
+        return clip_by_global_norm(updates, max_norm)[0], state
 
     return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
 
@@ -63,11 +63,11 @@ def adamw(
     def init(params):
         return AdamWState(jax.tree.map(jnp.zeros_like, params), jax.tree.map(jnp.zeros_like, params))
 
-    def update(grads, state, params, *, scalars: StepScalars, **_):
+    def update(updates, state, params=None, *, scalars: StepScalars, **_):
         mask = jax.tree.map(lambda p: p.ndim >= 2, params) if decay_mask is None else decay_mask
         lr, correction1, correction2 = scalars
-        mu = jax.tree.map(lambda g, m: beta1 * m + (1.0 - beta1) * g, grads, state.mu)
-        nu = jax.tree.map(lambda g, v: beta2 * v + (1.0 - beta2) * g * g, grads, state.nu)
+        mu = jax.tree.map(lambda g, m: beta1 * m + (1.0 - beta1) * g, updates, state.mu)
+        nu = jax.tree.map(lambda g, v: beta2 * v + (1.0 - beta2) * g * g, updates, state.nu)
 
         def delta(m: Array, v: Array, p: Array, decay: bool) -> Array:
             direction = (m / correction1) / (jnp.sqrt(v / correction2) + eps)
@@ -75,7 +75,7 @@ def adamw(
 
         return jax.tree.map(delta, mu, nu, params, mask), AdamWState(mu, nu)
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return optax.GradientTransformationExtraArgs(init, update)  # pyright: ignore[reportArgumentType]
 
 
 def decay_mask(cfg: ModelConfig) -> Tree:
@@ -92,6 +92,4 @@ def decay_mask(cfg: ModelConfig) -> Tree:
 
 def make_optimizer(cfg: OptimizerConfig, mask: Tree | None = None) -> optax.GradientTransformationExtraArgs:
     """The chain that `train_step` runs: clip, then AdamW."""
-    return optax.chain(
-        clip(cfg.max_grad_norm), adamw(cfg.beta1, cfg.beta2, cfg.eps, cfg.weight_decay, decay_mask=mask)
-    )
+    return optax.chain(clip(cfg.max_grad_norm), adamw(cfg.beta1, cfg.beta2, cfg.eps, cfg.weight_decay, decay_mask=mask))

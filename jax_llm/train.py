@@ -111,20 +111,27 @@ def matmul_precision(compute_dtype: str):
     return jax.default_matmul_precision("highest") if compute_dtype == "float32" else contextlib.nullcontext()
 
 
-def select_device(name: str) -> jax.Device:
+def x64(master_dtype: str):
+    """A context in which arrays of the master dtype can exist: JAX has float64 only where it is switched on."""
+    return jax.enable_x64(True) if master_dtype == "float64" else contextlib.nullcontext()
+
+
+def select_device(name: str):
     """The first device of a platform ("cpu", "gpu" or "tpu"), or the default one for "auto"."""
     try:
         return jax.devices(None if name == "auto" else name)[0]
     except RuntimeError:
         found = ", ".join(sorted({d.platform for d in jax.devices()}))
-        raise UserError(f"JAX sees no {name} here, only: {found}; use one of these or install jax[cuda13] / jax[tpu]") from None
+        raise UserError(
+            f"JAX sees no {name} here, only: {found}; use one of these or install jax[cuda13] / jax[tpu]"
+        ) from None
 
 
 def init_state(cfg: ModelConfig, train: TrainConfig, opt: OptimizerConfig) -> TrainState:
     """The state before the first step, from `train.seed` alone."""
     dtype = jnp.dtype(train.master_dtype)
     if dtype == jnp.float64 and not jax.config.read("jax_enable_x64"):
-        raise UserError("compute_dtype = 'float64' needs JAX_ENABLE_X64=1")
+        raise UserError("compute_dtype = 'float64' needs JAX_ENABLE_X64=1, or `with jax_llm.train.x64('float64'):`")
     params = jax.jit(lambda: init_params(cfg, train.seed, dtype))()
     optimizer = make_optimizer(opt, decay_mask(cfg))
     return TrainState(params, optimizer.init(params), jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32))

@@ -67,9 +67,7 @@ def save_checkpoint(
     if tokenizer is not None:
         tokenizer.save(partial / TOKENIZER_FILE)
         sync(partial / TOKENIZER_FILE)
-    files = {
-        path.name: {"size": path.stat().st_size, "sha256": _sha256(path)} for path in sorted(partial.iterdir())
-    }
+    files = {path.name: {"size": path.stat().st_size, "sha256": _sha256(path)} for path in sorted(partial.iterdir())}
     content = {
         "format": FORMAT,
         "step": state.step,
@@ -100,7 +98,7 @@ def latest_checkpoint(run: Path) -> Path | None:
 
 def load_config(folder: Path) -> ModelConfig:
     """The model config of a checkpoint or of a Hugging Face folder."""
-    return ModelConfig.from_hf(_read_json(folder / CONFIG_FILE))
+    return ModelConfig.from_file(folder / CONFIG_FILE)
 
 
 def load_weights(folder: Path) -> tuple[ModelConfig, dict[str, np.ndarray]]:
@@ -129,12 +127,12 @@ def load_checkpoint(folder: Path, cfg: ModelConfig | None = None) -> tuple[Model
     saved_cfg, weights = load_weights(folder)
     if cfg is not None and cfg != saved_cfg:
         saved, asked = asdict(saved_cfg), asdict(cfg)
-        differing = [f"{key} = {saved[key]!r} here, {asked[key]!r} asked for" for key in saved if saved[key] != asked[key]]
+        differing = [
+            f"{key} = {saved[key]!r} here, {asked[key]!r} asked for" for key in saved if saved[key] != asked[key]
+        ]
         raise UserError(f"{folder}: checkpoint of another model: {'; '.join(differing)}")
     moments = read_tensors(folder / OPTIMIZER_FILE)
-    mu, nu = (
-        {name[3:]: x for name, x in moments.items() if name.startswith(prefix)} for prefix in ("mu.", "nu.")
-    )
+    mu, nu = ({name[3:]: x for name, x in moments.items() if name.startswith(prefix)} for prefix in ("mu.", "nu."))
     for moment, label in ((mu, "mu"), (nu, "nu")):
         check_tensors(saved_cfg, moment, f"{folder / OPTIMIZER_FILE} ({label})")
     state = TrainingState(weights, mu, nu, content["step"], content["adam_count"])

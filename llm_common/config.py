@@ -5,7 +5,9 @@ the environment: scripts do that. A wrong value raises `UserError` with the fiel
 """
 
 import dataclasses
+import json
 import math
+from pathlib import Path
 from typing import Any
 
 from llm_common.errors import UserError
@@ -32,9 +34,7 @@ def _from_dict(cls, values: dict[str, Any]):
     unknown = sorted(set(values) - known)
     if unknown:
         raise UserError(f"{cls.__name__}: unknown key {unknown[0]!r}; known keys: {', '.join(sorted(known))}")
-    missing = [
-        f.name for f in dataclasses.fields(cls) if f.default is dataclasses.MISSING and f.name not in values
-    ]
+    missing = [f.name for f in dataclasses.fields(cls) if f.default is dataclasses.MISSING and f.name not in values]
     if missing:
         raise UserError(f"{cls.__name__}: missing key {missing[0]!r}")
     return cls(**values)
@@ -119,6 +119,19 @@ class ModelConfig:
         config["head_dim"] = config.get("head_dim") or 0
         return _from_dict(cls, config)
 
+    @classmethod
+    def from_file(cls, path: Path | str) -> "ModelConfig":
+        """Read a `config.json`. Raises UserError if it is missing, not JSON, or not a config of this model."""
+        try:
+            config = json.loads(Path(path).read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise UserError(f"{path}: no such file; a folder with a model has a config.json") from None
+        except (OSError, ValueError) as error:
+            raise UserError(f"{path}: cannot be read as JSON ({error})") from None
+        if not isinstance(config, dict):
+            raise UserError(f"{path}: holds a {type(config).__name__}, but a config is an object with keys")
+        return cls.from_hf(config)
+
     def to_hf(self) -> dict[str, Any]:
         """The contents of a `config.json` that `transformers` 4 and 5 both read."""
         return {
@@ -154,9 +167,27 @@ _HF_FIXED: dict[str, tuple[Any, ...]] = {
     "pretraining_tp": (1,),
 }
 _HF_IGNORED = frozenset(
-    "_name_or_path architectures auto_map bos_token_id eos_token_id pad_token_id use_cache initializer_range dtype "
-    "torch_dtype transformers_version output_attentions output_hidden_states return_dict is_encoder_decoder "
-    "chunk_size_feed_forward id2label label2id problem_type".split()
+    [
+        "_name_or_path",
+        "architectures",
+        "auto_map",
+        "bos_token_id",
+        "eos_token_id",
+        "pad_token_id",
+        "use_cache",
+        "initializer_range",
+        "dtype",
+        "torch_dtype",
+        "transformers_version",
+        "output_attentions",
+        "output_hidden_states",
+        "return_dict",
+        "is_encoder_decoder",
+        "chunk_size_feed_forward",
+        "id2label",
+        "label2id",
+        "problem_type",
+    ]
 )
 
 
@@ -262,7 +293,9 @@ def check_length(cfg: ModelConfig, length: int, what: str) -> None:
     """Raise UserError if `length` positions do not fit the RoPE table."""
     limit = cfg.max_position_embeddings
     if length > limit:
-        raise UserError(f"{what} needs {length} positions but max_position_embeddings = {limit}; shorten it or raise that")
+        raise UserError(
+            f"{what} needs {length} positions but max_position_embeddings = {limit}; shorten it or raise that"
+        )
 
 
 PRESETS: dict[str, ModelConfig] = {

@@ -60,7 +60,9 @@ class TokenDataset:
     filled from the next one.
     """
 
-    def __init__(self, path: Path | str, seq_len: int, batch_size: int, seed: int, vocab_size: int | None = None) -> None:
+    def __init__(
+        self, path: Path | str, seq_len: int, batch_size: int, seed: int, vocab_size: int | None = None
+    ) -> None:
         path = Path(path)
         if not path.is_file():
             raise UserError(f"{path}: no such token file; make one with scripts/prepare_data.py")
@@ -73,7 +75,9 @@ class TokenDataset:
         self.seq_len, self.batch_size, self.seed = seq_len, batch_size, seed
         self.n_windows = (len(self.tokens) - 1) // seq_len
         if self.n_windows < 1:
-            raise UserError(f"{path}: {len(self.tokens)} tokens are fewer than one window of seq_len + 1 = {seq_len + 1}")
+            raise UserError(
+                f"{path}: {len(self.tokens)} tokens are fewer than one window of seq_len + 1 = {seq_len + 1}"
+            )
         if vocab_size is not None:
             low, high = int(self.tokens.min()), int(self.tokens.max())
             if low < 0 or high >= vocab_size:

@@ -8,6 +8,7 @@ Sources: Sennrich et al. 2016, https://arxiv.org/abs/1508.07909; the byte-level 
 """
 
 import heapq
+import itertools
 import json
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
@@ -65,7 +66,9 @@ class Tokenizer:
         self._words = regex.compile(PATTERNS[pattern])
         # longest first, so that of two special tokens with a common start the longer one is found
         longest_first = sorted(self.special_tokens, key=len, reverse=True)
-        self._specials = regex.compile("(" + "|".join(map(regex.escape, longest_first)) + ")") if longest_first else None
+        self._specials = (
+            regex.compile("(" + "|".join(map(regex.escape, longest_first)) + ")") if longest_first else None
+        )
         self._cache: dict[str, list[int]] = {}
 
     @property
@@ -200,6 +203,15 @@ class Tokenizer:
             raise UserError(f"{path}: not a tokenizer file ({type(error).__name__}: {error})") from error
 
 
+def check_vocabulary(tokenizer: Tokenizer, vocab_size: int) -> None:
+    """Raise UserError if a model with `vocab_size` embeddings has none for some of the tokenizer's ids."""
+    if tokenizer.vocab_size > vocab_size:
+        raise UserError(
+            f"ModelConfig.vocab_size = {vocab_size} is smaller than the tokenizer's {tokenizer.vocab_size}: "
+            "use a larger model vocabulary or train a smaller tokenizer"
+        )
+
+
 # --- training
 
 
@@ -227,7 +239,7 @@ def train_bpe(
     pair_counts: Counter[Pair] = Counter()
     words_with: defaultdict[Pair, set[int]] = defaultdict(set)
     for w, (word, count) in enumerate(zip(words, counts, strict=True)):
-        for pair in zip(word, word[1:], strict=False):
+        for pair in itertools.pairwise(word):
             pair_counts[pair] += count
             words_with[pair].add(w)
 
@@ -250,10 +262,10 @@ def train_bpe(
         for w in words_with.pop(best.pair):
             old_word = words[w]
             words[w] = word = _merge(old_word, best.pair, new)
-            for pair in zip(old_word, old_word[1:], strict=False):
+            for pair in itertools.pairwise(old_word):
                 pair_counts[pair] -= counts[w]
                 changed.add(pair)
-            for pair in zip(word, word[1:], strict=False):
+            for pair in itertools.pairwise(word):
                 pair_counts[pair] += counts[w]
                 words_with[pair].add(w)
                 changed.add(pair)

@@ -42,10 +42,17 @@ def random_weights(cfg: ModelConfig, seed: int, dtype: str = "float64") -> Tenso
 
 
 def random_batch(cfg: ModelConfig, seed: int, batch: int = 3, length: int = 13, ignored: bool = True):
-    """Inputs and targets (B, T); with `ignored`, some targets are -100."""
+    """Inputs and targets (B, T); with `ignored`, some targets are -100.
+
+    No sequence repeats one token throughout: all its values would be equal, so that attention would not depend on q and
+    k, whose gradients would then be zero but for rounding.
+    """
     rng = np.random.default_rng((seed, 2))
     length = min(length, cfg.max_position_embeddings)
     inputs, targets = rng.integers(0, cfg.vocab_size, (2, batch, length))
+    if length > 1:
+        constant = (inputs == inputs[:, :1]).all(axis=1)
+        inputs[constant, 1] = (inputs[constant, 1] + 1) % cfg.vocab_size
     if ignored:
         targets[rng.random(targets.shape) < 0.2] = -100
         targets[0, 0] = 0

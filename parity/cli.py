@@ -1,14 +1,13 @@
 """The command line: `parity run` (the ladder; also the default) and `parity demo` (training and ladder).
 
-    parity                                  the ladder on the tiny preset
-    parity run --check gradients --dtype float64 --seed 7
-    parity run --config path/to/config.json --length 33
-    parity demo --data my_texts/
+parity                                  the ladder on the tiny preset
+parity run --check gradients --dtype float64 --seed 7
+parity run --config path/to/config.json --length 33
+parity demo --data my_texts/
 """
 
 import argparse
 import dataclasses
-import json
 import sys
 import time
 from pathlib import Path
@@ -87,14 +86,7 @@ def _run(args: argparse.Namespace) -> int:
 
 
 def _config(args: argparse.Namespace) -> ModelConfig:
-    if args.config is None:
-        return preset(args.preset)
-    try:
-        return ModelConfig.from_hf(json.loads(args.config.read_text(encoding="utf-8")))
-    except (OSError, ValueError) as error:
-        if isinstance(error, UserError):
-            raise
-        raise UserError(f"{args.config}: cannot be read as a config ({error})") from None
+    return ModelConfig.from_file(args.config) if args.config else preset(args.preset)
 
 
 def entry() -> None:

@@ -6,6 +6,7 @@ that is zero up to rounding. Every check has three witnesses, so a verdict names
 
 import dataclasses
 import math
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -61,10 +62,9 @@ def verdict(jax_bad: bool, torch_bad: bool, alike: bool) -> str:
     return JAX if jax_bad else TORCH if torch_bad else ""
 
 
-def three_way(
-    check: str, item: str, dtype: str, jax: Tensors, torch: Tensors, spec: Tensors, allowed: float, note: str = ""
-) -> Row:
-    """A row for results that must all be the same: the worst tensor of the worst pair decides."""
+def three_way(check: str, item: str, dtype: str, results: Sequence[Tensors], allowed: float, note: str = "") -> Row:
+    """A row for results of JAX, torch and the specification that must all be the same: the worst tensor decides."""
+    jax, torch, spec = results
     jax_name, jax_error = worst(tensor_errors(jax, spec))
     torch_name, torch_error = worst(tensor_errors(torch, spec))
     pair_name, pair_error = worst(tensor_errors(jax, torch))

@@ -100,7 +100,12 @@ def _train(console, framework, out, cfg, train, opt, dataset, tokenizer) -> tupl
         old.rmdir()
     (run / "log.jsonl").unlink(missing_ok=True)
     log, losses, start = RunLog(run / "log.jsonl", framework=framework), [], time.perf_counter()
-    columns = (TextColumn(f"{framework:5}"), BarColumn(), TextColumn("{task.completed}/{task.total}"), TimeRemainingColumn())
+    columns = (
+        TextColumn(f"{framework:5}"),
+        BarColumn(),
+        TextColumn("{task.completed}/{task.total}"),
+        TimeRemainingColumn(),
+    )
     with Progress(*columns, TextColumn("loss {task.fields[loss]:.3f}"), console=console, transient=True) as progress:
         task = progress.add_task("", total=opt.total_steps, loss=float("nan"))
 
@@ -115,7 +120,9 @@ def _train(console, framework, out, cfg, train, opt, dataset, tokenizer) -> tupl
     log.close()
     seconds = time.perf_counter() - start
     tokens = len(losses) * train.batch_size * train.seq_len
-    console.print(f"{framework:5}  loss {losses[0]:.6f} -> {losses[-1]:.6f}  {seconds:.0f} s, {tokens / seconds:,.0f} tokens/s")
+    console.print(
+        f"{framework:5}  loss {losses[0]:.6f} -> {losses[-1]:.6f}  {seconds:.0f} s, {tokens / seconds:,.0f} tokens/s"
+    )
     return losses, folder
 
 
@@ -152,8 +159,12 @@ def _generate(console: Console, folders: dict[str, Path], tokenizer: Tokenizer) 
         texts[name] = side(cfg, "float32").generate(weights[name], prompt, 60, sampling, tokenizer.end_of_text)[0]
         console.print(f"[bold]{name:5}[/bold] {PROMPT}{tokenizer.decode(texts[name])!r:.400}", markup=True)
     crossed = TorchSide(cfg, "float32").generate(weights["jax"], prompt, 60, sampling, tokenizer.end_of_text)[0]
-    same = next((i for i, (a, b) in enumerate(zip(*texts.values(), strict=False)) if a != b), min(map(len, texts.values())))
-    console.print(f"own weights: the same first {same} of {len(texts['jax'])} tokens; JAX's checkpoint in torch: compared below")
+    same = next(
+        (i for i, (a, b) in enumerate(zip(*texts.values(), strict=False)) if a != b), min(map(len, texts.values()))
+    )
+    console.print(
+        f"own weights: the same first {same} of {len(texts['jax'])} tokens; JAX's checkpoint in torch: compared below"
+    )
     load_checkpoint(folders["jax"])  # every sha256
     differing = sum(a != b for a, b in zip(texts["jax"], crossed, strict=False)) + abs(len(texts["jax"]) - len(crossed))
     ok = differing == 0

@@ -133,10 +133,11 @@ class JaxSide:
     def sample(self, logits: np.ndarray, cfg: SamplingConfig, rows: np.ndarray, positions: np.ndarray) -> np.ndarray:
         """Tokens for logits (n, V), in float32 (float64 for float64)."""
         with self.scope():
-            logits = jnp.array(logits, jnp.dtype(self.master))
             key = random_bits.key(cfg.seed)
             draw = jax.jit(lambda *args: sampling.sample(args[0], cfg, *args[1:]))
-            return np.asarray(draw(logits, key, jnp.array(rows), jnp.array(positions)))
+            return np.asarray(
+                draw(jnp.array(logits, jnp.dtype(self.master)), key, jnp.array(rows), jnp.array(positions))
+            )
 
     def generate(self, weights: Tensors, prompt: np.ndarray, n_new: int, cfg: SamplingConfig, eos_id: int | None):
         with self.scope():

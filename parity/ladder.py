@@ -4,9 +4,8 @@ import dataclasses
 import time
 from collections.abc import Callable, Iterator
 
-from llm_common.config import DTYPES, ModelConfig, OptimizerConfig, preset
+from llm_common.config import DTYPES, ModelConfig, preset
 from llm_common.errors import UserError
-from llm_common.schedule import learning_rate
 from parity.compare import Row
 from parity.model_checks import check_cache, check_gradients, check_init, check_logits, check_spec
 from parity.precision_checks import check_precision
@@ -35,11 +34,6 @@ class Settings:
                 raise UserError(f"{field} = {getattr(self, field)} must be at least 1")
         if not 0 <= self.seed < 2**32:
             raise UserError(f"seed = {self.seed} must lie in [0, 2^32)")
-
-    @staticmethod
-    def warmup_lr_is_zero(opt: OptimizerConfig, step: int) -> bool:
-        """Whether a step moves nothing: the first one of a warmup."""
-        return learning_rate(opt, step) == 0.0
 
 
 CHECKS: dict[str, Callable[[Settings], Iterator[Row]]] = {

@@ -11,7 +11,20 @@ import numpy as np
 from llm_common.tensors import tensor_shapes
 from parity import spec
 from parity.cases import random_batch, random_weights, variants
-from parity.compare import BOTH, EPS, JAX, TORCH, Row, Tensors, global_norm, spacing, tensor_errors, three_way, verdict, worst
+from parity.compare import (
+    BOTH,
+    EPS,
+    JAX,
+    TORCH,
+    Row,
+    Tensors,
+    global_norm,
+    spacing,
+    tensor_errors,
+    three_way,
+    verdict,
+    worst,
+)
 from parity.jax_side import JaxSide
 from parity.torch_side import TorchSide
 
@@ -93,13 +106,13 @@ def _check_model(s: "Settings", what: str) -> Iterator[Row]:
             if what == "logits":
                 results = [{"logits": side.logits(weights, ids)} for side in sides]
                 results.append({"logits": spec.forward(weights, ids, cfg)[0]})
-                yield three_way("logits", name, "float64", *results, FLOAT64_ALLOWED)
+                yield three_way("logits", name, "float64", results, FLOAT64_ALLOWED)
             else:
                 pairs = [side.loss_and_grads(weights, ids, targets) for side in sides]
                 pairs.append(spec.loss_and_grads(weights, ids, targets, cfg))
                 losses = [{"loss": np.array(loss)} for loss, _ in pairs]
-                yield three_way("loss", name, "float64", *losses, FLOAT64_ALLOWED)
-                yield three_way("gradients", name, "float64", *[grads for _, grads in pairs], FLOAT64_ALLOWED)
+                yield three_way("loss", name, "float64", losses, FLOAT64_ALLOWED)
+                yield three_way("gradients", name, "float64", [grads for _, grads in pairs], FLOAT64_ALLOWED)
     for dtype in [d for d in ("float32", "bfloat16") if d in s.dtypes]:
         yield from _check_pooled(s, what, dtype)
 
@@ -139,7 +152,7 @@ def _check_pooled(s: "Settings", what: str, dtype: str) -> Iterator[Row]:
     yield from _ceiling_rows(what, dtype, *pooled)
     yield _ratio_row(what, dtype, pooled[0], pooled[1])
     if what == "gradients":
-        yield _loss_row(dtype, losses, spacing(np.array(loss), "float32"))
+        yield _loss_row(dtype, losses, float(spacing(np.array(loss), "float32")))
 
 
 def _one_ulp_noise(seed: int, dtype: str):
@@ -179,9 +192,9 @@ def _ratio_row(what: str, dtype: str, jax: dict, torch: dict) -> Row:
 def _loss_row(dtype: str, losses: list[list[float]], ulp: float) -> Row:
     """|loss_JAX - loss_torch| <= 4 x (rms errors of both) + 2 spacings; the rms of each is capped by the ceiling."""
     rms = [math.sqrt(sum(x * x for x in side) / len(side)) for side in losses]
-    ceiling = rms[2] + 2 * float(ulp)
+    ceiling = rms[2] + 2 * ulp
     measured = max(abs(a - b) for a, b in zip(losses[0], losses[1], strict=True))
-    allowed = 4 * (min(rms[0], ceiling) + min(rms[1], ceiling)) + 2 * float(ulp)
+    allowed = 4 * (min(rms[0], ceiling) + min(rms[1], ceiling)) + 2 * ulp
     bad = [measured > allowed and rms[k] == max(rms[0], rms[1]) for k in (0, 1)]
     over = [not rms[k] <= 2 * ceiling for k in (0, 1)]
     side = verdict(over[0] or bad[0], over[1] or bad[1], measured <= allowed) or ("" if measured <= allowed else BOTH)
@@ -205,4 +218,4 @@ def check_cache(s: "Settings") -> Iterator[Row]:
             noisy = {"logits": spec.forward(moved, ids, s.cfg, noise)[0]}
             # one seed, not a pool: the ceiling is doubled
             allowed = 2 * CEILING[dtype] * worst(tensor_errors(noisy, exact))[1]
-        yield three_way("cache", "cached decoding = full forward", dtype, *results, exact, allowed)
+        yield three_way("cache", "cached decoding = full forward", dtype, [*results, exact], allowed)

@@ -25,7 +25,7 @@ import torch_llm.loss
 import torch_llm.optim
 import torch_llm.rope
 from parity import spec
-from parity.compare import EPS, Row, round_to, spacing, verdict
+from parity.compare import Row, round_to, spacing, verdict
 
 if TYPE_CHECKING:
     from parity.ladder import Settings
@@ -133,7 +133,9 @@ def check_precision(s: "Settings") -> Iterator[Row]:
         expected = _spec_ops(inputs, dtype)
         # eager on purpose: a fused JAX program may drop a rounding in the middle
         with jax.default_matmul_precision("highest"):
-            jax_results = {n: np.asarray(f().astype(jnp.float32), np.float64) for n, f in _jax_ops(inputs, dtype).items()}
+            jax_results = {
+                n: np.asarray(f().astype(jnp.float32), np.float64) for n, f in _jax_ops(inputs, dtype).items()
+            }
         torch_results = {name: op().double().numpy() for name, op in _torch_ops(inputs, dtype).items()}
         for name, exact in expected.items():
             yield _op_row(name, dtype, jax_results[name], torch_results[name], exact)
@@ -232,7 +234,9 @@ class _Recorder(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
         name = str(func.overloadpacket)
-        dtypes = {str(x.dtype).removeprefix("torch.") for x in args if isinstance(x, torch.Tensor) and x.is_floating_point()}
+        dtypes = {
+            str(x.dtype).removeprefix("torch.") for x in args if isinstance(x, torch.Tensor) and x.is_floating_point()
+        }
         if dtypes:
             self.found.setdefault(name, set()).update(dtypes)
         if name in ("aten.bmm", "aten.mm") and isinstance(result, torch.Tensor):

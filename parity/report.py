@@ -40,7 +40,13 @@ def number(x: float) -> str:
 
 def print_table(console: Console, rows: list[Row]) -> None:
     table = Table(title="measured error against what is allowed", title_justify="left", pad_edge=False)
-    for column, justify in (("check", "left"), ("what", "left"), ("dtype", "left"), ("measured", "right"), ("allowed", "right")):
+    for column, justify in (
+        ("check", "left"),
+        ("what", "left"),
+        ("dtype", "left"),
+        ("measured", "right"),
+        ("allowed", "right"),
+    ):
         table.add_column(column, justify=justify, no_wrap=column != "what")  # type: ignore[arg-type]
     table.add_column("verdict")
     last = ""
@@ -79,8 +85,14 @@ def write_markdown(path: Path, rows: list[Row], paragraphs: list[str]) -> None:
     lines += ["", "| check | what | dtype | measured | allowed | verdict |", "|---|---|---|---|---|---|"]
     for row in rows:
         verdict = "ok" if row.ok else f"**{row.side}** {row.note}"
-        lines.append(f"| {row.check} | {row.item} | {row.dtype} | {number(row.measured)} | {number(row.allowed)} | {verdict} |")
-    lines += ["", f"Python {environment()['python']}, {environment()['system']} {environment()['machine']}; {versions}", ""]
+        lines.append(
+            f"| {row.check} | {row.item} | {row.dtype} | {number(row.measured)} | {number(row.allowed)} | {verdict} |"
+        )
+    lines += [
+        "",
+        f"Python {environment()['python']}, {environment()['system']} {environment()['machine']}; {versions}",
+        "",
+    ]
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("\n".join(lines), encoding="utf-8")
 
@@ -93,7 +105,9 @@ def draw_curves(path: Path, jax: list[float], torch: list[float], unigram: float
     import matplotlib.pyplot as plt
 
     steps = range(1, len(jax) + 1)
-    figure, (top, bottom) = plt.subplots(2, 1, figsize=(7.5, 6), sharex=True, height_ratios=[2, 1], layout="constrained")
+    figure, (top, bottom) = plt.subplots(
+        2, 1, figsize=(7.5, 6), sharex=True, height_ratios=[2, 1], layout="constrained"
+    )
     top.plot(steps, jax, color="#2a78d6", linewidth=4, alpha=0.45, label="JAX")
     top.plot(steps, torch, color="#c2410c", linewidth=1.2, label="PyTorch")
     top.axhline(unigram, color="#6b7280", linewidth=1, linestyle="--", label="entropy of the token frequencies")

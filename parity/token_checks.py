@@ -48,7 +48,9 @@ def _texts(s: "Settings") -> Row:
     eos_id = int(prompt[0, 0])
     differing, total = [0, 0, 0], 0
     for sampling in settings(s.seed % 2**31).values():
-        texts = [side(s.cfg, "float64").generate(weights, prompt, n_new, sampling, eos_id) for side in (JaxSide, TorchSide)]
+        texts = [
+            side(s.cfg, "float64").generate(weights, prompt, n_new, sampling, eos_id) for side in (JaxSide, TorchSide)
+        ]
         expected = spec.generate(weights, prompt, s.cfg, sampling, n_new, eos_id)
         for k, pair in enumerate(((texts[0], expected), (texts[1], expected), (texts[0], texts[1]))):
             differing[k] += sum(a != b for a, b in zip(*pair, strict=True))
@@ -80,7 +82,9 @@ def _draws(s: "Settings", dtype: str) -> Iterator[Row]:
     position = np.tile(np.arange(1, length + 1), rows)
     flips, unexplained, notes = [0, 0], [0, 0], []
     for name, sampling in settings(s.seed % 2**31).items():
-        expected = np.array([spec.sample(x, sampling, int(r), int(p)) for x, r, p in zip(flat(exact), row, position, strict=True)])
+        expected = np.array(
+            [spec.sample(x, sampling, int(r), int(p)) for x, r, p in zip(flat(exact), row, position, strict=True)]
+        )
         for k, side in enumerate(sides):
             drawn = side.sample(flat(logits[k]), sampling, row, position)
             for i in np.flatnonzero(drawn != expected):

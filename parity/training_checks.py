@@ -13,7 +13,19 @@ from llm_common.errors import UserError
 from llm_common.tensors import tensor_shapes
 from parity import spec
 from parity.cases import RandomBatches, random_weights, start_state
-from parity.compare import EPS, JAX, TORCH, Row, Tensors, global_norm, round_to, tensor_errors, three_way, verdict, worst
+from parity.compare import (
+    EPS,
+    JAX,
+    TORCH,
+    Row,
+    Tensors,
+    global_norm,
+    round_to,
+    tensor_errors,
+    three_way,
+    verdict,
+    worst,
+)
 from parity.jax_side import JaxSide
 from parity.torch_side import TorchSide
 
@@ -49,7 +61,8 @@ def spec_train(s: "Settings", state: TrainingState, opt: OptimizerConfig, data, 
 
 def clipping_config(s: "Settings", data: RandomBatches, weights: Tensors, **changes) -> OptimizerConfig:
     """Warmup 0 and a clip that is active: max_norm is half of the first gradient norm."""
-    _, grads = spec.loss_and_grads(weights, *data.batch(0), s.cfg)
+    ids, targets = data.batch(0)
+    _, grads = spec.loss_and_grads(weights, ids, targets, s.cfg)
     opt = OptimizerConfig(lr_max=1e-3, lr_min=1e-4, total_steps=1000, max_grad_norm=global_norm(grads) / 2)
     return dataclasses.replace(opt, **changes)
 
@@ -80,7 +93,7 @@ def _float64_steps(s: "Settings") -> Iterator[Row]:
     for n in STEPS:
         updates = [update_of(states[n].weights, weights) for states in kept]
         norm = global_norm(updates[0])
-        row = three_way("adamw", f"update after {n} steps, clip active", "float64", *updates, UPDATE_ALLOWED)
+        row = three_way("adamw", f"update after {n} steps, clip active", "float64", updates, UPDATE_ALLOWED)
         if not norm > 0:
             row = dataclasses.replace(row, ok=False, side=JAX, note="the update is zero")
         yield row
@@ -88,14 +101,14 @@ def _float64_steps(s: "Settings") -> Iterator[Row]:
         {f"mu.{k}": x for k, x in states[3].mu.items()} | {f"nu.{k}": x for k, x in states[3].nu.items()}
         for states in kept
     ]
-    yield three_way("adamw", "moments after 3 steps", "float64", *moments, UPDATE_ALLOWED)
+    yield three_way("adamw", "moments after 3 steps", "float64", moments, UPDATE_ALLOWED)
 
     # a short schedule from warmup past its end, and no clipping
     opt = clipping_config(s, data, weights, warmup_steps=3, total_steps=7, max_grad_norm=None)
     ends = [side.train(start_state(weights), opt, data, 9) for side in sides]
     ends.append(spec_train(s, start_state(weights), opt, data, 9)[0])
     updates = [update_of(end.weights, weights) for end in ends]
-    yield three_way("adamw", "warmup 3, cosine to 7, 9 steps", "float64", *updates, UPDATE_ALLOWED)
+    yield three_way("adamw", "warmup 3, cosine to 7, 9 steps", "float64", updates, UPDATE_ALLOWED)
 
     # an infinite weight: the norm is not finite, the update is skipped, the step counts
     broken = {name: x.copy() for name, x in weights.items()}
@@ -118,7 +131,9 @@ def _float32_updates(s: "Settings") -> Iterator[Row]:
     opt = OptimizerConfig(lr_max=1e-3, lr_min=1e-4, total_steps=1000, max_grad_norm=None)
     weights, grads = _given_gradients(s, "float32", 100)
     exact, travelled = _spec_adamw(weights, grads, opt)
-    results = [side(s.cfg, "float32").adamw(weights, grads, opt, (100,), library=False) for side in (JaxSide, TorchSide)]
+    results = [
+        side(s.cfg, "float32").adamw(weights, grads, opt, (100,), library=False) for side in (JaxSide, TorchSide)
+    ]
     shares = []
     for result in results:
         share = {}
@@ -129,7 +144,16 @@ def _float32_updates(s: "Settings") -> Iterator[Row]:
     (jax_name, jax_share), (torch_name, torch_share) = shares
     side = verdict(not jax_share <= 1, not torch_share <= 1, True)
     name = jax_name if jax_share >= torch_share else torch_name
-    yield Row("adamw", "100 given gradients, share of the bound", "float32", max(jax_share, torch_share), 1.0, not side, side, name)
+    yield Row(
+        "adamw",
+        "100 given gradients, share of the bound",
+        "float32",
+        max(jax_share, torch_share),
+        1.0,
+        not side,
+        side,
+        name,
+    )
 
 
 def _given_gradients(s: "Settings", dtype: str, n: int) -> tuple[Tensors, list[Tensors]]:
@@ -143,7 +167,9 @@ def _given_gradients(s: "Settings", dtype: str, n: int) -> tuple[Tensors, list[T
     return weights, grads
 
 
-def _spec_adamw(weights: Tensors, grads: list[Tensors], opt: OptimizerConfig) -> tuple[dict[int, Tensors], dict[str, float]]:
+def _spec_adamw(
+    weights: Tensors, grads: list[Tensors], opt: OptimizerConfig
+) -> tuple[dict[int, Tensors], dict[str, float]]:
     """The specification's weights after STEPS, and for every tensor the length of its path, sum ||lr update||."""
     state = start_state(weights)
     w, mu, nu, kept = state.weights, state.mu, state.nu, {}
@@ -182,7 +208,9 @@ def check_library(s: "Settings") -> Iterator[Row]:
                     continue
                 ok = error <= allowed
                 what = "update" if dtype == "float64" else "share of the bound"
-                yield Row("library", f"{library}, {what} after {n}", dtype, error, allowed, ok, "" if ok else side.name, name)
+                yield Row(
+                    "library", f"{library}, {what} after {n}", dtype, error, allowed, ok, "" if ok else side.name, name
+                )
 
 
 def initial_weights(s: "Settings") -> Tensors:
@@ -222,12 +250,12 @@ def _float64_trajectory(s: "Settings") -> Iterator[Row]:
     # (a) one step of each from the same state, which is JAX's own at every tenth step
     rows = []
     for step, state in checkpoints.items():
-        if s.warmup_lr_is_zero(opt, step):
+        if spec.learning_rate(opt, step) == 0.0:  # the first step of a warmup moves nothing
             continue
         ends = [side.train(state, opt, data, step + 1).weights for side in sides]
         ends.append(spec_train(s, state, opt, data, step + 1)[0].weights)
         updates = [update_of(end, state.weights) for end in ends]
-        rows.append(three_way("trajectory", "", "float64", *updates, UPDATE_ALLOWED, f"step {step}"))
+        rows.append(three_way("trajectory", "", "float64", updates, UPDATE_ALLOWED, f"step {step}"))
     bad = [row for row in rows if not row.ok]
     row = max(bad or rows, key=lambda row: row.measured)
     yield dataclasses.replace(row, item=f"one step from a common state, {len(rows)} states")

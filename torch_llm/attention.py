@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llm_common.config import ModelConfig
+from llm_common.errors import UserError
 from torch_llm.kv_cache import KVCache
 from torch_llm.layers import Linear, upcast
 from torch_llm.rope import apply_rope
@@ -49,7 +50,9 @@ def dot_product_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, 
     """Attention by a resolved backend: "reference" or "sdpa". mask: (T, S), or None for causal."""
     if backend == "reference":
         return reference_attention(q, k, v, mask)
-    return fused_attention(q, k, v, mask)
+    if backend == "sdpa":
+        return fused_attention(q, k, v, mask)
+    raise UserError(f"attention backend {backend!r} is unknown; known: reference, sdpa (see resolve_backend)")
 
 
 def resolve_backend(setting: str, platform: str, compute_dtype: str) -> str:

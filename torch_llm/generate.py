@@ -8,13 +8,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from llm_common.config import SamplingConfig, check_length
+from llm_common.config import ModelConfig, SamplingConfig, check_length
 from llm_common.errors import UserError
 from llm_common.tensors import check_token_ids
 from torch_llm import random_bits
+from torch_llm.attention import resolve_backend
+from torch_llm.checkpoint import from_canonical
 from torch_llm.kv_cache import KVCache
 from torch_llm.model import CausalLM
 from torch_llm.sampling import sample
+from torch_llm.train import select_device, set_matmul_precision
 
 
 def decode_step(model: CausalLM, cache: KVCache, tokens: Tensor, key: Tensor, sampling: SamplingConfig) -> Tensor:
@@ -59,3 +62,22 @@ def generate(
             break
         tokens = drawn[:, None]
     return texts
+
+
+def generate_from(
+    cfg: ModelConfig,
+    weights: dict[str, np.ndarray],
+    prompt: np.ndarray,
+    max_new_tokens: int,
+    sampling: SamplingConfig,
+    eos_id: int | None = None,
+    device: str = "auto",
+    compute_dtype: str = "float32",
+) -> list[list[int]]:
+    """`generate` from canonical weights on a device by name."""
+    target = select_device(device)
+    set_matmul_precision(compute_dtype)
+    with torch.device("meta"):
+        model = CausalLM(cfg, resolve_backend("auto", target.type, compute_dtype)).to(getattr(torch, compute_dtype))
+    model = from_canonical(model.to_empty(device=target), weights)
+    return generate(model, prompt, max_new_tokens, sampling, eos_id)

@@ -42,9 +42,7 @@ class AdamW(torch.optim.Optimizer):
     Source: Loshchilov and Hutter 2019, https://arxiv.org/abs/1711.05101.
     """
 
-    def __init__(
-        self, params, lr: float, beta1: float, beta2: float, eps: float, weight_decay: float
-    ) -> None:
+    def __init__(self, params, lr: float, beta1: float, beta2: float, eps: float, weight_decay: float) -> None:
         super().__init__(params, {"lr": lr, "beta1": beta1, "beta2": beta2, "eps": eps, "weight_decay": weight_decay})
         self.count = 0
 

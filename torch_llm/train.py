@@ -56,7 +56,9 @@ def select_device(name: str) -> torch.device:
         torch.zeros((), device=device)
     except (RuntimeError, AssertionError) as error:
         found = "cpu, cuda" if torch.cuda.is_available() else "cpu"
-        raise UserError(f"torch cannot use device {name!r} here ({str(error).splitlines()[0]}); present: {found}") from None
+        raise UserError(
+            f"torch cannot use device {name!r} here ({str(error).splitlines()[0]}); present: {found}"
+        ) from None
     return device
 
 
