@@ -69,7 +69,7 @@ class RandomBatches:
         return tuple(x.astype(np.int32) for x in self.batches[step % len(self.batches)])
 
 
-def start_state(weights: Tensors) -> TrainingState:
-    """The training state before the first step, with float64 arrays."""
-    mu, nu = ({name: np.zeros_like(x) for name, x in weights.items()} for _ in range(2))
-    return TrainingState({name: x.copy() for name, x in weights.items()}, mu, nu, 0, 0)
+def start_state(weights: Tensors, dtype: str = "float64") -> TrainingState:
+    """The training state before the first step; its arrays are copies in the given dtype."""
+    mu, nu = ({name: np.zeros(x.shape, dtype) for name, x in weights.items()} for _ in range(2))
+    return TrainingState({name: x.astype(dtype) for name, x in weights.items()}, mu, nu, 0, 0)

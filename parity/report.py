@@ -49,8 +49,9 @@ def print_table(console: Console, rows: list[Row]) -> None:
     ):
         table.add_column(column, justify=justify, no_wrap=column != "what")  # type: ignore[arg-type]
     table.add_column("verdict")
+    order = list(dict.fromkeys(row.check for row in rows))
     last = ""
-    for row in rows:
+    for row in sorted(rows, key=lambda row: order.index(row.check)):
         if last and row.check != last:
             table.add_section()
         last = row.check
@@ -97,13 +98,14 @@ def write_markdown(path: Path, rows: list[Row], paragraphs: list[str]) -> None:
     path.write_text("\n".join(lines), encoding="utf-8")
 
 
-def draw_curves(path: Path, jax: list[float], torch: list[float], unigram: float, title: str) -> None:
-    """Both loss curves, and below them the size of their difference on a log axis."""
+def draw_curves(path: Path, curves: dict[str, list[float]], unigram: float, title: str) -> None:
+    """Both loss curves; below them, on a log axis, their difference and what one ulp in one weight does within JAX."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
+    jax, torch, control = (np.array(curves[name]) for name in ("jax", "torch", "control"))
     steps = range(1, len(jax) + 1)
     figure, (top, bottom) = plt.subplots(
         2, 1, figsize=(7.5, 6), sharex=True, height_ratios=[2, 1], layout="constrained"
@@ -114,9 +116,14 @@ def draw_curves(path: Path, jax: list[float], torch: list[float], unigram: float
     top.set_ylabel("loss (nats per token)")
     top.set_title(title, fontsize=11, loc="left")
     top.legend(frameon=False)
-    difference = [max(abs(a - b), 1e-9) for a, b in zip(jax, torch, strict=True)]
-    bottom.semilogy(steps, difference, color="#111827", linewidth=1)
-    bottom.set_ylabel("|difference|")
+    spacing = 2.0**-23 * 4  # of float32 at these losses: what is equal is drawn there
+    for other, color, label in (
+        (control, "#9ca3af", "JAX and JAX with one ulp moved"),
+        (torch, "#111827", "JAX and PyTorch"),
+    ):
+        bottom.semilogy(steps, np.maximum(np.abs(jax - other), spacing), color=color, linewidth=1, label=label)
+    bottom.legend(loc="lower right", edgecolor="none", fontsize=9)
+    bottom.set_ylabel("difference of the loss")
     bottom.set_xlabel("step")
     for axis in (top, bottom):
         axis.spines[["top", "right"]].set_visible(False)

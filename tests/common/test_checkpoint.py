@@ -1,0 +1,130 @@
+"""Checkpoint folders: whatever happens while one is written, the previous one loads; a damaged one is refused by name."""
+
+import json
+
+import numpy as np
+import pytest
+
+from llm_common import checkpoint
+from llm_common.checkpoint import (
+    TrainingState,
+    check_resumable,
+    latest_checkpoint,
+    load_checkpoint,
+    load_tokenizer,
+    load_weights,
+    save_checkpoint,
+)
+from llm_common.config import preset
+from llm_common.errors import UserError
+from llm_common.tensors import tensor_shapes, write_tensors
+from llm_common.tokenizer import Tokenizer
+
+CFG = preset("tiny")
+
+
+def make_state(step: int) -> TrainingState:
+    rng = np.random.default_rng(step)
+    tensors = lambda: {
+        name: rng.standard_normal(shape).astype(np.float32) for name, shape in tensor_shapes(CFG).items()
+    }
+    return TrainingState(tensors(), tensors(), tensors(), step, step - 1)
+
+
+def test_saving_and_loading_is_the_identity(tmp_path):
+    state = make_state(10)
+    folder = save_checkpoint(tmp_path, CFG, state, {"seed": 3}, Tokenizer([]))
+    assert folder.name == "step-00000010"
+    cfg, loaded, settings = load_checkpoint(folder, CFG)
+    assert cfg == CFG
+    assert (loaded.step, loaded.adam_count, settings) == (10, 9, {"seed": 3})
+    for name in tensor_shapes(CFG):
+        for a, b in ((state.weights, loaded.weights), (state.mu, loaded.mu), (state.nu, loaded.nu)):
+            np.testing.assert_array_equal(a[name], b[name])
+    assert load_tokenizer(folder).vocab_size == 257
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["step-00000010"]  # nothing temporary is left
+
+
+@pytest.mark.parametrize("moment", ["model file", "optimizer file", "state file", "rename"])
+@pytest.mark.parametrize("same_step", [False, True])
+def test_an_interrupted_save_leaves_the_previous_checkpoint(moment, same_step, tmp_path, monkeypatch):
+    before = save_checkpoint(tmp_path, CFG, make_state(10), {})
+
+    class Killed(BaseException):
+        pass
+
+    def killed(*args, **kwargs):
+        raise Killed
+
+    def killed_at(name):
+        return lambda path, *args: killed() if name in str(path) else write_tensors(path, *args)
+
+    if moment == "rename":
+        monkeypatch.setattr(checkpoint.os, "rename", killed)
+    elif moment == "state file":
+        monkeypatch.setattr(
+            checkpoint, "_write_text", lambda path, text: killed() if "state" in str(path) else path.write_text(text)
+        )
+    else:
+        monkeypatch.setattr(checkpoint, "write_tensors", killed_at(moment.split()[0]))
+    with pytest.raises(Killed):
+        save_checkpoint(tmp_path, CFG, make_state(10 if same_step else 20), {})
+    monkeypatch.undo()
+    assert latest_checkpoint(tmp_path) == before
+    assert load_checkpoint(before)[1].step == 10
+    save_checkpoint(tmp_path, CFG, make_state(20), {})  # and the next save cleans up
+    assert load_checkpoint(latest_checkpoint(tmp_path))[1].step == 20
+
+
+def test_every_damaged_byte_is_seen(tmp_path):
+    folder = save_checkpoint(tmp_path, CFG, make_state(1), {}, Tokenizer([]))
+    for name in ("model.safetensors", "optimizer.safetensors", "config.json", "bpe.json"):
+        original = (folder / name).read_bytes()
+        damaged = bytearray(original)
+        damaged[-3] ^= 1
+        (folder / name).write_bytes(damaged)
+        with pytest.raises(UserError, match=f"{name}: damaged"):
+            load_checkpoint(folder)
+        (folder / name).unlink()
+        with pytest.raises(UserError, match=f"{name}: missing"):
+            load_checkpoint(folder)
+        (folder / name).write_bytes(original)
+    load_checkpoint(folder)
+    (folder / "state.json").write_text("{}")
+    with pytest.raises(UserError, match="format None"):
+        load_checkpoint(folder)
+    (folder / "state.json").unlink()
+    with pytest.raises(UserError, match="no such file; is this a checkpoint folder"):
+        load_checkpoint(folder)
+    assert latest_checkpoint(tmp_path) is None  # a folder without its commit mark does not count
+
+
+def test_a_newer_format_is_refused(tmp_path):
+    folder = save_checkpoint(tmp_path, CFG, make_state(1), {})
+    state = json.loads((folder / "state.json").read_text())
+    (folder / "state.json").write_text(json.dumps({**state, "format": 2}))
+    with pytest.raises(UserError, match="format 2, but this version reads 1"):
+        load_checkpoint(folder)
+
+
+def test_a_checkpoint_of_another_shape_is_refused(tmp_path):
+    folder = save_checkpoint(tmp_path, CFG, make_state(1), {})
+    with pytest.raises(UserError, match="another model: vocab_size = 96 here, 2048 asked for"):
+        load_checkpoint(folder, preset("demo"))
+
+
+def test_weights_alone_load_from_a_hugging_face_folder(tmp_path):
+    state = make_state(1)
+    (tmp_path / "config.json").write_text(json.dumps(CFG.to_hf()))
+    write_tensors(tmp_path / "model.safetensors", state.weights)
+    cfg, weights = load_weights(tmp_path)
+    assert cfg == CFG
+    np.testing.assert_array_equal(weights["lm_head.weight"], state.weights["lm_head.weight"])
+    assert load_tokenizer(tmp_path) is None
+
+
+def test_a_run_goes_on_only_with_its_own_settings(tmp_path):
+    saved = {"train": {"seed": 0, "attention_backend": "auto"}, "data": {"tokens": 5}}
+    check_resumable(tmp_path, saved, {"train": {"seed": 0, "attention_backend": "reference"}, "data": {"tokens": 5}})
+    with pytest.raises(UserError, match="train.seed = 0 here, 1 asked for; data.tokens = 5 here, 6 asked for"):
+        check_resumable(tmp_path, saved, {"train": {"seed": 1}, "data": {"tokens": 6}})

@@ -1,0 +1,130 @@
+"""Configs: every wrong value is refused by field and value, and config.json is read and written faithfully."""
+
+import dataclasses
+import json
+
+import pytest
+
+from llm_common.config import PRESETS, ModelConfig, OptimizerConfig, SamplingConfig, TrainConfig, check_length, preset
+from llm_common.errors import UserError
+
+TINY = dataclasses.asdict(preset("tiny"))
+NAN, INF = float("nan"), float("inf")
+
+
+@pytest.mark.parametrize(
+    ("cls", "changes", "words"),
+    [
+        (ModelConfig, {"num_key_value_heads": 3}, "num_key_value_heads = 3"),
+        (ModelConfig, {"head_dim": 7}, "head_dim = 7.*even"),
+        (ModelConfig, {"head_dim": 0, "hidden_size": 33}, "hidden_size = 33.*divisible"),
+        (ModelConfig, {"vocab_size": 0}, "vocab_size = 0"),
+        (ModelConfig, {"vocab_size": 96.0}, "vocab_size = 96.0"),
+        (ModelConfig, {"num_hidden_layers": True}, "num_hidden_layers = True"),
+        (ModelConfig, {"rope_theta": NAN}, "rope_theta = nan"),
+        (ModelConfig, {"rms_norm_eps": 0.0}, "rms_norm_eps = 0.0"),
+        (ModelConfig, {"tie_word_embeddings": 1}, "tie_word_embeddings = 1"),
+        (OptimizerConfig, {"lr_max": -1.0}, "lr_max = -1.0"),
+        (OptimizerConfig, {"lr_min": 1.0}, "lr_min = 1.0.*lr_max"),
+        (OptimizerConfig, {"warmup_steps": 10, "total_steps": 10}, "total_steps = 10.*warmup_steps = 10"),
+        (OptimizerConfig, {"beta2": 1.0}, "beta2 = 1.0"),
+        (OptimizerConfig, {"eps": 0.0}, "eps = 0.0"),
+        (OptimizerConfig, {"weight_decay": INF}, "weight_decay = inf"),
+        (OptimizerConfig, {"max_grad_norm": 0.0}, "max_grad_norm = 0.0"),
+        (TrainConfig, {"seed": 2**32}, "seed = 4294967296"),
+        (TrainConfig, {"compute_dtype": "float16"}, "compute_dtype = 'float16'.*bfloat16"),
+        (TrainConfig, {"attention_backend": "flash"}, "attention_backend = 'flash'.*reference"),
+        (TrainConfig, {"batch_size": 0}, "batch_size = 0"),
+        (SamplingConfig, {"temperature": -0.1}, "temperature = -0.1"),
+        (SamplingConfig, {"temperature": NAN}, "temperature = nan"),
+        (SamplingConfig, {"top_k": -1}, "top_k = -1"),
+        (SamplingConfig, {"top_p": 0.0}, "top_p = 0.0"),
+        (SamplingConfig, {"top_p": NAN}, "top_p = nan"),
+        (SamplingConfig, {"min_p": 1.0}, "min_p = 1.0"),
+        (SamplingConfig, {"seed": -1}, "seed = -1"),
+    ],
+)
+def test_a_wrong_value_is_refused_by_field_and_value(cls, changes, words):
+    base = TINY if cls is ModelConfig else {}
+    with pytest.raises(UserError, match=f"{cls.__name__}.{words}"):
+        cls(**{**base, **changes})
+
+
+@pytest.mark.parametrize("cls", [ModelConfig, OptimizerConfig, TrainConfig, SamplingConfig])
+def test_an_unknown_key_is_refused(cls):
+    with pytest.raises(UserError, match="unknown key 'droput'.*known keys"):
+        cls.from_dict({**(TINY if cls is ModelConfig else {}), "droput": 0.1})
+
+
+def test_a_missing_key_is_refused():
+    with pytest.raises(UserError, match="missing key 'vocab_size'"):
+        ModelConfig.from_dict({})
+
+
+def test_configs_are_frozen():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        preset("tiny").vocab_size = 1  # type: ignore[misc]
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_config_json_round_trip(name, tmp_path):
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps(preset(name).to_hf()))
+    assert ModelConfig.from_file(file) == preset(name)
+
+
+def test_both_forms_of_rope_settings_are_read():
+    common = {
+        "vocab_size": 10,
+        "hidden_size": 8,
+        "intermediate_size": 9,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+    }
+    old = ModelConfig.from_hf({**common, "rope_theta": 5e5, "rope_scaling": None, "torch_dtype": "bfloat16"})
+    new = ModelConfig.from_hf(
+        {**common, "rope_parameters": {"rope_type": "default", "rope_theta": 5e5}, "dtype": "bfloat16"}
+    )
+    assert old == new
+    assert old.rope_theta == 5e5
+    assert old.num_key_value_heads == 2  # absent: no grouping
+    assert old.rms_norm_eps == 1e-6  # Hugging Face's default, not ours
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "words"),
+    [
+        ("model_type", "qwen2", "model_type = 'qwen2'"),
+        ("hidden_act", "gelu", "hidden_act = 'gelu'"),
+        ("attention_bias", True, "attention_bias = True"),
+        ("rope_scaling", {"rope_type": "llama3", "factor": 8.0}, "rope type 'llama3'"),
+        ("sliding_window", 128, "unknown key 'sliding_window'"),
+    ],
+)
+def test_what_the_model_does_not_implement_is_refused_by_name(key, value, words):
+    with pytest.raises(UserError, match=words):
+        ModelConfig.from_hf({**preset("tiny").to_hf(), key: value})
+
+
+def test_unreadable_config_files(tmp_path):
+    for content, words in ((None, "no such file"), ("{", "JSON"), ("[1]", "holds a list")):
+        file = tmp_path / "config.json"
+        if content is not None:
+            file.write_text(content)
+        with pytest.raises(UserError, match=words):
+            ModelConfig.from_file(file)
+
+
+@pytest.mark.parametrize(("name", "millions"), [("demo", 1.0), ("124m", 124), ("350m", 350), ("1b", 1200)])
+def test_presets_have_the_size_in_their_name(name, millions):
+    assert abs(preset(name).num_parameters() / 1e6 / millions - 1) < 0.12
+
+
+def test_an_unknown_preset_lists_the_known():
+    with pytest.raises(UserError, match="'gpt5'.*tiny.*124m"):
+        preset("gpt5")
+
+
+def test_a_text_longer_than_the_table_is_refused():
+    with pytest.raises(UserError, match="65 positions but max_position_embeddings = 64"):
+        check_length(preset("tiny"), 65, "the prompt")

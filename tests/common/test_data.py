@@ -1,0 +1,119 @@
+"""The token dataset: a pure function of the step that uses every window once an epoch."""
+
+import numpy as np
+import pytest
+
+from llm_common.corpus import documents, python_documentation
+from llm_common.data import TokenDataset, unigram_entropy, write_tokens
+from llm_common.errors import UserError
+from llm_common.run_log import RunLog, read_log
+from llm_common.tokenizer import Tokenizer
+
+
+@pytest.fixture
+def path(tmp_path):
+    np.save(tmp_path / "tokens.npy", np.arange(1001, dtype=np.uint16))
+    return tmp_path / "tokens.npy"
+
+
+def test_targets_are_the_inputs_one_to_the_right(path):
+    inputs, targets = TokenDataset(path, 10, 4, 0).batch(3)
+    assert inputs.shape == targets.shape == (4, 10)
+    assert inputs.dtype == np.int32
+    np.testing.assert_array_equal(targets, inputs + 1)
+
+
+def test_an_epoch_uses_every_window_once_and_the_next_one_another_order(path):
+    dataset = TokenDataset(path, 10, 8, 0)  # 100 windows: 12.5 batches
+    starts = np.concatenate([dataset.batch(step)[0][:, 0] for step in range(25)])
+    first, second = starts[:100], starts[100:]
+    assert sorted(first) == sorted(second) == list(range(0, 1000, 10))
+    assert list(first) != list(second)
+    assert list(first) != sorted(first)
+
+
+def test_batches_do_not_depend_on_what_was_asked_before(path):
+    a, b = TokenDataset(path, 10, 8, 3), TokenDataset(path, 10, 8, 3)
+    for step in (40, 0, 12, 13, 40):
+        np.testing.assert_array_equal(a.batch(step)[0], b.batch(step)[0])
+    assert not np.array_equal(a.batch(0)[0], TokenDataset(path, 10, 8, 4).batch(0)[0])
+
+
+def test_hosts_share_one_global_batch(path):
+    dataset = TokenDataset(path, 10, 8, 0)
+    parts = [dataset.batch(12, host, 4)[0] for host in range(4)]
+    np.testing.assert_array_equal(np.concatenate(parts), dataset.batch(12)[0])
+    with pytest.raises(UserError, match="batch_size = 8 is not divisible by 3"):
+        dataset.batch(0, 0, 3)
+
+
+def test_write_tokens(tmp_path):
+    tokenizer = Tokenizer([])
+    info = write_tokens(tmp_path / "deep" / "t.npy", ["ab", "c"], tokenizer)
+    tokens = np.load(tmp_path / "deep" / "t.npy")
+    assert tokens.tolist() == [97, 98, 256, 99, 256]
+    assert tokens.dtype == np.uint16
+    assert (info["tokens"], info["documents"], info["bytes"]) == (5, 2, 3)
+    assert unigram_entropy(np.array([0, 1, 1, 0])) == pytest.approx(np.log(2))
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (None, "no such token file.*prepare_data.py"),
+        (b"not numpy", "not a token file"),
+        (np.zeros((2, 3), np.int32), "flat array of integers"),
+        (np.zeros(9, np.float32), "flat array of integers"),
+        (np.zeros(10, np.int32), "10 tokens are fewer than one window of seq_len \\+ 1 = 11"),
+        (np.full(20, 7, np.int32), "token id 7 is outside the model's vocabulary \\[0, 5\\)"),
+        (np.full(20, -1, np.int32), "token id -1 is outside"),
+    ],
+)
+def test_a_bad_token_file_is_refused(content, words, tmp_path):
+    path = tmp_path / "t.npy"
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    elif content is not None:
+        np.save(path, content)
+    with pytest.raises(UserError, match=words):
+        TokenDataset(path, 10, 2, 0, vocab_size=5)
+
+
+def test_the_default_corpus_is_english_prose_and_always_the_same():
+    texts = list(python_documentation())
+    assert len(texts) > 1000
+    assert sum(map(len, texts)) > 1_000_000
+    assert texts == list(python_documentation())
+    assert any("statement" in text for text in texts[:50])
+
+
+def test_a_corpus_of_ones_own(tmp_path):
+    (tmp_path / "a.txt").write_text("one<|endoftext|>two<|endoftext|>\n")
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "sub" / "b.md").write_text("three")
+    (tmp_path / "c.bin").write_bytes(b"\xff")
+    assert list(documents(tmp_path)) == ["one", "two", "three"]
+    assert list(documents(tmp_path / "a.txt")) == ["one", "two"]
+
+
+def test_an_unusable_corpus_is_refused(tmp_path):
+    with pytest.raises(UserError, match="no such file or folder"):
+        list(documents(tmp_path / "nothing"))
+    with pytest.raises(UserError, match="no text found"):
+        list(documents(tmp_path))
+    (tmp_path / "x.txt").write_bytes(b"abc\xff")
+    with pytest.raises(UserError, match="not UTF-8 at byte 3"):
+        list(documents(tmp_path))
+    with pytest.raises(UserError, match="corpus is empty"):
+        write_tokens(tmp_path / "t.npy", [], Tokenizer([]))
+
+
+def test_the_log_starts_with_the_environment(tmp_path):
+    log = RunLog(tmp_path / "log.jsonl", framework="jax")
+    log.write({"step": 1, "loss": 2.5})
+    header, row = read_log(tmp_path / "log.jsonl")
+    log.close()
+    assert header["event"] == "start"
+    assert header["framework"] == "jax"
+    assert header["versions"]["numpy"] == np.__version__
+    assert row == {"step": 1, "loss": 2.5}

@@ -1,0 +1,75 @@
+"""Who may import whom, and that the two sides mirror each other file by file."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+FORBIDDEN = {
+    "llm_common": {"jax", "jaxlib", "flax", "optax", "torch", "jax_llm", "torch_llm", "parity"},
+    "jax_llm": {"torch", "torch_llm", "parity"},
+    "torch_llm": {"jax", "jaxlib", "flax", "optax", "jax_llm", "parity"},
+}
+
+
+def imported(path: Path) -> set[str]:
+    """The top-level packages that a file imports, anywhere in it."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: imports are absolute"
+            found.add((node.module or "").split(".")[0])
+    return found
+
+
+@pytest.mark.parametrize("package", FORBIDDEN)
+def test_import_arrows(package):
+    files = list((ROOT / package).rglob("*.py"))
+    assert len(files) > 5
+    for path in files:
+        assert not imported(path) & FORBIDDEN[package], path
+
+
+def test_the_specification_imports_none_of_the_packages():
+    assert imported(ROOT / "parity/spec.py") == {"math", "numpy"}
+
+
+def test_a_forbidden_import_would_be_seen(tmp_path):
+    file = tmp_path / "bad.py"
+    file.write_text("def f():\n    from torch.nn import functional\n")
+    assert imported(file) & FORBIDDEN["jax_llm"] == {"torch"}
+
+
+def test_the_two_sides_hold_the_same_files():
+    names = [
+        sorted(p.relative_to(ROOT / side).as_posix() for p in (ROOT / side).rglob("*.py"))
+        for side in ("jax_llm", "torch_llm")
+    ]
+    assert names[0] == names[1]
+
+
+@pytest.mark.parametrize("name", ["layers", "attention", "model", "loss", "optim", "sampling", "random_bits"])
+def test_shared_concepts_come_in_the_same_order(name):
+    def definitions(side: str) -> list[str]:
+        tree = ast.parse((ROOT / side / f"{name}.py").read_text(encoding="utf-8"))
+        return [n.name for n in tree.body if isinstance(n, (ast.FunctionDef, ast.ClassDef))]
+
+    jax, torch = definitions("jax_llm"), definitions("torch_llm")
+    shared = set(jax) & set(torch)
+    assert len(shared) >= 2
+    assert [n for n in jax if n in shared] == [n for n in torch if n in shared]
+
+
+def test_files_stay_short_enough_to_read():
+    for package in ("llm_common", "jax_llm", "torch_llm", "parity", "scripts"):
+        for path in (ROOT / package).rglob("*.py"):
+            assert len(path.read_text(encoding="utf-8").splitlines()) <= 400, path
+
+
+@pytest.mark.parametrize("side", ["jax_llm", "torch_llm"])
+def test_the_teaching_text_fits_one_sitting(side):
+    files = ("layers", "rope", "attention", "model", "loss", "optim", "sampling")
+    assert sum(len((ROOT / side / f"{name}.py").read_text().splitlines()) for name in files) <= 700
