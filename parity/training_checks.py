@@ -38,8 +38,10 @@ UPDATE_ALLOWED = 1e-10
 STEPS = (1, 3, 100)
 # Free-running float64: 10 x what one ulp in one weight does within one framework, floor 1e-11; past 1e-9 it is chaos.
 DRIFT_FLOOR, DRIFT_FACTOR, CHAOTIC = 1e-11, 10.0, 1e-9
-# Low precision: 10 x the control for float32 with a floor of 1e-5; see `_low_precision_trajectory` for bfloat16.
-LOSS_FLOOR = {"float32": 1e-5, "bfloat16": 1e-2}
+# Low precision: a multiple of the control, and a floor for runs in which nothing moves. Measured over 30 random configs:
+# the difference is at most 2.0 x the control in float32 (largest difference) and 1.1 x in bfloat16 (rms).
+LOSS_FACTOR = {"float32": 10.0, "bfloat16": 3.0}
+LOSS_FLOOR = {"float32": 1e-5, "bfloat16": 1e-4}
 
 
 def update_of(new: Tensors, old: Tensors) -> Tensors:
@@ -280,8 +282,8 @@ def _max_difference(a: TrainingState, b: TrainingState) -> float:
 def _low_precision_trajectory(s: "Settings", dtype: str) -> Iterator[Row]:
     """Loss curves of both sides, against what the smallest change within one framework does to its own curve.
 
-    float32: |difference| <= 10 x the control at every step, floor 1e-5. bfloat16: the rms difference over the run, at
-    most 3 x that of the control, which is JAX with one bfloat16 ulp in every tenth weight; elementwise it would be noise.
+    float32: the largest difference, bfloat16: the rms difference over the run, because a single step would be noise. The
+    control is JAX again with one ulp in every tenth weight, the largest of three such runs.
     """
     steps = min(s.steps, 1000 if dtype == "float32" else 200)
     data = RandomBatches(s.cfg, s.seed, batch=s.batch, length=s.length)
@@ -309,22 +311,18 @@ def _low_precision_trajectory(s: "Settings", dtype: str) -> Iterator[Row]:
     controls = [losses(jax_side, nudged()) for _ in range(3)]
     if dtype == "float32":
         noise = max(float(np.abs(control - jax).max()) for control in controls)
-        allowed = max(LOSS_FLOOR[dtype], 10 * noise)
         distance = lambda a, b: float(np.abs(a - b).max())
         item = f"largest loss difference in {steps} steps"
     else:
         noise = max(_rms(control - jax) for control in controls)
-        allowed = max(LOSS_FLOOR[dtype], 3 * noise)
         distance = lambda a, b: _rms(a - b)
         item = f"rms loss difference over {steps} steps"
-    pair = distance(jax, torch)
-    side = ""
+    allowed = max(LOSS_FLOOR[dtype], LOSS_FACTOR[dtype] * noise)
+    pair, errors = distance(jax, torch), (distance(jax, exact), distance(torch, exact))
     if not pair <= allowed:
-        errors = distance(jax, exact), distance(torch, exact)
         side = TORCH if not errors[1] <= errors[0] else JAX
-    else:  # both may be off the specification alike: a shared error, allowed three times the band for low precision
-        errors = distance(jax, exact), distance(torch, exact)
-        band = 3 * max(allowed, 30 * noise if dtype == "float32" else 10 * noise)
+    else:  # they agree; an error that both share shows against the specification, beyond what low precision explains
+        band = 10 * allowed
         side = verdict(not errors[0] <= band, not errors[1] <= band, True)
     yield Row("trajectory", item, dtype, pair, allowed, not side, side, f"within JAX: {noise:.1e}")
 

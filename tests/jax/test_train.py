@@ -1,0 +1,151 @@
+"""Properties of JAX training: loss, clip, AdamW, skipped steps, resuming. The twin is tests/torch/test_train.py."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from jax_llm import checkpoint, optim
+from jax_llm.loss import cross_entropy
+from jax_llm.model import CausalLM
+from jax_llm.train import fit, init_state, make_train_step, select_device
+from llm_common.checkpoint import latest_checkpoint, load_checkpoint
+from llm_common.config import OptimizerConfig, TrainConfig, preset
+from llm_common.errors import UserError
+from llm_common.schedule import StepScalars, step_scalars
+from parity.cases import RandomBatches
+
+CFG = preset("tiny")
+TRAIN = TrainConfig(batch_size=3, seq_len=13)
+OPT = OptimizerConfig(lr_max=1e-2, warmup_steps=2, total_steps=12)
+
+
+class Batches(RandomBatches):
+    def fingerprint(self):
+        return {"tokens": 1}
+
+
+def test_loss_counts_only_real_targets():
+    logits = jnp.array(np.random.default_rng(0).standard_normal((2, 3, 5)), jnp.float32)
+    targets = jnp.array([[0, -100, 4], [-100, -100, 1]])
+    log_probs = jax.nn.log_softmax(logits)
+    expected = -(log_probs[0, 0, 0] + log_probs[0, 2, 4] + log_probs[1, 2, 1]) / 3
+    assert cross_entropy(logits, targets) == pytest.approx(float(expected), rel=1e-6)
+
+
+def test_no_counted_target_is_loss_zero_with_zero_gradients():
+    loss, gradient = jax.value_and_grad(cross_entropy)(jnp.ones((1, 2, 5)), jnp.full((1, 2), -100))
+    assert loss == 0
+    assert (gradient == 0).all()
+
+
+def test_clip_is_exact_and_safe_at_zero():
+    grads, norm = optim.clip_by_global_norm({"a": jnp.array([3.0]), "b": jnp.array([4.0])}, 1.0)
+    assert norm == 5.0
+    np.testing.assert_array_equal(grads["a"], np.float32(3) * np.float32(0.2))
+    for max_norm in (None, 10.0, 5.0):
+        unchanged, _ = optim.clip_by_global_norm({"a": jnp.array([3.0]), "b": jnp.array([4.0])}, max_norm)
+        assert unchanged["b"] == 4.0
+    zero, norm = optim.clip_by_global_norm({"a": jnp.zeros(2)}, 1.0)
+    assert norm == 0
+    assert (zero["a"] == 0).all()
+
+
+def test_adamw_trains_any_pytree():
+    optimizer = optim.adamw(0.9, 0.95, 1e-8, 0.5)
+    params = (jnp.ones((2, 2)), {"gain": jnp.ones(3)})
+    zero = jax.tree.map(jnp.zeros_like, params)
+    updates, _ = optimizer.update(zero, optimizer.init(params), params, scalars=StepScalars(0.1, 0.1, 0.05))
+    new = optax.apply_updates(params, updates)
+    np.testing.assert_allclose(new[0], 0.95)  # decayed by lr * weight_decay
+    np.testing.assert_array_equal(new[1]["gain"], 1.0)
+
+
+def test_stacked_norm_weights_do_not_decay():
+    mask = optim.decay_mask(CFG)
+    assert not mask["model"]["layers"]["input_layernorm"]["weight"]  # a stacked leaf of two axes
+    assert mask["model"]["layers"]["mlp"]["up_proj"]["weight"]
+    assert mask["model"]["embed_tokens"]["weight"]
+
+
+def test_train_step_is_pure_and_takes_optax_optimizers():
+    state = init_state(CFG, TRAIN, OPT)
+    inputs, targets = (jnp.array(x) for x in Batches(CFG, 0).batch(0))
+    adamw = optax.adamw(1e-2, 0.9, 0.95, 1e-8, weight_decay=0.1)
+    state = state._replace(opt_state=adamw.init(state.params))
+    step = jax.jit(make_train_step(CausalLM(CFG), adamw, "float32"))
+    results = [step(state, inputs, targets, step_scalars(OPT, 1, 0))[0] for _ in range(2)]
+    for a, b in zip(jax.tree.leaves(results[0]), jax.tree.leaves(results[1]), strict=True):
+        np.testing.assert_array_equal(a, b)
+    assert int(results[0].step) == 1
+    assert not np.array_equal(results[0].params["model"]["norm"]["weight"], state.params["model"]["norm"]["weight"])
+
+
+def test_training_lowers_the_loss_in_bfloat16_with_float32_masters():
+    losses = []
+    data = Batches(CFG, 0, n=1)
+    train = TrainConfig(batch_size=3, seq_len=13, compute_dtype="bfloat16")
+    state = fit(init_state(CFG, train, OPT), CFG, train, OPT, data, on_step=lambda s, _, m: losses.append(m["loss"]))
+    assert losses[-1] < losses[0] - 0.5
+    assert {x.dtype for x in jax.tree.leaves(state.params)} == {jnp.dtype("float32")}
+
+
+def test_skips_stop_the_run_with_a_diagnosis():
+    state = init_state(CFG, TRAIN, OPT)
+    state.params["model"]["norm"]["weight"] = jnp.full(CFG.hidden_size, jnp.inf)
+    steps = []
+    with pytest.raises(UserError, match="not finite in 10 steps in a row"):
+        fit(
+            state,
+            CFG,
+            TRAIN,
+            OPT,
+            Batches(CFG, 0),
+            on_step=lambda step, s, m: steps.append((step, m["skipped"], int(s.adam_count))),
+        )
+    assert steps == [(n, True, 0) for n in range(1, 11)]
+
+
+def test_resumed_is_bitwise_uninterrupted(tmp_path):
+    data = Batches(CFG, 0)
+    straight = checkpoint.fit_and_save(tmp_path / "a", CFG, TRAIN, OPT, data, "cpu")
+
+    class Killed(Exception):
+        pass
+
+    def kill(step, metrics):
+        if step == 8:
+            raise Killed
+
+    with pytest.raises(Killed):
+        checkpoint.fit_and_save(tmp_path / "b", CFG, TRAIN, OPT, data, "cpu", save_every=3, on_step=kill)
+    assert latest_checkpoint(tmp_path / "b").name == "step-00000006"
+    seen = []
+    resumed = checkpoint.fit_and_save(
+        tmp_path / "b", CFG, TRAIN, OPT, data, "cpu", on_step=lambda step, m: seen.append(step)
+    )
+    assert seen == list(range(7, 13))
+    states = [load_checkpoint(folder)[1] for folder in (straight, resumed)]
+    for part in ("weights", "mu", "nu"):
+        for name, x in getattr(states[0], part).items():
+            np.testing.assert_array_equal(x, getattr(states[1], part)[name])
+    assert json.loads((resumed / "state.json").read_text())["settings"]["framework"] == "jax"
+
+
+def test_a_run_with_other_settings_is_not_resumed(tmp_path):
+    checkpoint.fit_and_save(tmp_path, CFG, TRAIN, OPT, Batches(CFG, 0), "cpu")
+    other = OptimizerConfig(lr_max=2e-2, warmup_steps=2, total_steps=12)
+    with pytest.raises(UserError, match="optimizer.lr_max = 0.01 here, 0.02 asked for"):
+        checkpoint.fit_and_save(tmp_path, CFG, TRAIN, other, Batches(CFG, 0), "cpu")
+
+
+def test_bad_settings_are_refused_before_work():
+    with pytest.raises(UserError, match="seq_len needs 65 positions"):
+        fit(init_state(CFG, TRAIN, OPT), CFG, TrainConfig(seq_len=65), OPT, Batches(CFG, 0))
+    with pytest.raises(UserError, match="JAX_ENABLE_X64=1"):
+        init_state(CFG, TrainConfig(compute_dtype="float64"), OPT)
+    with pytest.raises(UserError, match="JAX sees no tpu here, only: cpu"):
+        select_device("tpu")

@@ -1,0 +1,140 @@
+"""Properties of torch training: loss, clip, AdamW, skipped steps, resuming. The twin is tests/jax/test_train.py."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from llm_common.checkpoint import latest_checkpoint, load_checkpoint
+from llm_common.config import OptimizerConfig, TrainConfig, preset
+from llm_common.errors import UserError
+from parity.cases import RandomBatches
+from torch_llm import checkpoint, optim
+from torch_llm.loss import cross_entropy
+from torch_llm.train import Trainer, select_device
+
+CFG = preset("tiny")
+TRAIN = TrainConfig(batch_size=3, seq_len=13)
+OPT = OptimizerConfig(lr_max=1e-2, warmup_steps=2, total_steps=12)
+
+
+class Batches(RandomBatches):
+    def fingerprint(self):
+        return {"tokens": 1}
+
+
+def test_loss_counts_only_real_targets():
+    logits = torch.tensor(np.random.default_rng(0).standard_normal((2, 3, 5)), dtype=torch.float32)
+    targets = torch.tensor([[0, -100, 4], [-100, -100, 1]])
+    log_probs = torch.log_softmax(logits, -1)
+    expected = -(log_probs[0, 0, 0] + log_probs[0, 2, 4] + log_probs[1, 2, 1]) / 3
+    assert cross_entropy(logits, targets).item() == pytest.approx(float(expected), rel=1e-6)
+
+
+def test_no_counted_target_is_loss_zero_with_zero_gradients():
+    logits = torch.ones(1, 2, 5, requires_grad=True)
+    loss = cross_entropy(logits, torch.full((1, 2), -100))
+    loss.backward()
+    assert loss.item() == 0
+    assert (logits.grad == 0).all()
+
+
+def parameters(*values: float) -> list[torch.nn.Parameter]:
+    made = [torch.nn.Parameter(torch.zeros(1)) for _ in values]
+    for p, value in zip(made, values, strict=True):
+        p.grad = torch.tensor([value])
+    return made
+
+
+def test_clip_is_exact_and_safe_at_zero():
+    a, b = parameters(3.0, 4.0)
+    assert optim.clip_by_global_norm([a, b], 1.0) == 5.0
+    assert a.grad.item() == np.float32(3) * np.float32(0.2)
+    for max_norm in (None, 10.0, 5.0):
+        a, b = parameters(3.0, 4.0)
+        optim.clip_by_global_norm([a, b], max_norm)
+        assert b.grad.item() == 4.0
+    (zero,) = parameters(0.0)
+    assert optim.clip_by_global_norm([zero], 1.0) == 0
+    assert zero.grad.item() == 0
+
+
+def test_adamw_trains_any_module():
+    module = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.LayerNorm(2))
+    optimizer = optim.make_optimizer(OptimizerConfig(lr_max=0.1, weight_decay=0.5), module)
+    before = {name: p.detach().clone() for name, p in module.named_parameters()}
+    optimizer.step()  # without a gradient: only decay, and only of matrices
+    for name, p in module.named_parameters():
+        torch.testing.assert_close(p.detach(), before[name] * (0.95 if p.ndim == 2 else 1.0))
+
+
+def test_optimizer_state_dict_round_trip():
+    module = torch.nn.Linear(2, 2)
+    optimizer = optim.make_optimizer(OptimizerConfig(), module)
+    module(torch.ones(1, 2)).sum().backward()
+    optimizer.step()
+    other = optim.make_optimizer(OptimizerConfig(), module)
+    other.load_state_dict(optimizer.state_dict())
+    assert other.count == 1
+    assert torch.equal(other.moments(module.weight)[0], optimizer.moments(module.weight)[0])
+
+
+def test_training_lowers_the_loss_in_bfloat16_with_float32_masters():
+    losses = []
+    trainer = Trainer(CFG, TrainConfig(batch_size=3, seq_len=13, compute_dtype="bfloat16"), OPT)
+    trainer.fit(Batches(CFG, 0, n=1), on_step=lambda step, t, m: losses.append(m["loss"]))
+    assert losses[-1] < losses[0] - 0.5
+    assert {p.dtype for p in trainer.model.parameters()} == {torch.float32}
+
+
+def test_skips_stop_the_run_with_a_diagnosis():
+    trainer = Trainer(CFG, TRAIN, OPT)
+    torch.nn.init.constant_(trainer.model.model.norm.weight, torch.inf)
+    steps = []
+    hook = lambda step, t, m: steps.append((step, m["skipped"], t.optimizer.count))
+    with pytest.raises(UserError, match="not finite in 10 steps in a row"):
+        trainer.fit(Batches(CFG, 0), on_step=hook)
+    assert steps == [(n, True, 0) for n in range(1, 11)]
+
+
+def test_resumed_is_bitwise_uninterrupted(tmp_path):
+    data = Batches(CFG, 0)
+    straight = checkpoint.fit_and_save(tmp_path / "a", CFG, TRAIN, OPT, data, "cpu")
+
+    class Killed(Exception):
+        pass
+
+    def kill(step, metrics):
+        if step == 8:
+            raise Killed
+
+    with pytest.raises(Killed):
+        checkpoint.fit_and_save(tmp_path / "b", CFG, TRAIN, OPT, data, "cpu", save_every=3, on_step=kill)
+    assert latest_checkpoint(tmp_path / "b").name == "step-00000006"
+    seen = []
+    resumed = checkpoint.fit_and_save(
+        tmp_path / "b", CFG, TRAIN, OPT, data, "cpu", on_step=lambda step, m: seen.append(step)
+    )
+    assert seen == list(range(7, 13))
+    states = [load_checkpoint(folder)[1] for folder in (straight, resumed)]
+    for part in ("weights", "mu", "nu"):
+        for name, x in getattr(states[0], part).items():
+            np.testing.assert_array_equal(x, getattr(states[1], part)[name])
+    assert json.loads((resumed / "state.json").read_text())["settings"]["framework"] == "torch"
+
+
+def test_a_run_with_other_settings_is_not_resumed(tmp_path):
+    checkpoint.fit_and_save(tmp_path, CFG, TRAIN, OPT, Batches(CFG, 0), "cpu")
+    other = OptimizerConfig(lr_max=2e-2, warmup_steps=2, total_steps=12)
+    with pytest.raises(UserError, match="optimizer.lr_max = 0.01 here, 0.02 asked for"):
+        checkpoint.fit_and_save(tmp_path, CFG, TRAIN, other, Batches(CFG, 0), "cpu")
+
+
+def test_bad_settings_are_refused_before_work():
+    with pytest.raises(UserError, match="seq_len needs 65 positions"):
+        Trainer(CFG, TrainConfig(seq_len=65), OPT)
+    with pytest.raises(UserError, match="torch cannot use device 'cuda' here.*present: cpu"):
+        select_device("gpu")
+    with pytest.raises(UserError, match="torch cannot use device 'abacus'"):
+        select_device("abacus")
