@@ -133,15 +133,15 @@ def stack_layers(layers: tuple[Params, ...]) -> Params:
     return jax.tree.map(lambda *w: jnp.stack(w), *layers)
 
 
-def build_params(cfg: ModelConfig, tensor: Callable[[str], Array]) -> Params:
-    """The parameter tree whose leaves are `tensor(canonical name)`, layers stacked."""
+def build_params(cfg: ModelConfig, tensor: Callable[[str], Any], stack: Callable = jnp.stack) -> Params:
+    """The parameter tree whose leaves are `tensor(canonical name)`; those of the layers are put together by `stack`."""
     tree: dict[str, Any] = {}
     for name in tensor_shapes(cfg):
         if name.startswith("model.layers."):
             if not name.startswith("model.layers.0."):
                 continue
             suffix = name.removeprefix("model.layers.0.")
-            leaf = jnp.stack([tensor(f"model.layers.{i}.{suffix}") for i in range(cfg.num_hidden_layers)])
+            leaf = stack([tensor(f"model.layers.{i}.{suffix}") for i in range(cfg.num_hidden_layers)])
             name = f"model.layers.{suffix}"
         else:
             leaf = tensor(name)

@@ -86,8 +86,7 @@ def decay_mask(cfg: ModelConfig) -> Tree:
     from jax_llm.model import build_params  # here, so that the optimizer can be read and used without the model
 
     shapes = tensor_shapes(cfg)
-    flags = build_params(cfg, lambda name: jnp.asarray(decays(shapes[name])))
-    return jax.tree.map(lambda flag: bool(flag.all()), flags)
+    return build_params(cfg, lambda name: decays(shapes[name]), stack=all)
 
 
 def make_optimizer(cfg: OptimizerConfig, mask: Tree | None = None) -> optax.GradientTransformationExtraArgs:

@@ -1,0 +1,130 @@
+"""Properties of the JAX sampler and of generation. The twin is tests/torch/test_sampling.py."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jax_llm import random_bits, sampling
+from jax_llm.checkpoint import from_canonical
+from jax_llm.generate import generate, generate_from
+from jax_llm.model import CausalLM
+from llm_common.config import SamplingConfig, preset
+from llm_common.errors import UserError
+from parity.cases import random_weights
+
+CFG = preset("tiny")
+LOGITS = jnp.log(jnp.array([[0.1, 0.4, 0.05, 0.4, 0.05]]))  # ties at the top and at the bottom
+
+
+def kept(**settings) -> list[int]:
+    return np.flatnonzero(
+        np.isfinite(np.asarray(sampling.filter_logits(LOGITS, SamplingConfig(**settings))[0]))
+    ).tolist()
+
+
+def test_filters():
+    assert kept() == [0, 1, 2, 3, 4]
+    assert kept(top_k=1) == [1]  # exactly k, the lowest id of a tie
+    assert kept(top_k=4) == [0, 1, 2, 3]
+    assert kept(top_k=9) == [0, 1, 2, 3, 4]
+    assert kept(top_p=0.3) == [1]  # the token that crosses p is kept
+    assert kept(top_p=0.75) == [1, 3]
+    assert kept(top_p=0.85) == [0, 1, 3]
+    assert kept(top_k=2, top_p=0.6) == [1, 3]  # renormalised after top-k: 0.5 + 0.5
+    assert kept(top_k=2, top_p=0.45) == [1]
+    assert kept(min_p=0.2) == [0, 1, 3]
+    assert kept(min_p=0.3) == [1, 3]
+    assert kept(top_p=0.5, temperature=5.0) == [0, 1, 3]  # the temperature comes first and flattens
+
+
+def test_greedy_takes_the_lowest_id_of_a_tie():
+    ids = jnp.zeros(1, jnp.int32)
+    assert sampling.sample(LOGITS, SamplingConfig(temperature=0.0), random_bits.key(0), ids, ids)[0] == 1
+
+
+def test_draws_follow_the_distribution():
+    n = 20_000
+    logits = jnp.tile(LOGITS, (n, 1))
+    drawn = sampling.sample(logits, SamplingConfig(), random_bits.key(7), jnp.zeros(n, jnp.int32), jnp.arange(n))
+    share = np.bincount(drawn, minlength=5) / n
+    # five standard deviations of a share near 0.4: 5 x sqrt(0.24 / 20,000)
+    np.testing.assert_allclose(share, np.exp(LOGITS[0]), atol=0.0174)
+
+
+def test_draws_depend_on_seed_row_and_position():
+    logits = jnp.zeros((1, 10_000))
+    draw = lambda seed, row, position: int(
+        sampling.sample(logits, SamplingConfig(), random_bits.key(seed), jnp.array([row]), jnp.array([position]))[0]
+    )
+    assert len({draw(0, 0, 0), draw(1, 0, 0), draw(0, 1, 0), draw(0, 0, 1), draw(0, 1, 1)}) == 5
+    assert draw(0, 3, 4) == draw(0, 3, 4)
+
+
+@pytest.fixture(scope="module")
+def params():
+    return from_canonical(CFG, random_weights(CFG, 0), jnp.float32)
+
+
+PROMPT = np.array([[1, 2, 3], [4, 5, 6], [1, 2, 3]])
+
+
+def test_a_text_does_not_depend_on_its_batch_mates(params):
+    model, settings = CausalLM(CFG), SamplingConfig(seed=3)
+    texts = generate(model, params, PROMPT, 12, settings)
+    assert generate(model, params, PROMPT[:1], 12, settings) == texts[:1]
+    assert texts[0] != texts[2]  # the same prompt in another row draws with other numbers
+    greedy = generate(model, params, PROMPT, 12, SamplingConfig(temperature=0.0))
+    assert greedy[0] == greedy[2]
+
+
+def test_end_of_text_ends_a_text_and_is_not_in_it(params):
+    model, settings = CausalLM(CFG), SamplingConfig(seed=3)
+    texts = generate(model, params, PROMPT, 12, settings)
+    eos = texts[1][4]
+    stopped = generate(model, params, PROMPT, 12, settings, eos_id=eos)
+    assert stopped[1] == texts[1][: texts[1].index(eos)]
+    assert all(eos not in text for text in stopped)
+    assert all(a == b[: len(a)] for a, b in zip(stopped, texts, strict=True))
+
+
+def test_a_new_seed_needs_no_new_program(params):
+    from jax_llm import generate as module
+
+    generate(CausalLM(CFG), params, PROMPT, 4, SamplingConfig(seed=1))
+    size = module._generate._cache_size()
+    generate(CausalLM(CFG), params, PROMPT, 4, SamplingConfig(seed=2))
+    assert module._generate._cache_size() == size
+
+
+@pytest.mark.parametrize(
+    ("prompt", "n", "words"),
+    [
+        (np.zeros((1, 0), int), 4, "prompt of shape"),
+        (np.zeros(3, int), 4, "prompt of shape"),
+        (np.zeros((1, 3), int), 0, "max_new_tokens >= 1"),
+        (np.array([[96]]), 4, "prompt: token id 96 is outside the vocabulary"),
+        (np.array([[-1]]), 4, "prompt: token id -1"),
+        (np.array([[1.5]]), 4, "must be integers"),
+        (np.zeros((1, 60), int), 5, "prompt \\+ max_new_tokens needs 65 positions"),
+    ],
+)
+def test_bad_prompts_are_refused(prompt, n, words, params):
+    with pytest.raises(UserError, match=words):
+        generate(CausalLM(CFG), params, prompt, n, SamplingConfig())
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float64"])
+def test_generation_from_canonical_weights(dtype):
+    texts = generate_from(CFG, random_weights(CFG, 0), PROMPT, 5, SamplingConfig(), device="cpu", compute_dtype=dtype)
+    assert [len(text) for text in texts] == [5, 5, 5]
+    assert jnp.zeros(()).dtype == jnp.float32  # x64 is as it was
+    with pytest.raises(UserError, match="JAX sees no tpu here"):
+        generate_from(CFG, random_weights(CFG, 0), PROMPT, 5, SamplingConfig(), device="tpu")
+
+
+def test_random_bits_are_those_of_jax_random():
+    key = random_bits.fold_in(random_bits.key(5), 9)
+    np.testing.assert_array_equal(
+        random_bits.random_bits(key, 7), jax.random.bits(jax.random.fold_in(jax.random.key(5), 9), (7,))
+    )

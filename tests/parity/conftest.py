@@ -1,0 +1,11 @@
+import pytest
+
+from parity.jax_side import clear_caches
+
+
+@pytest.fixture
+def fresh():
+    """Compiled JAX programs are forgotten before and after, so that a planted bug is traced and then gone again."""
+    clear_caches()
+    yield
+    clear_caches()

@@ -1,0 +1,409 @@
+"""Bugs planted in either side, or in the code they share, go red at the right check and name the side.
+
+Each is a bug that a real port has had. Those at the end are equal by mathematics and must stay green.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+import jax_llm.attention
+import jax_llm.layers
+import jax_llm.loss
+import jax_llm.model
+import jax_llm.optim
+import jax_llm.sampling
+import jax_llm.train
+import llm_common.rope
+import llm_common.schedule
+import torch_llm.attention
+import torch_llm.kv_cache
+import torch_llm.layers
+import torch_llm.loss
+import torch_llm.model
+import torch_llm.optim
+import torch_llm.random_bits
+import torch_llm.sampling
+from parity.compare import JAX, SHARED, TORCH
+from parity.ladder import Settings, run_checks
+
+SMALL = Settings(steps=20, tokens=800)
+CLEAN_JAX_ATTENTION = jax_llm.attention.reference_attention
+CLEAN_JAX_FILTER = jax_llm.sampling.filter_logits
+CLEAN_JAX_NOISE = jax_llm.sampling.gumbel_noise
+CLEAN_TORCH_FILTER = torch_llm.sampling.filter_logits
+CLEAN_TORCH_UPDATE = torch_llm.kv_cache.KVCache.update
+CLEAN_TABLE = llm_common.rope.rope_table
+CLEAN_LEARNING_RATE = llm_common.schedule.learning_rate
+CLEAN_CLIP_TORCH = torch_llm.optim.clip_by_global_norm
+
+
+# --- JAX
+
+
+def interleaved_rope(x, cos, sin):
+    x1, x2 = x[..., ::2], x[..., 1::2]
+    cos, sin = cos[:, None, :], sin[:, None, :]
+    return jnp.stack([x1 * cos - x2 * sin, x2 * cos + x1 * sin], axis=-1).reshape(x.shape).astype(x.dtype)
+
+
+def rope_sign(x, cos, sin):
+    x1, x2 = jnp.split(x, 2, axis=-1)
+    cos, sin = cos[:, None, :], sin[:, None, :]
+    return jnp.concatenate([x1 * cos + x2 * sin, x2 * cos - x1 * sin], axis=-1).astype(x.dtype)
+
+
+def eps_outside_the_root(x, weight, eps):
+    h = jax_llm.layers.upcast(x)
+    h = h / (jnp.sqrt(jnp.mean(h * h, axis=-1, keepdims=True)) + eps)
+    return h.astype(x.dtype) * weight
+
+
+def layer_norm(x, weight, eps):
+    h = jax_llm.layers.upcast(x)
+    h = h - h.mean(axis=-1, keepdims=True)
+    return (h * jax.lax.rsqrt(jnp.mean(h * h, axis=-1, keepdims=True) + eps)).astype(x.dtype) * weight
+
+
+def gelu_for_silu(gate, up):
+    return (jax.nn.gelu(jax_llm.layers.upcast(gate)) * jax_llm.layers.upcast(up)).astype(gate.dtype)
+
+
+def scale_one_over_h(q, k, v, mask=None):
+    return CLEAN_JAX_ATTENTION(q * q.shape[-1] ** -0.5, k, v, mask)
+
+
+def tiled_heads(q, k, v, mask=None):
+    """Query head n reads key/value head n % K instead of n // G."""
+    groups = q.shape[2] // k.shape[2]
+    k, v = jnp.tile(k, (1, 1, groups, 1)), jnp.tile(v, (1, 1, groups, 1))
+    return CLEAN_JAX_ATTENTION(q, k, v, mask)
+
+
+def bfloat16_softmax(q, k, v, mask=None):
+    b, t, n, h = q.shape
+    kv_heads = k.shape[2]
+    if mask is None:
+        mask = jax_llm.attention.causal_mask(jnp.arange(t), jnp.arange(t))
+    q = q.reshape(b, t, kv_heads, n // kv_heads, h)
+    scores = jnp.einsum("btkgh,bskh->bkgts", q, k) * h**-0.5
+    probs = jax.nn.softmax(jnp.where(mask, scores, -jnp.inf), axis=-1).astype(v.dtype)
+    return jnp.einsum("bkgts,bskh->btkgh", probs, v).reshape(b, t, n, h)
+
+
+def sum_for_mean(logits, targets):
+    return jax_llm.loss.cross_entropy_sum(logits, targets)[0]
+
+
+def decay_on_norms(cfg):
+    return jax_llm.model.build_params(cfg, lambda name: True, stack=all)
+
+
+def clip_with_epsilon(grads, max_norm):
+    norm = jax_llm.optim.global_norm(grads)
+    factor = 1.0 if max_norm is None else jnp.minimum(1.0, max_norm / (norm + 1e-6))
+    return jax.tree.map(lambda g: g * factor, grads), norm
+
+
+def temperature_after_top_p(logits, cfg):
+    filtered = CLEAN_JAX_FILTER(logits, dataclasses.replace(cfg, temperature=1.0))
+    return filtered / cfg.temperature
+
+
+def one_key_for_all_positions(key, rows, positions, vocab_size, dtype=jnp.float32):
+    return CLEAN_JAX_NOISE(key, rows, jnp.zeros_like(positions), vocab_size, dtype)
+
+
+def bfloat16_embedding_sums(input_ids, weight):
+    return weight[input_ids]
+
+
+# --- torch
+
+
+def mask_one_too_far(query_positions, key_positions):
+    return key_positions[None, :] <= query_positions[:, None] + 1
+
+
+def minus_ten_mask(q, k, v, mask=None):
+    b, t, n, h = q.shape
+    s, kv_heads = k.shape[1], k.shape[2]
+    if mask is None:
+        mask = torch_llm.attention.causal_mask(torch.arange(t), torch.arange(s))
+    q = q.reshape(b, t, kv_heads, n // kv_heads, h)
+    scores = torch.einsum("btkgh,bskh->bkgts", q, k) * h**-0.5
+    probs = torch.softmax(scores + torch.where(mask, 0.0, -10.0), dim=-1).to(v.dtype)
+    return torch.einsum("bkgts,bskh->btkgh", probs, v).reshape(b, t, n, h)
+
+
+def no_bias_correction(beta1, beta2, n):
+    return 1.0, 1.0
+
+
+def eps_inside_the_root(self, closure=None):
+    self.count += 1
+    for group in self.param_groups:
+        c1, c2 = torch_llm.optim.bias_corrections(group["beta1"], group["beta2"], self.count)
+        for p in group["params"]:
+            mu, nu = self.moments(p)
+            mu.mul_(group["beta1"]).add_((1 - group["beta1"]) * p.grad)
+            nu.mul_(group["beta2"]).add_((1 - group["beta2"]) * p.grad**2)
+            step = (mu / c1) / torch.sqrt(nu / c2 + group["eps"]) + group["weight_decay"] * p.detach()
+            p.data.sub_(group["lr"] * step)
+
+
+def no_update(self, closure=None):
+    self.count += 1
+
+
+def torch_clip(parameters, max_norm):
+    return torch.nn.utils.clip_grad_norm_(list(parameters), float("inf") if max_norm is None else max_norm)
+
+
+def bfloat16_moments(self, p):
+    state = self.state[p]
+    if not state:
+        state["mu"], state["nu"] = (torch.zeros_like(p, dtype=torch.bfloat16) for _ in range(2))
+    return state["mu"], state["nu"]
+
+
+def top_p_without_the_crossing_token(logits, cfg):
+    if cfg.top_p == 1.0:
+        return CLEAN_TORCH_FILTER(logits, cfg)
+    logits = CLEAN_TORCH_FILTER(logits, dataclasses.replace(cfg, top_p=1.0))
+    ranked, order = torch.sort(logits, dim=-1, stable=True, descending=True)
+    keep = torch.cumsum(torch.softmax(ranked, -1), -1) <= cfg.top_p
+    keep[..., 0] = True
+    return torch.where(torch.zeros_like(keep).scatter(-1, order, keep), logits, -torch.inf)
+
+
+def one_too_many_in_top_k(logits, cfg):
+    return CLEAN_TORCH_FILTER(logits, dataclasses.replace(cfg, top_k=cfg.top_k + 1 if cfg.top_k else 0))
+
+
+def cache_one_slot_late(self, layer, k, v):
+    if self.length and k.shape[1] == 1:  # while decoding
+        self.k[layer, :, self.length - 1 : self.length] = k
+        self.v[layer, :, self.length - 1 : self.length] = v
+        return self.k[layer, :, : self.length + 1], self.v[layer, :, : self.length + 1]
+    return CLEAN_TORCH_UPDATE(self, layer, k, v)
+
+
+def offset_ignored(self, start, length, device, dtype):
+    return tuple(table.to(dtype)[:length] for table in self.float64)
+
+
+def gain_before_rounding(x, weight, eps):
+    h = torch_llm.layers.upcast(x)
+    return (h * torch.rsqrt((h * h).mean(-1, keepdim=True) + eps) * weight).to(x.dtype)
+
+
+def ignored_targets_counted(logits, targets):
+    total, _ = torch_llm.loss.cross_entropy_sum(logits, targets)
+    return total / targets.numel()
+
+
+def not_detached_last_layer(self, x, cos, sin, mask=None, cache=None, layer=0):
+    x = x + self.self_attn(self.input_layernorm(x), cos, sin, mask, cache, layer)
+    return x + self.mlp(self.post_attention_layernorm(x)).detach()
+
+
+def rounded_swiglu(gate, up):
+    return F.silu(gate) * up
+
+
+# --- shared code
+
+
+def float32_table(cfg, length=None):
+    inverse = np.float32(1) / np.float32(cfg.rope_theta) ** (
+        np.arange(0, cfg.head_dim, 2, dtype=np.float32) / cfg.head_dim
+    )
+    angles = np.arange(length or cfg.max_position_embeddings, dtype=np.float32)[:, None] * inverse
+    return np.cos(angles).astype(np.float64), np.sin(angles).astype(np.float64)
+
+
+def wrong_theta(cfg, length=None):
+    return CLEAN_TABLE(dataclasses.replace(cfg, rope_theta=cfg.rope_theta * 1.01), length)
+
+
+def warmup_one_early(cfg, step):
+    return CLEAN_LEARNING_RATE(cfg, step + 1)
+
+
+def corrections_one_late(beta1, beta2, n):
+    return 1.0 - beta1 ** (n + 1), 1.0 - beta2 ** (n + 1)
+
+
+def everything_decays(shape):
+    return True
+
+
+def no_residual_scale(cfg, name):
+    return None if name.endswith("norm.weight") else 0.02 * 12**0.5
+
+
+@dataclasses.dataclass(frozen=True)
+class Bug:
+    name: str
+    patches: tuple[tuple[str, object], ...]  # (where, what is put there)
+    check: str  # the row's check that must be the first to go red
+    side: str
+    runs: str = ""  # the check to run, if it has another name
+    dtype: str = "float64"
+
+    def plant(self, monkeypatch) -> None:
+        for target, replacement in self.patches:
+            monkeypatch.setattr(target, replacement)
+
+
+def bug(name, target, replacement, check, side, **more) -> Bug:
+    return Bug(name, tuple((t, replacement) for t in target.split()), check, side, **more)
+
+
+BUGS = [
+    bug("interleaved RoPE", "jax_llm.attention.apply_rope", interleaved_rope, "logits", JAX),
+    bug("RoPE sign", "jax_llm.attention.apply_rope", rope_sign, "logits", JAX),
+    bug("eps outside the root", "jax_llm.layers.rms_norm", eps_outside_the_root, "logits", JAX),
+    bug("LayerNorm for RMSNorm", "jax_llm.layers.rms_norm", layer_norm, "logits", JAX),
+    bug("gelu for silu", "jax_llm.layers.swiglu", gelu_for_silu, "logits", JAX),
+    bug("scale 1/H", "jax_llm.attention.reference_attention", scale_one_over_h, "logits", JAX),
+    bug("GQA tiled", "jax_llm.attention.reference_attention", tiled_heads, "logits", JAX),
+    bug(
+        "bfloat16 softmax",
+        "jax_llm.attention.reference_attention",
+        bfloat16_softmax,
+        "precision",
+        JAX,
+        dtype="bfloat16",
+    ),
+    bug("sum for mean", "jax_llm.train.cross_entropy", sum_for_mean, "loss", JAX, runs="gradients"),
+    bug(
+        "decay on norms",
+        "parity.jax_side.optim.decay_mask jax_llm.checkpoint.decay_mask jax_llm.train.decay_mask",
+        decay_on_norms,
+        "adamw",
+        JAX,
+    ),
+    bug("clip with 1e-6 in JAX", "jax_llm.optim.clip_by_global_norm", clip_with_epsilon, "adamw", JAX),
+    bug(
+        "temperature after top-p",
+        "jax_llm.sampling.filter_logits",
+        temperature_after_top_p,
+        "tokens",
+        JAX,
+        dtype="float32",
+    ),
+    bug("same key for all positions", "jax_llm.sampling.gumbel_noise", one_key_for_all_positions, "tokens", JAX),
+    bug(
+        "embedding sums in bfloat16",
+        "jax_llm.layers.embedding",
+        bfloat16_embedding_sums,
+        "precision",
+        JAX,
+        dtype="bfloat16",
+    ),
+    bug("mask one too far", "torch_llm.attention.causal_mask", mask_one_too_far, "logits", TORCH),
+    bug("-10 for -inf", "torch_llm.attention.reference_attention", minus_ten_mask, "logits", TORCH),
+    bug("no bias correction", "torch_llm.optim.bias_corrections", no_bias_correction, "adamw", TORCH),
+    bug("eps inside the root", "torch_llm.optim.AdamW.step", eps_inside_the_root, "adamw", TORCH),
+    bug("no update at all", "torch_llm.optim.AdamW.step", no_update, "adamw", TORCH),
+    bug("clip with 1e-6 in torch", "torch_llm.train.clip_by_global_norm", torch_clip, "adamw", TORCH),
+    bug("moments in bfloat16", "torch_llm.optim.AdamW.moments", bfloat16_moments, "precision", TORCH, dtype="bfloat16"),
+    bug(
+        "top-p drops the crossing token",
+        "torch_llm.sampling.filter_logits",
+        top_p_without_the_crossing_token,
+        "tokens",
+        TORCH,
+    ),
+    bug(
+        "top-k off by one", "torch_llm.sampling.filter_logits", one_too_many_in_top_k, "tokens", TORCH, dtype="float32"
+    ),
+    bug("cache written one slot late", "torch_llm.kv_cache.KVCache.update", cache_one_slot_late, "cache", TORCH),
+    bug("offset ignored with a cache", "torch_llm.rope.RotaryTable.__call__", offset_ignored, "cache", TORCH),
+    bug(
+        "gain before rounding", "torch_llm.layers.rms_norm", gain_before_rounding, "precision", TORCH, dtype="bfloat16"
+    ),
+    bug("SwiGLU rounded twice", "torch_llm.layers.swiglu", rounded_swiglu, "precision", TORCH, dtype="bfloat16"),
+    bug("-100 counted", "torch_llm.train.cross_entropy", ignored_targets_counted, "loss", TORCH, runs="gradients"),
+    bug("gradient detached", "torch_llm.model.DecoderLayer.forward", not_detached_last_layer, "gradients", TORCH),
+    bug("RoPE table in float32", "jax_llm.rope.rope_table torch_llm.rope.rope_table", float32_table, "logits", SHARED),
+    bug("wrong theta", "jax_llm.rope.rope_table torch_llm.rope.rope_table", wrong_theta, "logits", SHARED),
+    bug(
+        "warmup one early",
+        "llm_common.schedule.learning_rate torch_llm.train.learning_rate",
+        warmup_one_early,
+        "adamw",
+        SHARED,
+    ),
+    bug(
+        "bias correction one late",
+        "llm_common.schedule.bias_corrections torch_llm.optim.bias_corrections",
+        corrections_one_late,
+        "adamw",
+        SHARED,
+    ),
+    bug("everything decays", "jax_llm.optim.decays torch_llm.optim.decays", everything_decays, "adamw", SHARED),
+    bug("no residual scale", "jax_llm.model.init_range torch_llm.model.init_range", no_residual_scale, "init", SHARED),
+]
+
+
+def run(check: str, dtype: str):
+    return run_checks(dataclasses.replace(SMALL, dtypes=(dtype,)), (check,))
+
+
+@pytest.mark.parametrize("planted", BUGS, ids=lambda b: b.name)
+def test_a_planted_bug_goes_red_at_the_right_check_and_side(planted, monkeypatch, fresh):
+    planted.plant(monkeypatch)
+    failed = [row for row in run(planted.runs or planted.check, planted.dtype) if not row.ok]
+    assert failed, "not seen"
+    assert (failed[0].check, failed[0].side) == (planted.check, planted.side), failed[0]
+    assert {row.side for row in failed} == {planted.side}
+
+
+@pytest.mark.parametrize(("check", "dtype"), sorted({(b.runs or b.check, b.dtype) for b in BUGS}))
+def test_without_a_bug_the_same_checks_hold(check, dtype, fresh):
+    assert all(row.ok for row in run(check, dtype))
+
+
+# --- equal by mathematics
+
+
+def minus_1e9_mask(q, k, v, mask=None):
+    b, t, n, h = q.shape
+    s, kv_heads = k.shape[1], k.shape[2]
+    if mask is None:
+        mask = jax_llm.attention.causal_mask(jnp.arange(t), jnp.arange(s))
+    q = q.reshape(b, t, kv_heads, n // kv_heads, h)
+    scores = jnp.einsum("btkgh,bskh->bkgts", jax_llm.layers.upcast(q), jax_llm.layers.upcast(k)) * h**-0.5
+    probs = jax.nn.softmax(jnp.where(mask, scores, -1e9), axis=-1).astype(v.dtype)
+    return jnp.einsum("bkgts,bskh->btkgh", probs, v).reshape(b, t, n, h)
+
+
+def positions_from_one(cfg, length=None):
+    cos, sin = CLEAN_TABLE(cfg, (length or cfg.max_position_embeddings) + 1)
+    return cos[1:], sin[1:]
+
+
+EQUIVALENT = {
+    "-1e9 for -inf": [("jax_llm.attention.reference_attention", minus_1e9_mask)],
+    "+1 on every position": [("torch_llm.rope.rope_table", positions_from_one)],
+    "+1 on every position, both sides": [
+        ("jax_llm.rope.rope_table", positions_from_one),
+        ("torch_llm.rope.rope_table", positions_from_one),
+    ],
+}
+
+
+@pytest.mark.parametrize("name", EQUIVALENT)
+def test_what_is_equal_by_mathematics_stays_green(name, monkeypatch, fresh):
+    for target, replacement in EQUIVALENT[name]:
+        monkeypatch.setattr(target, replacement)
+    rows = run_checks(SMALL, ("logits", "gradients", "precision", "cache", "tokens"))
+    assert [row for row in rows if not row.ok] == []
