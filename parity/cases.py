@@ -54,8 +54,9 @@ def random_batch(cfg: ModelConfig, seed: int, batch: int = 3, length: int = 13, 
         constant = (inputs == inputs[:, :1]).all(axis=1)
         inputs[constant, 1] = (inputs[constant, 1] + 1) % cfg.vocab_size
     if ignored:
-        targets[rng.random(targets.shape) < 0.2] = -100
-        targets[0, 0] = 0
+        counted = rng.random(targets.shape) >= 0.2
+        counted[0, -1] = True  # a position that attends to more than itself
+        targets[~counted] = -100
     return inputs, targets
 
 

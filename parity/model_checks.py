@@ -14,6 +14,7 @@ from parity.cases import random_batch, random_weights, variants
 from parity.compare import (
     BOTH,
     EPS,
+    FLOOR,
     JAX,
     TORCH,
     Row,
@@ -140,7 +141,7 @@ def _check_pooled(s: "Settings", what: str, dtype: str) -> Iterator[Row]:
             results = [grads for _, grads in pairs]
             for k, (low, _) in enumerate(pairs):
                 losses[k].append(low - loss)
-        floor, all_errors = 1e-8 * global_norm(exact), [tensor_errors(result, exact) for result in results]
+        floor, all_errors = FLOOR * global_norm(exact), [tensor_errors(result, exact) for result in results]
         for name, x in exact.items():
             size = max(float(np.linalg.norm(x)), floor, 1e-300)
             sizes[_pool(name, exact)] += size**2

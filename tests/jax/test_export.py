@@ -18,7 +18,9 @@ from llm_common.config import OptimizerConfig, SamplingConfig, TrainConfig, pres
 from llm_common.schedule import step_scalars
 
 PLATFORMS = {"tpu": "tpu", "cuda": "gpu", "cpu": "cpu"}
-CFG = dataclasses.replace(preset("tiny"), head_dim=64)  # a head size that fused kernels take
+CFG = dataclasses.replace(
+    preset("tiny"), head_dim=64, max_position_embeddings=128
+)  # a head size that fused kernels take
 OPT = OptimizerConfig()
 
 

@@ -365,6 +365,8 @@ def test_a_planted_bug_goes_red_at_the_right_check_and_side(planted, monkeypatch
     assert failed, "not seen"
     assert (failed[0].check, failed[0].side) == (planted.check, planted.side), failed[0]
     assert {row.side for row in failed} == {planted.side}
+    # a tolerance is below a tenth of what it is there to see
+    assert any(not row.measured < 10 * row.allowed for row in failed)
 
 
 @pytest.mark.parametrize(("check", "dtype"), sorted({(b.runs or b.check, b.dtype) for b in BUGS}))
@@ -405,5 +407,6 @@ EQUIVALENT = {
 def test_what_is_equal_by_mathematics_stays_green(name, monkeypatch, fresh):
     for target, replacement in EQUIVALENT[name]:
         monkeypatch.setattr(target, replacement)
-    rows = run_checks(SMALL, ("logits", "gradients", "precision", "cache", "tokens"))
+    rows = run_checks(dataclasses.replace(SMALL, dtypes=("float64",)), ("logits", "gradients", "cache"))
+    rows += run_checks(dataclasses.replace(SMALL, dtypes=("bfloat16",)), ("logits", "precision"))
     assert [row for row in rows if not row.ok] == []
