@@ -22,7 +22,7 @@ lint: $(VENV)/.installed
 
 # the tests that take minutes, and those that need the TPU compiler (pip install '.[tpu]')
 slow: $(VENV)/.installed
-	$(BIN)/python -m pytest -m "slow or tpu"
+	JAX_PLATFORMS=cpu TPU_SKIP_MDS_QUERY=1 $(BIN)/python -m pytest -m "slow or tpu"
 
 format: $(VENV)/.installed
 	$(BIN)/ruff check --fix .

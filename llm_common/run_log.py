@@ -6,7 +6,7 @@ import platform
 import sys
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 PACKAGES = ("numpy", "jax", "jaxlib", "flax", "optax", "torch", "safetensors", "regex")
 
@@ -28,20 +28,33 @@ def environment() -> dict[str, Any]:
 
 
 class RunLog:
-    """Appends one JSON object a line; every line is flushed, so that a killed run loses none."""
+    """Appends one JSON object a line; every line is flushed, so that a killed run loses none.
+
+    The file is opened, and the header written, with the first row: a run that is refused leaves no trace.
+    """
 
     def __init__(self, path: Path | str, **header: Any) -> None:
-        self.path = Path(path)
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = self.path.open("a", encoding="utf-8")
-        self.write({"event": "start", "time": datetime.now(UTC).isoformat(), **environment(), **header})
+        self.path, self._header = Path(path), header
+        self._file: TextIO | None = None
 
     def write(self, row: dict[str, Any]) -> None:
+        if self._file is None:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = self.path.open("a", encoding="utf-8")
+            now = datetime.now(UTC).isoformat()
+            self.write({"event": "start", "time": now, **environment(), **self._header})
         self._file.write(json.dumps(row) + "\n")
         self._file.flush()
 
     def close(self) -> None:
-        self._file.close()
+        if self._file is not None:
+            self._file.close()
+
+    def __enter__(self) -> "RunLog":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
 
 
 def read_log(path: Path | str) -> list[dict[str, Any]]:

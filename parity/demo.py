@@ -106,14 +106,15 @@ def _train(console, name, out, cfg, train, opt, dataset, tokenizer) -> tuple[lis
         weight = state.weights["model.layers.0.self_attn.q_proj.weight"]
         weight[0, 0] = np.nextafter(weight[0, 0], np.float32(np.inf))
         save_checkpoint(run, cfg, state, run_settings(train, opt, dataset))
-    log, losses, start = RunLog(run / "log.jsonl", framework=framework), [], time.perf_counter()
+    losses, start = [], time.perf_counter()
     columns = (
         TextColumn(f"{name:7}"),
         BarColumn(),
         TextColumn("{task.completed}/{task.total}"),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, TextColumn("loss {task.fields[loss]:.3f}"), console=console, transient=True) as progress:
+    bar = Progress(*columns, TextColumn("loss {task.fields[loss]:.3f}"), console=console, transient=True)
+    with bar as progress, RunLog(run / "log.jsonl", framework=framework) as log:
         task = progress.add_task("", total=opt.total_steps, loss=float("nan"))
 
         def on_step(step: int, metrics: dict[str, float]) -> None:
@@ -124,7 +125,6 @@ def _train(console, name, out, cfg, train, opt, dataset, tokenizer) -> tuple[lis
         folder = import_side(framework, "checkpoint").fit_and_save(
             run, cfg, train, opt, dataset, "cpu", tokenizer, on_step=on_step
         )
-    log.close()
     seconds = time.perf_counter() - start
     tokens = len(losses) * train.batch_size * train.seq_len
     console.print(

@@ -4,7 +4,7 @@ import dataclasses
 import time
 from collections.abc import Callable, Iterator
 
-from llm_common.config import DTYPES, ModelConfig, preset
+from llm_common.config import DTYPES, ModelConfig, check_length, preset
 from llm_common.errors import UserError
 from parity.compare import Row
 from parity.model_checks import check_cache, check_gradients, check_init, check_logits, check_spec
@@ -32,6 +32,7 @@ class Settings:
         for field in ("batch", "length", "steps", "tokens"):
             if getattr(self, field) < 1:
                 raise UserError(f"{field} = {getattr(self, field)} must be at least 1")
+        check_length(self.cfg, self.length, "length")
         if not 0 <= self.seed < 2**32:
             raise UserError(f"seed = {self.seed} must lie in [0, 2^32)")
 

@@ -128,7 +128,7 @@ BLOCKS = (
         "A pure function cannot write to its argument: it returns an updated copy, which the compiler makes in place. An "
         "object simply writes. One has a fixed shape for the compiler, the other a view of the filled part.",
         jax=("kv_cache:init_cache", "kv_cache:update"),
-        torch=("kv_cache:KVCache",),
+        torch=("kv_cache:KVCache.__init__", "kv_cache:KVCache.update"),
     ),
     Block(
         "SwiGLU",

@@ -50,7 +50,6 @@ def main() -> None:
         f"{args.framework}: {cfg.num_parameters():,} parameters, {len(dataset.tokens):,} tokens; log: {args.out}/log.jsonl"
     )
 
-    log = RunLog(args.out / "log.jsonl", framework=args.framework)
     log_every, tokens_in_step = args.log_every, train.batch_size * train.seq_len
     last_step, last_time = -1, time.perf_counter()
 
@@ -67,8 +66,8 @@ def main() -> None:
                 f"step {step}  loss {metrics['loss']:.4f}  norm {metrics['grad_norm']:.3f}  lr {metrics['lr']:.2e}  {rate:,.0f} tokens/s"
             )
 
-    folder = side.fit_and_save(args.out, cfg, train, opt, dataset, args.device, tokenizer, args.save_every, on_step)
-    log.close()
+    with RunLog(args.out / "log.jsonl", framework=args.framework) as log:
+        folder = side.fit_and_save(args.out, cfg, train, opt, dataset, args.device, tokenizer, args.save_every, on_step)
     print(f"saved {folder}")
 
 

@@ -109,10 +109,10 @@ def test_an_unusable_corpus_is_refused(tmp_path):
 
 
 def test_the_log_starts_with_the_environment(tmp_path):
-    log = RunLog(tmp_path / "log.jsonl", framework="jax")
-    log.write({"step": 1, "loss": 2.5})
-    header, row = read_log(tmp_path / "log.jsonl")
-    log.close()
+    with RunLog(tmp_path / "log.jsonl", framework="jax") as log:
+        assert not log.path.exists()  # a run that is refused leaves no trace
+        log.write({"step": 1, "loss": 2.5})
+        header, row = read_log(tmp_path / "log.jsonl")
     assert header["event"] == "start"
     assert header["framework"] == "jax"
     assert header["versions"]["numpy"] == np.__version__

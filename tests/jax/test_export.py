@@ -71,6 +71,7 @@ def test_the_decode_step_lowers(platform):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_train_step_compiles_with_the_tpu_compiler(dtype):
     """For a v5e:2x2 topology, by the real compiler; needs jax[tpu], no TPU. Set JAX_PLATFORMS=cpu TPU_SKIP_MDS_QUERY=1."""
+    pytest.importorskip("libtpu", reason="pip install '.[tpu]'")
     from jax.experimental import topologies
     from jax.sharding import Mesh, NamedSharding, PartitionSpec
 

@@ -1,0 +1,95 @@
+"""The command line: exit codes, files, and one clear line for bad input."""
+
+import json
+
+import pytest
+
+from llm_common.errors import UserError
+from parity import cli, report
+from parity.compare import JAX, Row
+from parity.ladder import CHECKS, Settings, run_checks
+
+
+def test_one_check_alone_writes_table_json_and_markdown(tmp_path, capsys):
+    code = cli.main(
+        ["run", "--check", "logits", "--dtype", "float64", "--seed", "7", "--length", "5", "--out", str(tmp_path)]
+    )
+    out = capsys.readouterr().out
+    assert code == 0
+    assert "All 3 checks hold: JAX, PyTorch and the specification agree." in out
+    content = json.loads((tmp_path / "report.json").read_text())
+    assert content["ok"]
+    assert content["settings"]["seed"] == 7
+    assert content["settings"]["cfg"]["hidden_size"] == 32
+    assert content["environment"]["versions"]["jax"]
+    assert {row["check"] for row in content["rows"]} == {"logits"}
+    assert all(row["measured"] <= row["allowed"] == 1e-12 for row in content["rows"])
+    assert "| logits | as given | float64 |" in (tmp_path / "report.md").read_text()
+
+
+def test_a_difference_gives_exit_code_one_and_names_the_side(tmp_path, capsys, monkeypatch, fresh):
+    import jax_llm.layers
+
+    monkeypatch.setattr(jax_llm.layers, "swiglu", lambda gate, up: gate * up)
+    code = cli.main(["--check", "logits", "--dtype", "float64", "--out", str(tmp_path)])  # bare flags mean `run`
+    out = capsys.readouterr().out
+    assert code == 1
+    assert "First at logits" in out
+    assert "Side: JAX." in out
+    assert not json.loads((tmp_path / "report.json").read_text())["ok"]
+
+
+def test_a_side_that_raises_is_a_finding_and_not_the_end(monkeypatch, fresh):
+    import torch_llm.layers
+
+    def broken(gate, up):
+        raise RuntimeError("shapes differ")
+
+    monkeypatch.setattr(torch_llm.layers, "swiglu", broken)
+    rows = run_checks(Settings(dtypes=("float64",)), ("logits", "init"))
+    assert [(row.check, row.ok, row.side) for row in rows] == [("logits", False, "torch"), ("init", True, "")]
+    assert "RuntimeError: shapes differ" in rows[0].note
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["run", "--preset", "huge"], "unknown preset 'huge'"),
+        (["run", "--check", "logit"], "unknown check 'logit'; known: spec, init, logits"),
+        (["run", "--seed", "-1"], "seed = -1"),
+        (["run", "--batch", "0"], "batch = 0"),
+        (["run", "--length", "65"], "length needs 65 positions"),
+        (["run", "--config", "nothing.json"], "nothing.json: no such file"),
+        (
+            ["run", "--check", "spec", "--dtype", "float32", "--check", "init", "--dtype", "bfloat16", "--seed", "-2"],
+            "seed = -2",
+        ),
+        (["demo", "--steps", "3"], "at least 20 steps"),
+        (["demo", "--data", "nothing"], "nothing: no such file or folder"),
+    ],
+)
+def test_bad_input_is_refused_before_any_work(flags, words, tmp_path):
+    with pytest.raises(UserError, match=words):
+        cli.main([*flags, "--out", str(tmp_path)])
+
+
+def test_a_check_without_a_part_in_the_dtype_says_so(tmp_path):
+    with pytest.raises(UserError, match="nothing was checked"):
+        cli.main(["--check", "init", "--dtype", "bfloat16", "--out", str(tmp_path)])
+
+
+def test_the_verdict_names_the_first_failure():
+    good = Row("logits", "x", "float64", 0.0, 1.0, True)
+    bad = Row("gradients", "y", "float64", 2.0, 1.0, False, JAX)
+    assert report.verdict_line([good]).startswith("All 1 checks hold")
+    assert report.verdict_line([good, bad]) == "1 of 2 checks fail. First at gradients (y): 2, allowed 1. Side: JAX."
+
+
+def test_every_check_has_a_sentence_about_itself():
+    assert all(check.__doc__ for check in CHECKS.values())
+
+
+@pytest.mark.slow
+def test_the_whole_ladder_holds_on_fresh_seeds(tmp_path):
+    for seed in (101, 102, 103):
+        assert cli.main(["--seed", str(seed), "--tokens", "20000", "--out", str(tmp_path)]) == 0
