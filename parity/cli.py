@@ -32,6 +32,8 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--length", type=int, default=13, help="positions in a sequence")
     run.add_argument("--steps", type=int, default=1000, help="steps of a trajectory")
     run.add_argument("--tokens", type=int, default=4000, help="sampled tokens in float32")
+    run.add_argument("--device", default="cpu", help="cpu, gpu or tpu, for both frameworks (default: cpu)")
+    run.add_argument("--attention", default="reference", choices=["reference", "auto"], help="auto: the fused kernels")
     run.add_argument("--out", type=Path, default=Path("runs/parity"), help="folder of report.json and report.md")
     demo = commands.add_parser("demo", help="train a small model in both frameworks, then the ladder")
     demo.add_argument("--data", help="a UTF-8 file or a folder of .txt and .md files (default: Python's documentation)")
@@ -69,9 +71,14 @@ def _run(args: argparse.Namespace) -> int:
         length=args.length,
         steps=args.steps,
         tokens=args.tokens,
+        device=args.device,
+        attention=args.attention,
     )
     console, start = make_console(), time.perf_counter()
-    console.print(f"identical weights into JAX, PyTorch and the specification; seed {settings.seed}, {settings.cfg}")
+    console.print(
+        f"identical weights into JAX, PyTorch and the specification; seed {settings.seed}, {settings.device}, "
+        f"{settings.attention} attention, {settings.cfg}"
+    )
     rows = run_checks(settings, tuple(args.check or ()), lambda *found: print_progress(console, *found))
     if not rows:
         raise UserError("nothing was checked: the chosen check has no part in the chosen dtype")

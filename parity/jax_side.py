@@ -12,10 +12,11 @@ import numpy as np
 import optax
 
 from jax_llm import checkpoint, optim, random_bits, sampling
+from jax_llm.attention import resolve_backend
 from jax_llm.generate import generate
 from jax_llm.kv_cache import init_cache
 from jax_llm.model import CausalLM, init_params
-from jax_llm.train import compiled_train_step, fit, loss_and_grads
+from jax_llm.train import compiled_train_step, fit, loss_and_grads, matmul_precision, select_device
 from llm_common.checkpoint import TrainingState
 from llm_common.config import ModelConfig, OptimizerConfig, SamplingConfig, TrainConfig
 from llm_common.schedule import StepScalars, bias_corrections
@@ -31,10 +32,10 @@ def clear_caches() -> None:
 class JaxSide:
     name = "JAX"
 
-    def __init__(self, cfg: ModelConfig, dtype: str, backend: str = "reference") -> None:
-        self.cfg, self.dtype = cfg, dtype
+    def __init__(self, cfg: ModelConfig, dtype: str, device: str = "cpu", attention: str = "reference") -> None:
+        self.cfg, self.dtype, self.device, self.attention = cfg, dtype, select_device(device), attention
         self.master = "float64" if dtype == "float64" else "float32"
-        self.model = CausalLM(cfg, backend=backend)
+        self.model = CausalLM(cfg, backend=resolve_backend(attention, self.device.platform, dtype))
         self._logits = jax.jit(lambda params, ids: self.model.apply({"params": params}, ids)[0])
         self._cached = jax.jit(lambda params, ids, cache: self.model.apply({"params": params}, ids, cache))
         self._grads = jax.jit(lambda params, ids, targets: loss_and_grads(self.model, params, ids, targets))
@@ -42,7 +43,8 @@ class JaxSide:
     @contextlib.contextmanager
     def scope(self):
         """x64 on for float64 and off, asserted, for the rest; float32 products in full precision."""
-        with jax.enable_x64(self.dtype == "float64"), jax.default_matmul_precision("highest"):
+        precision = matmul_precision(self.dtype)
+        with jax.enable_x64(self.dtype == "float64"), precision, jax.default_device(self.device):
             assert jnp.zeros(()).dtype == (jnp.float64 if self.dtype == "float64" else jnp.float32)
             yield
 
@@ -88,7 +90,7 @@ class JaxSide:
     ) -> TrainingState:
         """Run `fit`; `on_step` gets the step, a function that reads the state, and the loss."""
         train = TrainConfig(
-            compute_dtype=self.dtype, seq_len=1, attention_backend="reference", max_skipped_steps=max_skipped_steps
+            compute_dtype=self.dtype, seq_len=1, attention_backend=self.attention, max_skipped_steps=max_skipped_steps
         )
 
         def hook(step, state, metrics):

@@ -26,8 +26,6 @@ from parity.compare import (
     verdict,
     worst,
 )
-from parity.jax_side import JaxSide
-from parity.torch_side import TorchSide
 
 if TYPE_CHECKING:
     from parity.ladder import Settings
@@ -71,7 +69,7 @@ def check_spec(s: "Settings") -> Iterator[Row]:
 def check_init(s: "Settings") -> Iterator[Row]:
     """Initial weights from a seed, bit for bit: random bits, order of names, widths."""
     for dtype in [d for d in ("float64", "float32") if d in s.dtypes]:
-        sides = [side(s.cfg, dtype).initial_weights(s.seed) for side in (JaxSide, TorchSide)]
+        sides = [side.initial_weights(s.seed) for side in s.sides(dtype)]
         expected = {}
         for i, (name, shape) in enumerate(tensor_shapes(s.cfg).items()):
             x = spec.initial_weight(s.seed, i, name, shape, s.cfg.num_hidden_layers)
@@ -103,7 +101,7 @@ def _check_model(s: "Settings", what: str) -> Iterator[Row]:
         for name, cfg in variants(s.cfg).items():
             weights = random_weights(cfg, s.seed)
             ids, targets = random_batch(cfg, s.seed, s.batch, s.length)
-            sides = [side(cfg, "float64") for side in (JaxSide, TorchSide)]
+            sides = s.sides("float64", cfg)
             if what == "logits":
                 results = [{"logits": side.logits(weights, ids)} for side in sides]
                 results.append({"logits": spec.forward(weights, ids, cfg)[0]})
@@ -120,7 +118,7 @@ def _check_model(s: "Settings", what: str) -> Iterator[Row]:
 
 def _check_pooled(s: "Settings", what: str, dtype: str) -> Iterator[Row]:
     """Rule for low precision: neither side errs much more than the other, and neither more than rounding explains."""
-    sides = [side(s.cfg, dtype) for side in (JaxSide, TorchSide)]
+    sides = s.sides(dtype)
     squares: list[defaultdict[str, float]] = [defaultdict(float) for _ in range(3)]
     sizes: defaultdict[str, float] = defaultdict(float)
     losses: list[list[float]] = [[], [], []]
@@ -211,7 +209,7 @@ def check_cache(s: "Settings") -> Iterator[Row]:
     for dtype in [d for d in ("float64", "float32") if d in s.dtypes]:
         weights = random_weights(s.cfg, s.seed, dtype)
         exact = {"logits": spec.forward(weights, ids, s.cfg)[0]}
-        results = [{"logits": side(s.cfg, dtype).cached_logits(weights, ids, prompt)} for side in (JaxSide, TorchSide)]
+        results = [{"logits": side.cached_logits(weights, ids, prompt)} for side in s.sides(dtype)]
         allowed = FLOAT64_ALLOWED
         if dtype == "float32":
             noise = _one_ulp_noise(s.seed, dtype)

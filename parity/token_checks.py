@@ -10,8 +10,6 @@ from llm_common.config import SamplingConfig
 from parity import spec
 from parity.cases import random_batch, random_weights
 from parity.compare import JAX, TORCH, Row, verdict
-from parity.jax_side import JaxSide
-from parity.torch_side import TorchSide
 
 if TYPE_CHECKING:
     from parity.ladder import Settings
@@ -48,9 +46,7 @@ def _texts(s: "Settings") -> Row:
     eos_id = int(prompt[0, 0])
     differing, total = [0, 0, 0], 0
     for sampling in settings(s.seed % 2**31).values():
-        texts = [
-            side(s.cfg, "float64").generate(weights, prompt, n_new, sampling, eos_id) for side in (JaxSide, TorchSide)
-        ]
+        texts = [side.generate(weights, prompt, n_new, sampling, eos_id) for side in s.sides("float64")]
         expected = spec.generate(weights, prompt, s.cfg, sampling, n_new, eos_id)
         for k, pair in enumerate(((texts[0], expected), (texts[1], expected), (texts[0], texts[1]))):
             differing[k] += sum(a != b for a, b in zip(*pair, strict=True))
@@ -71,7 +67,7 @@ def _draws(s: "Settings", dtype: str) -> Iterator[Row]:
     rows = math.ceil(s.tokens / (n_settings * length))
     ids, _ = random_batch(s.cfg, s.seed + 7, rows, length, ignored=False)
     exact = spec.forward(weights, ids, s.cfg)[0]
-    sides = [JaxSide(s.cfg, dtype), TorchSide(s.cfg, dtype)]
+    sides = s.sides(dtype)
     logits = [side.logits(weights, ids) for side in sides]
     if dtype == "bfloat16":
         exact = logits[0]

@@ -13,46 +13,53 @@ from llm_common.config import ModelConfig, OptimizerConfig, SamplingConfig, Trai
 from llm_common.tensors import decays
 from parity.compare import Tensors
 from torch_llm import checkpoint, random_bits, sampling
+from torch_llm.attention import resolve_backend
 from torch_llm.generate import generate
 from torch_llm.kv_cache import KVCache
 from torch_llm.model import CausalLM, make_model
 from torch_llm.optim import make_optimizer
-from torch_llm.train import Trainer, loss_and_grads
+from torch_llm.train import Trainer, loss_and_grads, select_device, set_matmul_precision
 
 
 class TorchSide:
     name = "torch"
 
-    def __init__(self, cfg: ModelConfig, dtype: str, backend: str = "reference") -> None:
-        self.cfg, self.dtype, self.backend = cfg, dtype, backend
+    def __init__(self, cfg: ModelConfig, dtype: str, device: str = "cpu", attention: str = "reference") -> None:
+        self.cfg, self.dtype, self.device, self.attention = cfg, dtype, select_device(device), attention
         self.master = "float64" if dtype == "float64" else "float32"
-        torch.set_float32_matmul_precision("highest")
+        self.backend = resolve_backend(attention, self.device.type, dtype)
+        set_matmul_precision(dtype)
+
+    def _tensor(self, x: np.ndarray) -> torch.Tensor:
+        return torch.tensor(x, device=self.device)
 
     def _model(self, weights: Tensors, dtype: str | None = None) -> CausalLM:
-        model = CausalLM(self.cfg, self.backend).to(getattr(torch, dtype or self.dtype))
+        model = CausalLM(self.cfg, self.backend).to(self.device, getattr(torch, dtype or self.dtype))
         return checkpoint.from_canonical(model, weights)
 
     def initial_weights(self, seed: int) -> Tensors:
-        model = make_model(self.cfg, seed, self.backend, getattr(torch, self.master), "cpu")
+        model = make_model(self.cfg, seed, self.backend, getattr(torch, self.master), self.device)
         return _float64(checkpoint.to_canonical(model))
 
     def logits(self, weights: Tensors, ids: np.ndarray) -> np.ndarray:
         with torch.no_grad():
-            return self._model(weights)(torch.tensor(ids)).double().numpy()
+            return self._model(weights)(self._tensor(ids)).double().cpu().numpy()
 
     def cached_logits(self, weights: Tensors, ids: np.ndarray, prompt: int) -> np.ndarray:
         """The logits of ids (B, T) when the first `prompt` positions are fed together and the rest one by one."""
         model = self._model(weights)
-        cache = KVCache(self.cfg, ids.shape[0], ids.shape[1], getattr(torch, self.dtype))
+        cache = KVCache(self.cfg, ids.shape[0], ids.shape[1], getattr(torch, self.dtype), self.device)
         pieces = [ids[:, :prompt], *np.split(ids[:, prompt:], ids.shape[1] - prompt, axis=1)]
         with torch.no_grad():
-            return np.concatenate([model(torch.tensor(piece), cache).double().numpy() for piece in pieces], axis=1)
+            return np.concatenate(
+                [model(self._tensor(piece), cache).double().cpu().numpy() for piece in pieces], axis=1
+            )
 
     def loss_and_grads(self, weights: Tensors, ids: np.ndarray, targets: np.ndarray) -> tuple[float, Tensors]:
         model = self._model(weights)
-        loss = loss_and_grads(model, torch.tensor(ids), torch.tensor(targets), getattr(torch, self.dtype))
+        loss = loss_and_grads(model, self._tensor(ids), self._tensor(targets), getattr(torch, self.dtype))
         grads = {name: np.zeros(p.shape) for name, p in model.named_parameters()}
-        grads |= {name: p.grad.double().numpy() for name, p in model.named_parameters() if p.grad is not None}
+        grads |= {name: p.grad.double().cpu().numpy() for name, p in model.named_parameters() if p.grad is not None}
         return float(loss), grads
 
     def train(
@@ -66,15 +73,14 @@ class TorchSide:
     ) -> TrainingState:
         """Run `Trainer.fit`; `on_step` gets the step, a function that reads the state, and the loss."""
         train = TrainConfig(
-            compute_dtype=self.dtype, seq_len=1, attention_backend="reference", max_skipped_steps=max_skipped_steps
+            compute_dtype=self.dtype, seq_len=1, attention_backend=self.attention, max_skipped_steps=max_skipped_steps
         )
 
         def hook(step, trainer, metrics):
             if on_step is not None:
                 on_step(step, lambda: checkpoint.to_training_state(trainer), metrics["loss"])
 
-        trainer = checkpoint.from_training_state(Trainer(self.cfg, train, opt), state)
-        torch.set_float32_matmul_precision("highest")
+        trainer = checkpoint.from_training_state(Trainer(self.cfg, train, opt, self.device), state)
         trainer.fit(dataset, until_step, hook)
         return checkpoint.to_training_state(trainer)
 
@@ -96,7 +102,7 @@ class TorchSide:
         kept = {}
         for n, g in enumerate(grads, start=1):
             for name, p in model.named_parameters():
-                p.grad = torch.tensor(g[name]).to(p.dtype)
+                p.grad = self._tensor(g[name]).to(p.dtype)
             optimizer.step()
             if n in keep:
                 kept[n] = _float64(checkpoint.to_canonical(model))
@@ -104,9 +110,8 @@ class TorchSide:
 
     def sample(self, logits: np.ndarray, cfg: SamplingConfig, rows: np.ndarray, positions: np.ndarray) -> np.ndarray:
         """Tokens for logits (n, V), in float32 (float64 for float64)."""
-        tensor = torch.tensor(logits).to(getattr(torch, self.master))
-        key = random_bits.key(cfg.seed)
-        return sampling.sample(tensor, cfg, key, torch.tensor(rows), torch.tensor(positions)).numpy()
+        tensor, key = self._tensor(logits).to(getattr(torch, self.master)), random_bits.key(cfg.seed, self.device)
+        return sampling.sample(tensor, cfg, key, self._tensor(rows), self._tensor(positions)).cpu().numpy()
 
     def generate(self, weights: Tensors, prompt: np.ndarray, n_new: int, cfg: SamplingConfig, eos_id: int | None):
         return generate(self._model(weights), prompt, n_new, cfg, eos_id)

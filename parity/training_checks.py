@@ -26,8 +26,6 @@ from parity.compare import (
     verdict,
     worst,
 )
-from parity.jax_side import JaxSide
-from parity.torch_side import TorchSide
 
 if TYPE_CHECKING:
     from parity.ladder import Settings
@@ -82,7 +80,7 @@ def check_adamw(s: "Settings") -> Iterator[Row]:
 
 def _float64_steps(s: "Settings") -> Iterator[Row]:
     data, weights = RandomBatches(s.cfg, s.seed, batch=s.batch, length=s.length), random_weights(s.cfg, s.seed)
-    sides = [JaxSide(s.cfg, "float64"), TorchSide(s.cfg, "float64")]
+    sides = s.sides("float64")
     opt = clipping_config(s, data, weights)
     kept: list[dict[int, TrainingState]] = []
     for side in sides:
@@ -136,9 +134,7 @@ def _float32_updates(s: "Settings") -> Iterator[Row]:
     opt = OptimizerConfig(lr_max=1e-3, lr_min=1e-4, total_steps=1000, max_grad_norm=None)
     weights, grads = _given_gradients(s, "float32", 100)
     exact, travelled = _spec_adamw(weights, grads, opt)
-    results = [
-        side(s.cfg, "float32").adamw(weights, grads, opt, (100,), library=False) for side in (JaxSide, TorchSide)
-    ]
+    results = [side.adamw(weights, grads, opt, (100,), library=False) for side in s.sides("float32")]
     shares = []
     for result in results:
         share = {}
@@ -197,8 +193,8 @@ def check_library(s: "Settings") -> Iterator[Row]:
         exact, travelled = _spec_adamw(weights, grads, opt)
         # float32: torch keeps 1 - lr * decay rounded, a relative error of u / 2 in p at every step, on top of rounding
         # p twice a step; relative to the path that is far larger than for our own form, and proportional to t.
-        for side, library in ((JaxSide, "optax.adamw"), (TorchSide, "torch.optim.AdamW")):
-            results = side(s.cfg, dtype).adamw(weights, grads, opt, STEPS, library=True)
+        for side, library in zip(s.sides(dtype), ("optax.adamw", "torch.optim.AdamW"), strict=True):
+            results = side.adamw(weights, grads, opt, STEPS, library=True)
             for n in STEPS:
                 if dtype == "float64":
                     name, error = worst(tensor_errors(update_of(results[n], weights), update_of(exact[n], weights)))
@@ -238,7 +234,7 @@ def check_trajectory(s: "Settings") -> Iterator[Row]:
 def _float64_trajectory(s: "Settings") -> Iterator[Row]:
     data, weights = RandomBatches(s.cfg, s.seed, batch=s.batch, length=s.length), initial_weights(s)
     opt = OptimizerConfig(lr_max=1e-3, lr_min=1e-4, warmup_steps=min(100, s.steps // 10), total_steps=s.steps)
-    sides = [JaxSide(s.cfg, "float64"), TorchSide(s.cfg, "float64")]
+    sides = s.sides("float64")
     checkpoints: dict[int, TrainingState] = {0: start_state(weights)}
 
     def keep(step, state, loss):
@@ -308,8 +304,8 @@ def _low_precision_trajectory(s: "Settings", dtype: str) -> Iterator[Row]:
             for name, x in weights.items()
         }
 
-    jax_side = JaxSide(s.cfg, dtype)
-    jax, torch = losses(jax_side, weights), losses(TorchSide(s.cfg, dtype), weights)
+    jax_side, torch_side = s.sides(dtype)
+    jax, torch = losses(jax_side, weights), losses(torch_side, weights)
     exact = np.array(spec_train(s, start_state(weights), opt, data, steps)[2])
     controls = [losses(jax_side, nudged()) for _ in range(3)]
     if dtype == "float32":
