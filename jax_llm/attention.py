@@ -65,16 +65,18 @@ def dot_product_attention(q: Array, k: Array, v: Array, mask: Array | None, back
     raise UserError(f"attention backend {backend!r} is unknown; known: reference, xla, cudnn (see resolve_backend)")
 
 
-def resolve_backend(setting: str, platform: str, compute_dtype: str) -> str:
+def resolve_backend(setting: str, platform: str, compute_dtype: str, cfg: ModelConfig, seq_len: int) -> str:
     """The backend for a setting ("auto", "reference" or "fused") on a platform ("cpu", "gpu" or "tpu").
 
     Resolved once, outside the model: a program compiled ahead of time for another device must not ask the default one.
+    cuDNN takes bfloat16, heads of a multiple of 8 up to 128, and trains on sequences of even length.
     """
     if setting == "reference" or (setting == "auto" and (platform == "cpu" or compute_dtype == "float64")):
         return "reference"
     if compute_dtype == "float64":
         raise UserError("attention_backend = 'fused' with compute_dtype = 'float64': use 'reference' or 'auto'")
-    return "cudnn" if platform == "gpu" and compute_dtype == "bfloat16" else "xla"
+    cudnn_fits = compute_dtype == "bfloat16" and cfg.head_dim % 8 == 0 and cfg.head_dim <= 128 and seq_len % 2 == 0
+    return "cudnn" if platform == "gpu" and cudnn_fits else "xla"
 
 
 class Attention(nn.Module):

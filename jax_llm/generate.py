@@ -110,6 +110,7 @@ def generate_from(
     """`generate` from canonical weights on a device by name."""
     target = select_device(device)
     with jax.default_device(target), x64(compute_dtype), matmul_precision(compute_dtype):
-        model = CausalLM(cfg, backend=resolve_backend("auto", target.platform, compute_dtype))
+        # decoding passes a mask, which cuDNN has nothing to gain from: the backend of a length that it refuses
+        model = CausalLM(cfg, backend=resolve_backend("auto", target.platform, compute_dtype, cfg, seq_len=1))
         params = from_canonical(cfg, weights, jnp.dtype(compute_dtype))
         return generate(model, params, prompt, max_new_tokens, sampling, eos_id)

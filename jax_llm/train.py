@@ -127,6 +127,13 @@ def select_device(name: str):
         ) from None
 
 
+def describe(cfg: ModelConfig, train: TrainConfig, device: str) -> str:
+    """What a run on a device (by name) will use, in a line for people. Raises UserError if the device is absent."""
+    target = select_device(device)
+    backend = make_model(cfg, train, target.platform).backend
+    return f"{target.device_kind}, {train.compute_dtype}, {backend} attention"
+
+
 def init_state(cfg: ModelConfig, train: TrainConfig, opt: OptimizerConfig) -> TrainState:
     """The state before the first step, from `train.seed` alone."""
     dtype = jnp.dtype(train.master_dtype)
@@ -139,7 +146,9 @@ def init_state(cfg: ModelConfig, train: TrainConfig, opt: OptimizerConfig) -> Tr
 
 def make_model(cfg: ModelConfig, train: TrainConfig, platform: str) -> CausalLM:
     """The model that a run uses on a platform, its attention backend resolved."""
-    return CausalLM(cfg, backend=resolve_backend(train.attention_backend, platform, train.compute_dtype))
+    return CausalLM(
+        cfg, backend=resolve_backend(train.attention_backend, platform, train.compute_dtype, cfg, train.seq_len)
+    )
 
 
 @functools.lru_cache(maxsize=8)

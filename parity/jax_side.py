@@ -35,10 +35,13 @@ class JaxSide:
     def __init__(self, cfg: ModelConfig, dtype: str, device: str = "cpu", attention: str = "reference") -> None:
         self.cfg, self.dtype, self.device, self.attention = cfg, dtype, select_device(device), attention
         self.master = "float64" if dtype == "float64" else "float32"
-        self.model = CausalLM(cfg, backend=resolve_backend(attention, self.device.platform, dtype))
-        self._logits = jax.jit(lambda params, ids: self.model.apply({"params": params}, ids)[0])
-        self._cached = jax.jit(lambda params, ids, cache: self.model.apply({"params": params}, ids, cache))
-        self._grads = jax.jit(lambda params, ids, targets: loss_and_grads(self.model, params, ids, targets))
+        self._logits = jax.jit(lambda params, ids: self._model(ids).apply({"params": params}, ids)[0])
+        self._cached = jax.jit(lambda params, ids, cache: self._model(ids).apply({"params": params}, ids, cache))
+        self._grads = jax.jit(lambda params, ids, targets: loss_and_grads(self._model(ids), params, ids, targets))
+
+    def _model(self, ids) -> CausalLM:
+        backend = resolve_backend(self.attention, self.device.platform, self.dtype, self.cfg, ids.shape[1])
+        return CausalLM(self.cfg, backend=backend)
 
     @contextlib.contextmanager
     def scope(self):
@@ -90,7 +93,10 @@ class JaxSide:
     ) -> TrainingState:
         """Run `fit`; `on_step` gets the step, a function that reads the state, and the loss."""
         train = TrainConfig(
-            compute_dtype=self.dtype, seq_len=1, attention_backend=self.attention, max_skipped_steps=max_skipped_steps
+            compute_dtype=self.dtype,
+            seq_len=dataset.batch(0)[0].shape[1],
+            attention_backend=self.attention,
+            max_skipped_steps=max_skipped_steps,
         )
 
         def hook(step, state, metrics):
@@ -143,4 +149,4 @@ class JaxSide:
 
     def generate(self, weights: Tensors, prompt: np.ndarray, n_new: int, cfg: SamplingConfig, eos_id: int | None):
         with self.scope():
-            return generate(self.model, self._params(weights), prompt, n_new, cfg, eos_id)
+            return generate(self._model(prompt), self._params(weights), prompt, n_new, cfg, eos_id)

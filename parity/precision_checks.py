@@ -168,7 +168,11 @@ def _op_row(
 def _summed_magnitudes(i: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     """For the ops whose result is a sum: the sum of its terms' magnitudes."""
     probs = spec.attention_weights(i["q"], np.repeat(i["k"], 2, axis=2))
+    half = ANGLES.shape[1]
+    a, b = np.abs(i["q"][..., :half]), np.abs(i["q"][..., half:])
+    cos, sin = np.abs(np.cos(ANGLES))[:, None, :], np.abs(np.sin(ANGLES))[:, None, :]
     return {
+        "apply_rope": np.concatenate([a * cos + b * sin, b * cos + a * sin], axis=-1),
         "attention": np.einsum("bnts,bsnh->btnh", probs, np.abs(np.repeat(i["v"], 2, axis=2))),
         "embedding gradient": _scatter(np.abs(i["x"]), _targets(i)),
     }

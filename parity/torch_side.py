@@ -73,7 +73,10 @@ class TorchSide:
     ) -> TrainingState:
         """Run `Trainer.fit`; `on_step` gets the step, a function that reads the state, and the loss."""
         train = TrainConfig(
-            compute_dtype=self.dtype, seq_len=1, attention_backend=self.attention, max_skipped_steps=max_skipped_steps
+            compute_dtype=self.dtype,
+            seq_len=dataset.batch(0)[0].shape[1],
+            attention_backend=self.attention,
+            max_skipped_steps=max_skipped_steps,
         )
 
         def hook(step, trainer, metrics):

@@ -46,9 +46,8 @@ def main() -> None:
     check_vocabulary(tokenizer, cfg.vocab_size)
     side = import_side(args.framework, "checkpoint")
     dataset = TokenDataset(args.data, train.seq_len, train.batch_size, train.seed, cfg.vocab_size)
-    print(
-        f"{args.framework}: {cfg.num_parameters():,} parameters, {len(dataset.tokens):,} tokens; log: {args.out}/log.jsonl"
-    )
+    print(f"{args.framework}: {import_side(args.framework, 'train').describe(cfg, train, args.device)}")
+    print(f"{cfg.num_parameters():,} parameters, {len(dataset.tokens):,} tokens; log: {args.out / 'log.jsonl'}")
 
     log_every, tokens_in_step = args.log_every, train.batch_size * train.seq_len
     last_step, last_time = -1, time.perf_counter()

@@ -58,7 +58,8 @@ def dot_product_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, 
 def resolve_backend(setting: str, platform: str, compute_dtype: str) -> str:
     """The backend for a setting ("auto", "reference" or "fused") on a platform ("cpu", "cuda" or "mps").
 
-    Resolved once, outside the model. float64 takes the reference by itself: no fused kernel computes it.
+    Resolved once, outside the model. float64 takes the reference by itself. The fused function asks for no shapes: it has a
+    slower kernel for those that cuDNN and flash attention refuse.
     """
     if setting == "reference" or (setting == "auto" and (platform == "cpu" or compute_dtype == "float64")):
         return "reference"

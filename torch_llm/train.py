@@ -62,6 +62,14 @@ def select_device(name: str) -> torch.device:
     return device
 
 
+def describe(cfg: ModelConfig, train: TrainConfig, device: str) -> str:
+    """What a run on a device (by name) will use, in a line for people. Raises UserError if the device is absent."""
+    target = select_device(device)
+    name = torch.cuda.get_device_name(target) if target.type == "cuda" else target.type
+    backend = resolve_backend(train.attention_backend, target.type, train.compute_dtype)
+    return f"{name}, {train.compute_dtype}, {backend} attention"
+
+
 def set_matmul_precision(compute_dtype: str) -> None:
     """float32 means float32: TF32, which rounds the factors to 10 bits, is switched off for it."""
     torch.set_float32_matmul_precision("highest" if compute_dtype == "float32" else "high")

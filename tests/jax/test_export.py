@@ -54,7 +54,7 @@ def test_the_train_step_lowers(platform, dtype):
 
 @pytest.mark.parametrize("platform", PLATFORMS)
 def test_the_decode_step_lowers(platform):
-    model = CausalLM(CFG, backend=resolve_backend("auto", PLATFORMS[platform], "bfloat16"))
+    model = CausalLM(CFG, backend=resolve_backend("auto", PLATFORMS[platform], "bfloat16", CFG, 1))
     sampling = SamplingConfig(temperature=0.8, top_k=5, top_p=0.9)
     step = jax.jit(lambda params, cache, tokens, key: decode_step(model, params, cache, tokens, key, sampling))
     args = (

@@ -94,24 +94,30 @@ def test_fused_attention_refuses_float64_and_unknown_backends():
 
 
 @pytest.mark.parametrize(
-    ("setting", "platform", "dtype", "backend"),
+    ("setting", "platform", "dtype", "length", "backend"),
     [
-        ("auto", "cpu", "bfloat16", "reference"),
-        ("auto", "gpu", "bfloat16", "cudnn"),
-        ("auto", "gpu", "float32", "xla"),
-        ("auto", "tpu", "bfloat16", "xla"),
-        ("auto", "gpu", "float64", "reference"),
-        ("fused", "cpu", "float32", "xla"),
-        ("reference", "gpu", "bfloat16", "reference"),
+        ("auto", "cpu", "bfloat16", 64, "reference"),
+        ("auto", "gpu", "bfloat16", 64, "cudnn"),
+        ("auto", "gpu", "bfloat16", 13, "xla"),
+        ("auto", "gpu", "float32", 64, "xla"),
+        ("auto", "tpu", "bfloat16", 64, "xla"),
+        ("auto", "gpu", "float64", 64, "reference"),
+        ("fused", "cpu", "float32", 64, "xla"),
+        ("reference", "gpu", "bfloat16", 64, "reference"),
     ],
 )
-def test_the_backend_is_resolved_from_the_device(setting, platform, dtype, backend):
-    assert attention.resolve_backend(setting, platform, dtype) == backend
+def test_the_backend_is_resolved_from_the_device_and_shape(setting, platform, dtype, length, backend):
+    cfg = dataclasses.replace(CFG, head_dim=16)
+    assert attention.resolve_backend(setting, platform, dtype, cfg, length) == backend
+
+
+def test_cudnn_is_not_chosen_for_heads_it_refuses():
+    assert attention.resolve_backend("auto", "gpu", "bfloat16", CFG, 64) == "xla"  # head_dim 10
 
 
 def test_fused_float64_is_refused_before_any_work():
     with pytest.raises(UserError, match="use 'reference' or 'auto'"):
-        attention.resolve_backend("fused", "gpu", "float64")
+        attention.resolve_backend("fused", "gpu", "float64", CFG, 64)
 
 
 @pytest.mark.parametrize("tied", [False, True])
