@@ -5,7 +5,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: parity test lint format docs slow clean
+.PHONY: parity test lint format docs slow gpu clean
 
 parity: $(VENV)/.installed
 	$(BIN)/parity demo
@@ -23,6 +23,13 @@ lint: $(VENV)/.installed
 # the tests that take minutes, and those that need the TPU compiler (pip install '.[tpu]')
 slow: $(VENV)/.installed
 	JAX_PLATFORMS=cpu TPU_SKIP_MDS_QUERY=1 $(BIN)/python -m pytest -m "slow or tpu"
+
+# on a machine with an NVIDIA GPU: the ladder there, as dated tables, and the tests that need one
+gpu: $(VENV)/.installed
+	$(BIN)/parity run --device gpu --out docs/gpu_reference
+	$(BIN)/parity run --device gpu --attention auto --preset demo --batch 2 --length 64 --steps 200 \
+		--dtype float32 --dtype bfloat16 --out docs/gpu_fused
+	$(BIN)/python -m pytest -m gpu
 
 format: $(VENV)/.installed
 	$(BIN)/ruff check --fix .

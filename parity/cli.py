@@ -74,9 +74,9 @@ def _run(args: argparse.Namespace) -> int:
         device=args.device,
         attention=args.attention,
     )
-    console, start = make_console(), time.perf_counter()
+    console, start, name = make_console(), time.perf_counter(), settings.device_name()
     console.print(
-        f"identical weights into JAX, PyTorch and the specification; seed {settings.seed}, {settings.device}, "
+        f"identical weights into JAX, PyTorch and the specification; seed {settings.seed}, {name}, "
         f"{settings.attention} attention, {settings.cfg}"
     )
     rows = run_checks(settings, tuple(args.check or ()), lambda *found: print_progress(console, *found))
@@ -85,7 +85,9 @@ def _run(args: argparse.Namespace) -> int:
     print_table(console, rows)
     content = {"settings": dataclasses.asdict(settings), "seconds": time.perf_counter() - start}
     write_json(args.out / "report.json", rows, **content)
-    write_markdown(args.out / "report.md", rows, [f"Seed {settings.seed}, `{settings.cfg}`."])
+    write_markdown(
+        args.out / "report.md", rows, [f"Seed {settings.seed}, {settings.attention} attention, `{settings.cfg}`."], name
+    )
     ok = all(row.ok for row in rows)
     console.print(f"[bold {'green' if ok else 'red'}]{verdict_line(rows)}[/]")
     console.print(f"{content['seconds']:.0f} s; report: {args.out / 'report.md'}, {args.out / 'report.json'}")

@@ -71,7 +71,7 @@ def run_demo(out: Path, data: str | None = None, steps: int = STEPS, ladder: Set
     )
     console.print(summary)
     write_json(out / "report.json", rows, seconds=seconds, losses=curves, unigram_entropy=unigram)
-    write_markdown(out / "report.md", rows, [summary, "", "![loss curves](loss_curves.png)"])
+    write_markdown(out / "report.md", rows, [summary, "", "![loss curves](loss_curves.png)"], settings.device_name())
     ok = all(row.ok for row in rows)
     console.print(f"[bold {'green' if ok else 'red'}]{verdict_line(rows)}[/]")
     console.print(f"{seconds:.0f} s; report: {out / 'report.md'}, {out / 'report.json'}; picture: {picture}")

@@ -42,6 +42,11 @@ class Settings:
         if not 0 <= self.seed < 2**32:
             raise UserError(f"seed = {self.seed} must lie in [0, 2^32)")
 
+    def device_name(self) -> str:
+        """What the device calls itself. Raises UserError if a framework cannot use it."""
+        jax_side, _ = self.sides("float32")
+        return jax_side.device.device_kind
+
     def sides(self, dtype: str, cfg: ModelConfig | None = None) -> tuple[JaxSide, TorchSide]:
         """The two frameworks behind one interface, for this config or another."""
         return tuple(side(cfg or self.cfg, dtype, self.device, self.attention) for side in (JaxSide, TorchSide))  # type: ignore[return-value]

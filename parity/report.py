@@ -3,6 +3,7 @@
 import json
 import math
 from dataclasses import asdict
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -79,7 +80,7 @@ def _json_value(x: Any) -> Any:
     return str(x) if isinstance(x, float) and not math.isfinite(x) else x  # JSON has no infinity
 
 
-def write_markdown(path: Path, rows: list[Row], paragraphs: list[str]) -> None:
+def write_markdown(path: Path, rows: list[Row], paragraphs: list[str], device: str) -> None:
     """A page to send to a colleague or to paste into a pull request."""
     versions = ", ".join(f"{name} {version}" for name, version in environment()["versions"].items() if version)
     lines = ["# Parity report", "", f"**{verdict_line(rows)}**", "", *paragraphs]
@@ -91,7 +92,7 @@ def write_markdown(path: Path, rows: list[Row], paragraphs: list[str]) -> None:
         )
     lines += [
         "",
-        f"Python {environment()['python']}, {environment()['system']} {environment()['machine']}; {versions}",
+        f"{date.today().isoformat()}, {device}, Python {environment()['python']}, {environment()['system']}; {versions}",
         "",
     ]
     path.parent.mkdir(parents=True, exist_ok=True)
