@@ -60,8 +60,9 @@ def main(argv: list[str] | None = None) -> int:
 
 def _run(args: argparse.Namespace) -> int:
     from parity.demo import print_progress
-    from parity.ladder import Settings, run_checks
+    from parity.ladder import run_checks
     from parity.report import make_console, print_table, verdict_line, write_json, write_markdown
+    from parity.settings import Settings
 
     settings = Settings(
         cfg=_config(args),

@@ -18,8 +18,9 @@ from llm_common.tokenizer import FILE_NAME, Tokenizer, train_bpe
 from parity.cases import start_state
 from parity.compare import JAX, TORCH, Row
 from parity.jax_side import JaxSide
-from parity.ladder import Settings, run_checks
+from parity.ladder import run_checks
 from parity.report import draw_curves, make_console, print_table, verdict_line, write_json, write_markdown
+from parity.settings import Settings
 from parity.torch_side import TorchSide
 
 STEPS = 200

@@ -4,7 +4,6 @@ import math
 import re
 from collections import defaultdict
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -26,9 +25,7 @@ from parity.compare import (
     verdict,
     worst,
 )
-
-if TYPE_CHECKING:
-    from parity.ladder import Settings
+from parity.settings import Settings
 
 # float64, logits, loss and gradients: measured at most 7e-15 over shapes and seeds; the smallest planted bug that
 # changes mathematics (an epsilon of 1e-6 for 1e-5 in the norm) changes logits by 1e-6, a RoPE table in float32 by 6e-9.
@@ -48,7 +45,7 @@ SMALL = 64  # tensors with fewer elements are pooled over layers: a ratio of two
 CEILING = {"float32": 4.0, "bfloat16": 1.0}
 
 
-def check_spec(s: "Settings") -> Iterator[Row]:
+def check_spec(s: Settings) -> Iterator[Row]:
     """The specification's gradients against complex steps along random directions: no finite differences."""
     for name, cfg in variants(s.cfg).items():
         weights = random_weights(cfg, s.seed)
@@ -68,7 +65,7 @@ def check_spec(s: "Settings") -> Iterator[Row]:
         yield Row("spec", f"gradient = complex step; {name}", "float64", error, COMPLEX_STEP_ALLOWED, ok, side)
 
 
-def check_init(s: "Settings") -> Iterator[Row]:
+def check_init(s: Settings) -> Iterator[Row]:
     """Initial weights from a seed, bit for bit: random bits, order of names, widths."""
     for dtype in [d for d in ("float64", "float32") if d in s.dtypes]:
         sides = [side.initial_weights(s.seed) for side in s.sides(dtype)]
@@ -88,17 +85,17 @@ def check_init(s: "Settings") -> Iterator[Row]:
         yield Row("init", "elements that differ", dtype, max(*differing, pair), 0, not side, side)
 
 
-def check_logits(s: "Settings") -> Iterator[Row]:
+def check_logits(s: Settings) -> Iterator[Row]:
     """Logits of the same weights and tokens."""
     yield from _check_model(s, "logits")
 
 
-def check_gradients(s: "Settings") -> Iterator[Row]:
+def check_gradients(s: Settings) -> Iterator[Row]:
     """The loss, and its gradient for every tensor by name."""
     yield from _check_model(s, "gradients")
 
 
-def _check_model(s: "Settings", what: str) -> Iterator[Row]:
+def _check_model(s: Settings, what: str) -> Iterator[Row]:
     if "float64" in s.dtypes:
         for name, cfg in variants(s.cfg).items():
             weights = random_weights(cfg, s.seed)
@@ -118,7 +115,7 @@ def _check_model(s: "Settings", what: str) -> Iterator[Row]:
         yield from _check_pooled(s, what, dtype)
 
 
-def _check_pooled(s: "Settings", what: str, dtype: str) -> Iterator[Row]:
+def _check_pooled(s: Settings, what: str, dtype: str) -> Iterator[Row]:
     """Rule for low precision: neither side errs much more than the other, and neither more than rounding explains."""
     sides = s.sides(dtype)
     squares: list[defaultdict[str, float]] = [defaultdict(float) for _ in range(3)]
@@ -208,7 +205,7 @@ def _loss_row(dtype: str, losses: list[list[float]], ulp: float) -> Row:
     return Row("loss", f"difference over {len(losses[0])} seeds", dtype, measured, allowed, not side, side)
 
 
-def check_cache(s: "Settings") -> Iterator[Row]:
+def check_cache(s: Settings) -> Iterator[Row]:
     """Logits of cached decoding against a full forward pass, one of each side's own and one of the specification."""
     ids, _ = random_batch(s.cfg, s.seed, s.batch, s.length)
     prompt = max(1, ids.shape[1] // 3)

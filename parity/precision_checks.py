@@ -6,7 +6,7 @@ And a table declares which ops must run in float32 inside; both sides are watche
 
 import math
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -26,9 +26,7 @@ import torch_llm.optim
 import torch_llm.rope
 from parity import spec
 from parity.compare import Row, round_to, spacing, verdict
-
-if TYPE_CHECKING:
-    from parity.ladder import Settings
+from parity.settings import Settings
 
 # Share of elements that may differ from the specification rounded where the algorithm rounds: float32 sums in another
 # order move 1e-7 of a value, so 1e-7 / 4e-3 of the elements cross a bfloat16 border; measured over 300 seeds: at most 1.8e-3, where
@@ -129,7 +127,7 @@ def _torch_ops(i: dict[str, np.ndarray], dtype: str, device: torch.device) -> di
     }
 
 
-def check_precision(s: "Settings") -> Iterator[Row]:
+def check_precision(s: Settings) -> Iterator[Row]:
     """Every reference op on identical rounded inputs, and the declared dtypes inside them."""
     for dtype in [d for d in ("float32", "bfloat16") if d in s.dtypes]:
         inputs = _inputs(s.seed, dtype)
@@ -202,7 +200,7 @@ DECLARED = (
 )
 
 
-def _dtype_rows(s: "Settings", dtype: str) -> Iterator[Row]:
+def _dtype_rows(s: Settings, dtype: str) -> Iterator[Row]:
     inputs = _inputs(s.seed, dtype)
     wide = "float64" if dtype == "float64" else "float32"
     with jax.enable_x64(dtype == "float64"):

@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -10,9 +9,7 @@ from llm_common.config import SamplingConfig
 from parity import spec
 from parity.cases import random_batch, random_weights
 from parity.compare import JAX, TORCH, Row, verdict
-
-if TYPE_CHECKING:
-    from parity.ladder import Settings
+from parity.settings import Settings
 
 # A draw may differ where the float64 margin is below 4 x the measured logit error over the temperature, and such draws
 # are rare: at most 5 in 20,000.
@@ -30,7 +27,7 @@ def settings(seed: int) -> dict[str, SamplingConfig]:
     }
 
 
-def check_tokens(s: "Settings") -> Iterator[Row]:
+def check_tokens(s: Settings) -> Iterator[Row]:
     """The same tokens from the same seed."""
     if "float64" in s.dtypes:
         yield _texts(s)
@@ -38,7 +35,7 @@ def check_tokens(s: "Settings") -> Iterator[Row]:
         yield from _draws(s, dtype)
 
 
-def _texts(s: "Settings") -> Row:
+def _texts(s: Settings) -> Row:
     """Prefill, cache, sampler and end of text together, in float64: every text must be the specification's."""
     weights = random_weights(s.cfg, s.seed)
     prompt, _ = random_batch(s.cfg, s.seed, 3, min(5, s.cfg.max_position_embeddings // 4 or 1))
@@ -55,7 +52,7 @@ def _texts(s: "Settings") -> Row:
     return Row("tokens", f"texts that differ, of {total}", "float64", max(differing), 0, not side, side)
 
 
-def _draws(s: "Settings", dtype: str) -> Iterator[Row]:
+def _draws(s: Settings, dtype: str) -> Iterator[Row]:
     """Teacher-forced: every position of random sequences is one draw.
 
     float32: each side draws from its own logits. bfloat16: both draw from the same logits, so that only the samplers

@@ -3,7 +3,6 @@
 import dataclasses
 import math
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -26,9 +25,7 @@ from parity.compare import (
     verdict,
     worst,
 )
-
-if TYPE_CHECKING:
-    from parity.ladder import Settings
+from parity.settings import Settings
 
 # Error of the update p_n - p_0 in float64. An element whose gradient is near eps = 1e-8 turns a rounding error of 1e-17 into
 # 1e-9 of its own update, and there are few such: measured 1e-15 to 6e-13. A wrong beta, decay or correction shows above 1e-6.
@@ -49,7 +46,7 @@ def update_of(new: Tensors, old: Tensors) -> Tensors:
     return {name: x - old[name] for name, x in new.items()}
 
 
-def spec_train(s: "Settings", state: TrainingState, opt: OptimizerConfig, data, until_step: int, keep=()):
+def spec_train(s: Settings, state: TrainingState, opt: OptimizerConfig, data, until_step: int, keep=()):
     """The specification's run: the last state, and the states after the steps in `keep`."""
     values, kept = (state.weights, state.mu, state.nu, state.step, state.adam_count), {}
     losses = []
@@ -62,7 +59,7 @@ def spec_train(s: "Settings", state: TrainingState, opt: OptimizerConfig, data, 
     return TrainingState(*values), kept, losses
 
 
-def clipping_config(s: "Settings", data: RandomBatches, weights: Tensors, **changes) -> OptimizerConfig:
+def clipping_config(s: Settings, data: RandomBatches, weights: Tensors, **changes) -> OptimizerConfig:
     """Warmup 0 and a clip that is active: max_norm is half of the first gradient norm."""
     ids, targets = data.batch(0)
     _, grads = spec.loss_and_grads(weights, ids, targets, s.cfg)
@@ -70,7 +67,7 @@ def clipping_config(s: "Settings", data: RandomBatches, weights: Tensors, **chan
     return dataclasses.replace(opt, **changes)
 
 
-def check_adamw(s: "Settings") -> Iterator[Row]:
+def check_adamw(s: Settings) -> Iterator[Row]:
     """Whole training steps from a common start in float64; given gradients in float32."""
     if "float64" in s.dtypes:
         yield from _float64_steps(s)
@@ -78,7 +75,7 @@ def check_adamw(s: "Settings") -> Iterator[Row]:
         yield from _float32_updates(s)
 
 
-def _float64_steps(s: "Settings") -> Iterator[Row]:
+def _float64_steps(s: Settings) -> Iterator[Row]:
     data, weights = RandomBatches(s.cfg, s.seed, batch=s.batch, length=s.length), random_weights(s.cfg, s.seed)
     sides = s.sides("float64")
     opt = clipping_config(s, data, weights)
@@ -126,7 +123,7 @@ def _float64_steps(s: "Settings") -> Iterator[Row]:
     yield Row("adamw", "a non-finite gradient skips the update", "float64", sum(bad), 0, not side, side)
 
 
-def _float32_updates(s: "Settings") -> Iterator[Row]:
+def _float32_updates(s: Settings) -> Iterator[Row]:
     """AdamW alone from the same gradients: ||p - p64|| <= u (t ||p64|| + 8 sum ||lr update||) for every tensor.
 
     Each of t steps rounds p once (u ||p||), and an update is some eight operations, each with a relative rounding u.
@@ -157,7 +154,7 @@ def _float32_updates(s: "Settings") -> Iterator[Row]:
     )
 
 
-def _given_gradients(s: "Settings", dtype: str, n: int) -> tuple[Tensors, list[Tensors]]:
+def _given_gradients(s: Settings, dtype: str, n: int) -> tuple[Tensors, list[Tensors]]:
     weights = random_weights(s.cfg, s.seed, dtype)
     rng = np.random.default_rng((s.seed, 5))
     signal = {name: rng.standard_normal(x.shape) for name, x in weights.items()}
@@ -185,7 +182,7 @@ def _spec_adamw(
     return kept, travelled
 
 
-def check_library(s: "Settings") -> Iterator[Row]:
+def check_library(s: Settings) -> Iterator[Row]:
     """`optax.adamw` and `torch.optim.AdamW`, whose formula is the same, beside the specification: same gradients."""
     opt = OptimizerConfig(lr_max=1e-3, lr_min=1e-4, total_steps=1000, max_grad_norm=None)
     for dtype in [d for d in ("float64", "float32") if d in s.dtypes]:
@@ -214,7 +211,7 @@ def check_library(s: "Settings") -> Iterator[Row]:
                 )
 
 
-def initial_weights(s: "Settings") -> Tensors:
+def initial_weights(s: Settings) -> Tensors:
     """The start of a training run, as the specification makes it."""
     shapes = tensor_shapes(s.cfg).items()
     return {
@@ -223,7 +220,7 @@ def initial_weights(s: "Settings") -> Tensors:
     }
 
 
-def check_trajectory(s: "Settings") -> Iterator[Row]:
+def check_trajectory(s: Settings) -> Iterator[Row]:
     """A thousand steps: single steps from common states, and both sides running free."""
     if "float64" in s.dtypes:
         yield from _float64_trajectory(s)
@@ -231,7 +228,7 @@ def check_trajectory(s: "Settings") -> Iterator[Row]:
         yield from _low_precision_trajectory(s, dtype)
 
 
-def _float64_trajectory(s: "Settings") -> Iterator[Row]:
+def _float64_trajectory(s: Settings) -> Iterator[Row]:
     data, weights = RandomBatches(s.cfg, s.seed, batch=s.batch, length=s.length), initial_weights(s)
     opt = OptimizerConfig(lr_max=1e-3, lr_min=1e-4, warmup_steps=min(100, s.steps // 10), total_steps=s.steps)
     sides = s.sides("float64")
@@ -278,7 +275,7 @@ def _max_difference(a: TrainingState, b: TrainingState) -> float:
     return max(float(np.abs(a.weights[name] - b.weights[name]).max()) for name in a.weights)
 
 
-def _low_precision_trajectory(s: "Settings", dtype: str) -> Iterator[Row]:
+def _low_precision_trajectory(s: Settings, dtype: str) -> Iterator[Row]:
     """Loss curves of both sides, against what the smallest change within one framework does to its own curve.
 
     float32: the largest difference, bfloat16: the rms difference over the run, because a single step would be noise. The

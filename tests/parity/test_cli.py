@@ -7,7 +7,8 @@ import pytest
 from llm_common.errors import UserError
 from parity import cli, report
 from parity.compare import JAX, Row
-from parity.ladder import CHECKS, Settings, run_checks
+from parity.ladder import CHECKS, run_checks
+from parity.settings import Settings
 
 
 def test_one_check_alone_writes_table_json_and_markdown(tmp_path, capsys):

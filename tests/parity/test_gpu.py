@@ -10,7 +10,8 @@ from llm_common.data import TokenDataset
 from llm_common.errors import import_side
 from llm_common.run_log import RunLog, read_log
 from parity.cases import random_weights
-from parity.ladder import Settings, run_checks
+from parity.ladder import run_checks
+from parity.settings import Settings
 
 pytestmark = pytest.mark.gpu
 ON_GPU = Settings(device="gpu", steps=50, tokens=1000)

@@ -30,7 +30,8 @@ import torch_llm.optim
 import torch_llm.random_bits
 import torch_llm.sampling
 from parity.compare import JAX, SHARED, TORCH
-from parity.ladder import Settings, run_checks
+from parity.ladder import run_checks
+from parity.settings import Settings
 
 SMALL = Settings(steps=20, tokens=800)
 CLEAN_JAX_ATTENTION = jax_llm.attention.reference_attention

@@ -1,0 +1,45 @@
+"""What the checks are run on: a config, shapes, a seed, dtypes and a device."""
+
+import dataclasses
+
+from llm_common.config import DTYPES, ModelConfig, check_length, preset
+from llm_common.errors import UserError
+from parity.jax_side import JaxSide
+from parity.torch_side import TorchSide
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """What the checks are run on."""
+
+    cfg: ModelConfig = dataclasses.field(default_factory=lambda: preset("tiny"))
+    seed: int = 0
+    dtypes: tuple[str, ...] = ("float64", "float32", "bfloat16")
+    batch: int = 3
+    length: int = 13  # positions in a training or test sequence
+    steps: int = 1000  # of a trajectory
+    tokens: int = 4000  # draws in float32
+    device: str = "cpu"  # of both frameworks; the specification is NumPy
+    attention: str = "reference"  # "auto": each framework's fastest kernel for the device, reference in float64
+
+    def __post_init__(self) -> None:
+        for dtype in self.dtypes:
+            if dtype not in DTYPES:
+                raise UserError(f"unknown dtype {dtype!r}; known: {', '.join(DTYPES)}")
+        for field in ("batch", "length", "steps", "tokens"):
+            if getattr(self, field) < 1:
+                raise UserError(f"{field} = {getattr(self, field)} must be at least 1")
+        if self.attention not in ("reference", "auto"):
+            raise UserError(f"attention = {self.attention!r} must be 'reference' or 'auto'")
+        check_length(self.cfg, self.length, "length")
+        if not 0 <= self.seed < 2**32:
+            raise UserError(f"seed = {self.seed} must lie in [0, 2^32)")
+
+    def device_name(self) -> str:
+        """What the device calls itself. Raises UserError if a framework cannot use it."""
+        jax_side, _ = self.sides("float32")
+        return jax_side.device.device_kind
+
+    def sides(self, dtype: str, cfg: ModelConfig | None = None) -> tuple[JaxSide, TorchSide]:
+        """The two frameworks behind one interface, for this config or another."""
+        return tuple(side(cfg or self.cfg, dtype, self.device, self.attention) for side in (JaxSide, TorchSide))  # type: ignore[return-value]
