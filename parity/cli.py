@@ -59,6 +59,8 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _run(args: argparse.Namespace) -> int:
+    from rich.markup import escape
+
     from parity.demo import print_progress
     from parity.ladder import run_checks
     from parity.report import make_console, print_table, verdict_line, write_json, write_markdown
@@ -90,7 +92,7 @@ def _run(args: argparse.Namespace) -> int:
         args.out / "report.md", rows, [f"Seed {settings.seed}, {settings.attention} attention, `{settings.cfg}`."], name
     )
     ok = all(row.ok for row in rows)
-    console.print(f"[bold {'green' if ok else 'red'}]{verdict_line(rows)}[/]")
+    console.print(f"[bold {'green' if ok else 'red'}]{escape(verdict_line(rows))}[/]")
     console.print(f"{content['seconds']:.0f} s; report: {args.out / 'report.md'}, {args.out / 'report.json'}")
     return 0 if ok else 1
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from llm_common.checkpoint import load_checkpoint, load_weights, run_settings, save_checkpoint
@@ -60,7 +61,8 @@ def run_demo(out: Path, data: str | None = None, steps: int = STEPS, ladder: Set
     rows += run_checks(settings, on_check=lambda *args: print_progress(console, *args))
 
     console.rule("[bold]4. the same text from both", align="left")
-    rows.append(_generate(console, folders, tokenizer))
+    row, text = _generate(console, folders, tokenizer)
+    rows.append(row)
 
     console.rule("[bold]verdict", align="left")
     print_table(console, rows)
@@ -72,9 +74,14 @@ def run_demo(out: Path, data: str | None = None, steps: int = STEPS, ladder: Set
     )
     console.print(summary)
     write_json(out / "report.json", rows, seconds=seconds, losses=curves, unigram_entropy=unigram)
-    write_markdown(out / "report.md", rows, [summary, "", "![loss curves](loss_curves.png)"], settings.device_name())
+    write_markdown(
+        out / "report.md",
+        rows,
+        [summary, "", "![loss curves](loss_curves.png)", "", "```", *text, "```"],
+        settings.device_name(),
+    )
     ok = all(row.ok for row in rows)
-    console.print(f"[bold {'green' if ok else 'red'}]{verdict_line(rows)}[/]")
+    console.print(f"[bold {'green' if ok else 'red'}]{escape(verdict_line(rows))}[/]")
     console.print(f"{seconds:.0f} s; report: {out / 'report.md'}, {out / 'report.json'}; picture: {picture}")
     return ok
 
@@ -159,32 +166,37 @@ def _training_rows(curves, unigram: float) -> list[Row]:
     return rows
 
 
-def _generate(console: Console, folders: dict[str, Path], tokenizer: Tokenizer) -> Row:
-    """Each framework continues a prompt with the weights it trained itself, then torch with those that JAX trained."""
+def _generate(console: Console, folders: dict[str, Path], tokenizer: Tokenizer) -> tuple[Row, list[str]]:
+    """Each framework continues a prompt with the weights it trained itself, then torch with those that JAX trained.
+
+    Returns the row of the latter, and the lines that show the former.
+    """
     prompt = np.array([tokenizer.encode(PROMPT)])
     sampling = SamplingConfig(temperature=0.8, top_k=40, seed=1)
-    texts, weights = {}, {}
+    texts, weights, lines = {}, {}, []
     for name, side in (("jax", JaxSide), ("torch", TorchSide)):
         cfg, weights[name] = load_weights(folders[name])
         texts[name] = side(cfg, "float32").generate(weights[name], prompt, 60, sampling, tokenizer.end_of_text)[0]
-        console.print(f"[bold]{name:5}[/bold] {PROMPT}{tokenizer.decode(texts[name])!r:.400}", markup=True)
+        lines.append(f"{name:5}  {PROMPT + tokenizer.decode(texts[name])!r}")
     crossed = TorchSide(cfg, "float32").generate(weights["jax"], prompt, 60, sampling, tokenizer.end_of_text)[0]
     same = next(
         (i for i, (a, b) in enumerate(zip(*texts.values(), strict=False)) if a != b), min(map(len, texts.values()))
     )
-    console.print(
-        f"own weights: the same first {same} of {len(texts['jax'])} tokens; JAX's checkpoint in torch: compared below"
+    lines.append(
+        f"each from the weights it trained itself: the first {same} of {len(texts['jax'])} tokens are the same"
     )
+    for line in lines:
+        console.print(line, markup=False)
     load_checkpoint(folders["jax"])  # every sha256
     differing = sum(a != b for a, b in zip(texts["jax"], crossed, strict=False)) + abs(len(texts["jax"]) - len(crossed))
     ok = differing == 0
     item = f"tokens that differ of {len(texts['jax'])}, JAX's checkpoint read by torch"
-    return Row("text", item, "float32", differing, 0, ok, "" if ok else "JAX or torch: see the tokens check")
+    return Row("text", item, "float32", differing, 0, ok, "" if ok else "JAX or torch: see the tokens check"), lines
 
 
 def print_progress(console: Console, name: str, rows: list[Row], seconds: float) -> None:
     """One line for a finished check."""
     bad = [row for row in rows if not row.ok]
     mark = "[green]ok  [/green]" if not bad else "[bold red]FAIL[/bold red]"
-    text = f"{len(rows)} figures" if not bad else f"{bad[0].item}: side {bad[0].side}"
+    text = f"{len(rows)} figures" if not bad else escape(f"{bad[0].item}: side {bad[0].side}")
     console.print(f"  {mark} {name:11} {text}  ({seconds:.0f} s)")

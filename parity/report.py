@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from llm_common.run_log import environment
@@ -39,6 +40,12 @@ def number(x: float) -> str:
     return str(int(x)) if x == int(x) and abs(x) < 1e6 else f"{x:.1e}" if abs(x) < 1e-2 or abs(x) > 1e3 else f"{x:.2f}"
 
 
+def grouped(rows: list[Row]) -> list[Row]:
+    """Rows of one check together, in the order in which the checks first appear."""
+    order = list(dict.fromkeys(row.check for row in rows))
+    return sorted(rows, key=lambda row: order.index(row.check))
+
+
 def print_table(console: Console, rows: list[Row]) -> None:
     table = Table(title="measured error against what is allowed", title_justify="left", pad_edge=False)
     for column, justify in (
@@ -50,13 +57,12 @@ def print_table(console: Console, rows: list[Row]) -> None:
     ):
         table.add_column(column, justify=justify, no_wrap=column != "what")  # type: ignore[arg-type]
     table.add_column("verdict")
-    order = list(dict.fromkeys(row.check for row in rows))
     last = ""
-    for row in sorted(rows, key=lambda row: order.index(row.check)):
+    for row in grouped(rows):
         if last and row.check != last:
             table.add_section()
         last = row.check
-        verdict = "[green]ok[/green]" if row.ok else f"[bold red]{row.side}[/bold red] {row.note}"
+        verdict = "[green]ok[/green]" if row.ok else f"[bold red]{row.side}[/bold red] {escape(row.note)}"
         table.add_row(row.check, row.item, row.dtype, number(row.measured), number(row.allowed), verdict)
     console.print(table)
 
@@ -85,11 +91,10 @@ def write_markdown(path: Path, rows: list[Row], paragraphs: list[str], device: s
     versions = ", ".join(f"{name} {version}" for name, version in environment()["versions"].items() if version)
     lines = ["# Parity report", "", f"**{verdict_line(rows)}**", "", *paragraphs]
     lines += ["", "| check | what | dtype | measured | allowed | verdict |", "|---|---|---|---|---|---|"]
-    for row in rows:
+    for row in grouped(rows):
         verdict = "ok" if row.ok else f"**{row.side}** {row.note}"
-        lines.append(
-            f"| {row.check} | {row.item} | {row.dtype} | {number(row.measured)} | {number(row.allowed)} | {verdict} |"
-        )
+        cells = (row.check, row.item, row.dtype, number(row.measured), number(row.allowed), verdict)
+        lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
     lines += [
         "",
         f"{date.today().isoformat()}, {device}, Python {environment()['python']}, {environment()['system']}; {versions}",

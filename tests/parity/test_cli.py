@@ -86,6 +86,17 @@ def test_the_verdict_names_the_first_failure():
     assert report.verdict_line([good, bad]) == "1 of 2 checks fail. First at gradients (y): 2, allowed 1. Side: JAX."
 
 
+def test_brackets_and_pipes_in_a_note_are_printed_as_they_are(tmp_path, capsys):
+    rows = [
+        Row("a", "max |dp|", "float64", 2.0, 1.0, False, JAX, "shape [3, 4] and [/bold]"),
+        Row("b", "x", "", 0.0, 1.0, True),
+    ]
+    report.print_table(report.make_console(), [*rows, rows[0]])
+    assert capsys.readouterr().out.count("shape [3, 4] and [/bold]") == 2
+    report.write_markdown(tmp_path / "report.md", rows, [], "cpu")
+    assert "| a | max \\|dp\\| | float64 |" in (tmp_path / "report.md").read_text()
+
+
 def test_every_check_has_a_sentence_about_itself():
     assert all(check.__doc__ for check in CHECKS.values())
 
