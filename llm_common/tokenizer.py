@@ -91,8 +91,8 @@ class Tokenizer:
             else:
                 yield from self._words.findall(part)
 
-    def _encode_piece(self, piece: str) -> list[int]:
-        return [self.special_tokens[piece]] if piece in self.special_tokens else self._encode_word(piece)
+    def _encode_piece(self, piece: str, remember: bool = True) -> list[int]:
+        return [self.special_tokens[piece]] if piece in self.special_tokens else self._encode_word(piece, remember)
 
     def encode(self, text: str) -> list[int]:
         """Ids of a text; special tokens written out in it become their ids."""
@@ -101,6 +101,7 @@ class Tokenizer:
     def encode_iterable(self, texts: Iterable[str]) -> Iterator[int]:
         """The ids of the concatenation of `texts`, lazily; equal to `encode("".join(texts))`.
 
+        Memory does not grow with the text: words are not remembered, which makes it five times slower than `encode`.
         The end of a chunk may cut a special token or a word in two, so what more text could change is held back: where
         a special token may have begun, and the two words before that (more text can join "'", "ll" to "'ll").
         """
@@ -119,11 +120,12 @@ class Tokenizer:
                 words = 0 if is_special else words + 1
                 settled = max(settled, len(pieces) - min(words, 2))
             for piece in pieces[:settled]:
-                yield from self._encode_piece(piece)
+                yield from self._encode_piece(piece, remember=False)
             held = held[sum(map(len, pieces[:settled])) :]
-        yield from self.encode(held)
+        for piece in self._pieces(held):
+            yield from self._encode_piece(piece, remember=False)
 
-    def _encode_word(self, word: str) -> list[int]:
+    def _encode_word(self, word: str, remember: bool = True) -> list[int]:
         if word in self._cache:
             return self._cache[word]
         parts = [bytes([b]) for b in word.encode("utf-8", errors="replace")]
@@ -154,7 +156,7 @@ class Tokenizer:
             if previous[i] >= 0:
                 push(previous[i])
         ids = [self._id[part] for part, is_alive in zip(parts, alive, strict=True) if is_alive]
-        if len(word) <= 64:  # long "words" are rare and would only fill the memory
+        if remember and len(word) <= 64:  # long "words" are rare and would only fill the memory
             if len(self._cache) > 500_000:
                 self._cache.clear()
             self._cache[word] = ids

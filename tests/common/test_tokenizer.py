@@ -93,6 +93,12 @@ def test_encoding_in_pieces_equals_encoding_at_once(tokenizer, parts):
     assert list(tokenizer.encode_iterable(parts)) == tokenizer.encode("".join(parts))
 
 
+def test_encoding_in_pieces_remembers_nothing(tokenizer):
+    fresh = Tokenizer(tokenizer.merges, tokenizer.special_tokens, tokenizer.pattern)
+    assert len(list(fresh.encode_iterable(f"word{i} " for i in range(100)))) > 100
+    assert not fresh._cache
+
+
 def test_special_tokens_are_never_split(tokenizer):
     ids = tokenizer.encode(f"a{END_OF_TEXT}<|user|>")
     assert ids[-2:] == [tokenizer.end_of_text, tokenizer.special_tokens["<|user|>"]]
