@@ -21,7 +21,7 @@ def reference_attention(q: Array, k: Array, v: Array, mask: Array | None = None)
     """softmax(q k^T / sqrt(H)) v for q (B, T, N, H) and k, v (B, S, K, H): (B, T, N, H).
 
     Query head n reads key/value head n // G. `mask` is boolean, True where a query may look, and broadcasts to
-    (B, K, G, T, S); None is causal (T = S). Scores and softmax are float32, the probabilities are rounded to v's dtype.
+    (B, N, T, S); None is causal (T = S). Scores and softmax are float32, the probabilities are rounded to v's dtype.
     Source: Vaswani et al. 2017; Ainslie et al. 2023, https://arxiv.org/abs/2305.13245.
     """
     b, t, n, h = q.shape
@@ -30,6 +30,7 @@ def reference_attention(q: Array, k: Array, v: Array, mask: Array | None = None)
         mask = causal_mask(jnp.arange(t), jnp.arange(s))
     q = q.reshape(b, t, kv_heads, n // kv_heads, h)  # (B, T, K, G, H)
     scores = jnp.einsum("btkgh,bskh->bkgts", upcast(q), upcast(k)) * h**-0.5  # (B, K, G, T, S)
+    mask = jnp.broadcast_to(mask, (b, n, t, s)).reshape(scores.shape)
     scores = jnp.where(mask, scores, -jnp.inf)
     probs = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
     return jnp.einsum("bkgts,bskh->btkgh", probs, v).reshape(b, t, n, h)
@@ -48,7 +49,8 @@ def fused_attention(q: Array, k: Array, v: Array, mask: Array | None, implementa
         return jax.nn.dot_product_attention(
             q, k, v, scale=q.shape[-1] ** -0.5, is_causal=True, implementation=implementation
         )
-    return jax.nn.dot_product_attention(q, k, v, scale=q.shape[-1] ** -0.5, mask=mask[None, None], implementation="xla")
+    mask = jnp.broadcast_to(mask, (q.shape[0], q.shape[2], q.shape[1], k.shape[1]))  # (B, N, T, S)
+    return jax.nn.dot_product_attention(q, k, v, scale=q.shape[-1] ** -0.5, mask=mask, implementation="xla")
 
 
 def causal_mask(query_positions: Array, key_positions: Array) -> Array:
@@ -57,7 +59,7 @@ def causal_mask(query_positions: Array, key_positions: Array) -> Array:
 
 
 def dot_product_attention(q: Array, k: Array, v: Array, mask: Array | None, backend: str) -> Array:
-    """Attention by a resolved backend: "reference", "xla" or "cudnn". mask: (T, S), or None for causal."""
+    """Attention by a resolved backend: "reference", "xla" or "cudnn". mask: broadcasts to (B, N, T, S); None is causal."""
     if backend == "reference":
         return reference_attention(q, k, v, mask)
     if backend in ("xla", "cudnn"):

@@ -13,7 +13,7 @@ import numpy as np
 import optax
 
 from jax_llm.model import Params, build_params
-from jax_llm.optim import decay_mask, make_optimizer
+from jax_llm.optim import make_optimizer
 from jax_llm.train import TrainState, fit, init_state, select_device, x64
 from llm_common.checkpoint import (
     TrainingState,
@@ -60,7 +60,7 @@ def to_training_state(cfg: ModelConfig, state: TrainState) -> TrainingState:
 def from_training_state(cfg: ModelConfig, opt: OptimizerConfig, saved: TrainingState, dtype=jnp.float32) -> TrainState:
     """The state from which `fit` goes on; dtype is that of the masters and moments."""
     params, mu, nu = (from_canonical(cfg, tensors, dtype) for tensors in (saved.weights, saved.mu, saved.nu))
-    opt_state = make_optimizer(opt, decay_mask(cfg)).init(params)
+    opt_state = make_optimizer(opt, cfg).init(params)
     opt_state = optax.tree_utils.tree_set(opt_state, mu=mu, nu=nu)
     return TrainState(params, opt_state, jnp.int32(saved.step), jnp.int32(saved.adam_count))
 
@@ -93,7 +93,7 @@ def fit_and_save(
 
     Returns the last checkpoint. Raises UserError if the checkpoint there belongs to another run, or the device is absent.
     """
-    settings = run_settings(train, opt, dataset)
+    settings = run_settings(train, opt, dataset, tokenizer)
     folder = latest_checkpoint(run)
     with jax.default_device(select_device(device)), x64(train.master_dtype):
         if folder is None:
@@ -109,5 +109,8 @@ def fit_and_save(
             if save_every and step % save_every == 0 and step < opt.total_steps:
                 save(run, cfg, state, settings, tokenizer)
 
+        first_step = int(state.step)
         state = fit(state, cfg, train, opt, dataset, on_step=hook)
+        if folder is not None and int(state.step) == first_step:
+            return folder  # nothing was left to do
         return save(run, cfg, state, settings, tokenizer)

@@ -19,9 +19,8 @@ from jax_llm.kv_cache import KVCache, init_cache
 from jax_llm.model import CausalLM, Params
 from jax_llm.sampling import sample
 from jax_llm.train import matmul_precision, select_device, x64
-from llm_common.config import ModelConfig, SamplingConfig, check_length
-from llm_common.errors import UserError
-from llm_common.tensors import check_token_ids
+from llm_common.config import ModelConfig, SamplingConfig
+from llm_common.tensors import check_prompt
 
 
 def decode_step(
@@ -80,11 +79,7 @@ def generate(
 
     Raises UserError for an empty prompt, an id outside the vocabulary or a text longer than the model's positions.
     """
-    prompt = np.asarray(prompt)
-    if prompt.ndim != 2 or prompt.size == 0 or max_new_tokens < 1:
-        raise UserError(f"generate needs a prompt of shape (B, P) and max_new_tokens >= 1, got {prompt.shape}")
-    check_token_ids(prompt, model.cfg.vocab_size, "prompt")
-    check_length(model.cfg, prompt.shape[1] + max_new_tokens, "prompt + max_new_tokens")
+    prompt = check_prompt(prompt, model.cfg, max_new_tokens)
     texts = _generate(
         params,
         jnp.array(prompt, jnp.int32),

@@ -27,7 +27,7 @@ def linear(x: Array, weight: Array) -> Array:
 
 
 def embedding(input_ids: Array, weight: Array) -> Array:
-    """Rows of weight (V, D) at input_ids (B, T): (B, T, D). Ids must lie in [0, V): JAX would clamp them silently.
+    """Rows of weight (V, D) at input_ids (B, T): (B, T, D). Ids must lie in [0, V): JAX would clamp or wrap silently.
 
     The look-up is made in float32 so that its backward pass, a scatter-add, sums in float32: in bfloat16 a frequent
     token's gradient would lose its small terms.

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 
+from jax_llm.layers import upcast
 from llm_common.config import ModelConfig, OptimizerConfig
 from llm_common.schedule import StepScalars
 from llm_common.tensors import decays, tensor_shapes
@@ -18,8 +19,8 @@ Tree = Any
 
 
 def global_norm(grads: Tree) -> Array:
-    """Euclidean norm over all leaves, in their dtype."""
-    return jnp.sqrt(sum(jnp.sum(jnp.square(g)) for g in jax.tree.leaves(grads)))
+    """Euclidean norm over all leaves, summed in float32 (float64 for float64); 0 if there is none."""
+    return jnp.sqrt(sum(jnp.sum(jnp.square(upcast(g))) for g in jax.tree.leaves(grads)))
 
 
 def clip_by_global_norm(grads: Tree, max_norm: float | None) -> tuple[Tree, Array]:
@@ -31,7 +32,7 @@ def clip_by_global_norm(grads: Tree, max_norm: float | None) -> tuple[Tree, Arra
     if max_norm is None:
         return grads, norm
     factor = jnp.minimum(1.0, max_norm / norm)  # norm 0: min(1, inf)
-    return jax.tree.map(lambda g: g * factor, grads), norm
+    return jax.tree.map(lambda g: (g * factor).astype(g.dtype), grads), norm
 
 
 class AdamWState(NamedTuple):
@@ -89,6 +90,8 @@ def decay_mask(cfg: ModelConfig) -> Tree:
     return build_params(cfg, lambda name: decays(shapes[name]), stack=all)
 
 
-def make_optimizer(cfg: OptimizerConfig, mask: Tree | None = None) -> optax.GradientTransformationExtraArgs:
-    """The chain that `train_step` runs: clip, then AdamW."""
-    return optax.chain(clip(cfg.max_grad_norm), adamw(cfg.beta1, cfg.beta2, cfg.eps, cfg.weight_decay, decay_mask=mask))
+def make_optimizer(cfg: OptimizerConfig, model: ModelConfig) -> optax.GradientTransformationExtraArgs:
+    """The chain that `train_step` runs: clip, then AdamW, in which matrices decay and gains do not."""
+    return optax.chain(
+        clip(cfg.max_grad_norm), adamw(cfg.beta1, cfg.beta2, cfg.eps, cfg.weight_decay, decay_mask(model))
+    )

@@ -18,11 +18,11 @@ def rotary_table(cfg: ModelConfig, length: int, dtype) -> tuple[Array, Array]:
 
 
 def apply_rope(x: Array, cos: Array, sin: Array) -> Array:
-    """Rotate the pairs (x[i], x[i + H/2]) of x (B, T, N, H) by the angles of cos and sin (T, H/2).
+    """Rotate the pairs (x[i], x[i + H/2]) of x (B, T, N, H) by the angles of cos and sin, (T, H/2) or (B, T, H/2).
 
     The half-split convention of Hugging Face. Done in float32 and rounded once.
     Source: Su et al. 2021, https://arxiv.org/abs/2104.09864, section 3.4.2.
     """
     x1, x2 = jnp.split(upcast(x), 2, axis=-1)  # (B, T, N, H/2) each
-    cos, sin = cos[:, None, :], sin[:, None, :]  # (T, 1, H/2)
+    cos, sin = cos[..., None, :], sin[..., None, :]  # (T, 1, H/2)
     return jnp.concatenate([x1 * cos - x2 * sin, x2 * cos + x1 * sin], axis=-1).astype(x.dtype)

@@ -23,11 +23,12 @@ from jax import Array
 from jax_llm.attention import resolve_backend
 from jax_llm.loss import cross_entropy
 from jax_llm.model import CausalLM, Params, init_params, slice_layers, stack_layers
-from jax_llm.optim import decay_mask, global_norm, make_optimizer
+from jax_llm.optim import global_norm, make_optimizer
 from llm_common.config import ModelConfig, OptimizerConfig, TrainConfig, check_length
 from llm_common.data import TokenDataset
 from llm_common.errors import UserError
 from llm_common.schedule import StepScalars, step_scalars
+from llm_common.tensors import check_batch
 
 
 class TrainState(NamedTuple):
@@ -78,34 +79,6 @@ def loss_and_grads(model: CausalLM, params: Params, inputs: Array, targets: Arra
     return loss, restack(grads)
 
 
-def make_train_step(
-    model: CausalLM, optimizer: optax.GradientTransformation, compute_dtype: str
-) -> Callable[[TrainState, Array, Array, StepScalars], tuple[TrainState, Metrics]]:
-    """The function of one step: gradients, global norm, clip, AdamW. Pure, to be jitted with its state donated.
-
-    `optimizer` may be any optax transformation; one that takes `scalars`, as ours does, is given them.
-    """
-    optimizer = optax.with_extra_args_support(optimizer)
-
-    def train_step(
-        state: TrainState, inputs: Array, targets: Array, scalars: StepScalars
-    ) -> tuple[TrainState, Metrics]:
-        with matmul_precision(compute_dtype):
-            loss, grads = loss_and_grads(model, cast(state.params, compute_dtype), inputs, targets)
-        grads = jax.tree.map(lambda g, p: g.astype(p.dtype), grads, state.params)
-        norm = global_norm(grads)
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params, scalars=scalars)
-        params = optax.apply_updates(state.params, updates)
-        finite = jnp.isfinite(norm)
-        params, opt_state = jax.tree.map(
-            lambda new, old: jnp.where(finite, new, old), (params, opt_state), (state.params, state.opt_state)
-        )
-        new_state = TrainState(params, opt_state, state.step + 1, state.adam_count + finite)
-        return new_state, Metrics(loss, norm, ~finite)
-
-    return train_step
-
-
 def matmul_precision(compute_dtype: str):
     """float32 means float32: an accelerator's default would be TF32 or bfloat16. To be entered while tracing."""
     return jax.default_matmul_precision("highest") if compute_dtype == "float32" else contextlib.nullcontext()
@@ -134,13 +107,41 @@ def describe(cfg: ModelConfig, train: TrainConfig, device: str) -> str:
     return f"{target.device_kind}, {train.compute_dtype}, {backend} attention"
 
 
+def make_train_step(
+    model: CausalLM, optimizer: optax.GradientTransformation, compute_dtype: str
+) -> Callable[[TrainState, Array, Array, StepScalars], tuple[TrainState, Metrics]]:
+    """The function of one step: gradients, global norm, clip, AdamW. Pure, to be jitted with its state donated.
+
+    `optimizer` may be any optax transformation; one that takes `scalars`, as ours does, is given them.
+    """
+    optimizer = optax.with_extra_args_support(optimizer)
+
+    def train_step(
+        state: TrainState, inputs: Array, targets: Array, scalars: StepScalars
+    ) -> tuple[TrainState, Metrics]:
+        with matmul_precision(compute_dtype):
+            loss, grads = loss_and_grads(model, cast(state.params, compute_dtype), inputs, targets)
+        grads = jax.tree.map(lambda g, p: g.astype(p.dtype), grads, state.params)
+        norm = global_norm(grads)
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params, scalars=scalars)
+        params = optax.apply_updates(state.params, updates)
+        finite = jnp.isfinite(norm)
+        params, opt_state = jax.tree.map(
+            lambda new, old: jnp.where(finite, new, old), (params, opt_state), (state.params, state.opt_state)
+        )
+        new_state = TrainState(params, opt_state, state.step + 1, state.adam_count + finite)
+        return new_state, Metrics(loss, norm, ~finite)
+
+    return train_step
+
+
 def init_state(cfg: ModelConfig, train: TrainConfig, opt: OptimizerConfig) -> TrainState:
     """The state before the first step, from `train.seed` alone."""
     dtype = jnp.dtype(train.master_dtype)
     if dtype == jnp.float64 and not jax.config.read("jax_enable_x64"):
         raise UserError("compute_dtype = 'float64' needs JAX_ENABLE_X64=1, or `with jax_llm.train.x64('float64'):`")
     params = jax.jit(lambda: init_params(cfg, train.seed, dtype))()
-    optimizer = make_optimizer(opt, decay_mask(cfg))
+    optimizer = make_optimizer(opt, cfg)
     return TrainState(params, optimizer.init(params), jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32))
 
 
@@ -154,7 +155,7 @@ def make_model(cfg: ModelConfig, train: TrainConfig, platform: str) -> CausalLM:
 @functools.lru_cache(maxsize=8)
 def compiled_train_step(cfg: ModelConfig, train: TrainConfig, opt: OptimizerConfig, platform: str):
     """The jitted step of a run, its state donated; the same settings give the same function, compiled once."""
-    optimizer = make_optimizer(opt, decay_mask(cfg))
+    optimizer = make_optimizer(opt, cfg)
     step = make_train_step(make_model(cfg, train, platform), optimizer, train.compute_dtype)
     return jax.jit(step, donate_argnums=0)
 
@@ -178,7 +179,9 @@ def fit(
     train_step = compiled_train_step(cfg, train, opt, platform)
     step, adam_count, skipped_in_row = int(state.step), int(state.adam_count), 0
     while step < (opt.total_steps if until_step is None else until_step):
-        inputs, targets = (jnp.array(np.ascontiguousarray(x)) for x in dataset.batch(step))
+        batch = dataset.batch(step)
+        check_batch(*batch, cfg.vocab_size, f"step {step}")
+        inputs, targets = (jnp.array(np.ascontiguousarray(x)) for x in batch)
         scalars = step_scalars(opt, step, adam_count)
         state, metrics = train_step(state, inputs, targets, scalars)
         step, adam_count = step + 1, int(state.adam_count)

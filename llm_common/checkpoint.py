@@ -14,6 +14,7 @@ checkpoint as it was. There is no pickle anywhere.
 import hashlib
 import json
 import os
+import re
 import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -29,6 +30,7 @@ from llm_common.tokenizer import FILE_NAME as TOKENIZER_FILE
 from llm_common.tokenizer import Tokenizer
 
 FORMAT = 1
+ASIDE = ".old"  # with a leading dot, the name of a checkpoint that is about to be replaced
 CONFIG_FILE, MODEL_FILE, OPTIMIZER_FILE, STATE_FILE = (
     "config.json",
     "model.safetensors",
@@ -78,7 +80,7 @@ def save_checkpoint(
     _write_text(partial / STATE_FILE, json.dumps(content, indent=2) + "\n")
     sync(partial)
     if folder.exists():  # the same step saved again: the old one steps aside and goes only when the new one is in place
-        aside = run / f".{folder.name}.old"
+        aside = run / f".{folder.name}{ASIDE}"
         shutil.rmtree(aside, ignore_errors=True)
         os.rename(folder, aside)
         os.rename(partial, folder)
@@ -90,10 +92,14 @@ def save_checkpoint(
 
 
 def latest_checkpoint(run: Path) -> Path | None:
-    """The newest complete checkpoint of a run, or None."""
-    folders = sorted(run.glob("step-*")) if run.is_dir() else []
-    complete = [folder for folder in folders if (folder / STATE_FILE).is_file()]
-    return complete[-1] if complete else None
+    """The newest complete checkpoint of a run, or None. One that had stepped aside when a save was cut off is put back."""
+    folders = sorted(run.iterdir()) if run.is_dir() else []
+    for aside in folders:
+        if aside.name.endswith(ASIDE) and not (original := run / aside.name[1 : -len(ASIDE)]).exists():
+            os.rename(aside, original)
+            folders.append(original)
+    steps = [x for x in folders if re.fullmatch(r"step-\d{8,}", x.name) and (x / STATE_FILE).is_file()]
+    return max(steps, key=lambda folder: int(folder.name[5:]), default=None)
 
 
 def load_config(folder: Path) -> ModelConfig:
@@ -102,7 +108,15 @@ def load_config(folder: Path) -> ModelConfig:
 
 
 def load_weights(folder: Path) -> tuple[ModelConfig, dict[str, np.ndarray]]:
-    """Config and weights alone: of a training checkpoint, or of any folder with config.json and model.safetensors."""
+    """Config and weights alone: of a training checkpoint, whose sha256 are checked, or of any folder that has the files
+    config.json and model.safetensors.
+    """
+    if (folder / STATE_FILE).is_file():
+        _read_state(folder, (CONFIG_FILE, MODEL_FILE))
+    return _read_weights(folder)
+
+
+def _read_weights(folder: Path) -> tuple[ModelConfig, dict[str, np.ndarray]]:
     cfg = load_config(folder)
     weights = read_tensors(folder / MODEL_FILE)
     check_tensors(cfg, weights, str(folder / MODEL_FILE))
@@ -115,16 +129,8 @@ def load_checkpoint(folder: Path, cfg: ModelConfig | None = None) -> tuple[Model
     Raises UserError, naming the file or the field, if the checkpoint is incomplete, damaged, of a newer format, or, with
     `cfg` given, of another model.
     """
-    content = _read_json(folder / STATE_FILE)
-    if content.get("format") != FORMAT:
-        raise UserError(f"{folder}: checkpoint format {content.get('format')!r}, but this version reads {FORMAT}")
-    for name, expected in content["files"].items():
-        path = folder / name
-        if not path.is_file():
-            raise UserError(f"{path}: missing; the checkpoint is incomplete, use an earlier one")
-        if path.stat().st_size != expected["size"] or _sha256(path) != expected["sha256"]:
-            raise UserError(f"{path}: damaged (its sha256 is not the recorded one); use an earlier checkpoint")
-    saved_cfg, weights = load_weights(folder)
+    content = _read_state(folder)
+    saved_cfg, weights = _read_weights(folder)
     if cfg is not None and cfg != saved_cfg:
         saved, asked = asdict(saved_cfg), asdict(cfg)
         differing = [
@@ -139,21 +145,52 @@ def load_checkpoint(folder: Path, cfg: ModelConfig | None = None) -> tuple[Model
     return saved_cfg, state, content["settings"]
 
 
-def run_settings(train: TrainConfig, opt: OptimizerConfig, dataset: TokenDataset) -> dict[str, Any]:
-    """What a checkpoint records of its run, as JSON."""
-    return {"train": asdict(train), "optimizer": asdict(opt), "data": dataset.fingerprint()}
+def _read_state(folder: Path, only: tuple[str, ...] = ()) -> dict[str, Any]:
+    """The contents of state.json, after checking size and sha256 of all files that it lists (or of `only` some)."""
+    content = _read_json(folder / STATE_FILE)
+    version = content.get("format") if isinstance(content, dict) else None
+    if version != FORMAT:
+        raise UserError(f"{folder}: checkpoint format {version!r}, but this version reads {FORMAT}")
+    missing = {"step", "adam_count", "files", "settings"} - set(content)
+    if missing:
+        raise UserError(f"{folder / STATE_FILE}: {min(missing)!r} is missing; use an earlier checkpoint")
+    for name, expected in content["files"].items():
+        path = folder / name
+        if only and name not in only:
+            continue
+        if not path.is_file():
+            raise UserError(f"{path}: missing; the checkpoint is incomplete, use an earlier one")
+        if path.stat().st_size != expected["size"] or _sha256(path) != expected["sha256"]:
+            raise UserError(f"{path}: damaged (its sha256 is not the recorded one); use an earlier checkpoint")
+    return content
+
+
+def run_settings(
+    train: TrainConfig, opt: OptimizerConfig, dataset: TokenDataset, tokenizer: Tokenizer | None = None
+) -> dict[str, Any]:
+    """What a checkpoint records of its run, as JSON. Raises UserError if the dataset was made for other settings."""
+    data = dataset.fingerprint()
+    for field in ("seq_len", "batch_size", "seed"):
+        if data.get(field, getattr(train, field)) != getattr(train, field):
+            raise UserError(
+                f"the dataset has {field} = {data[field]}, but TrainConfig.{field} = {getattr(train, field)}"
+            )
+    if tokenizer is not None:
+        data["tokenizer"] = tokenizer.fingerprint()
+    return {"train": asdict(train), "optimizer": asdict(opt), "data": data}
 
 
 def check_resumable(folder: Path, saved: dict[str, Any], asked: dict[str, Any]) -> None:
     """Raise UserError, naming every differing field, unless a run may go on from the checkpoint `folder`.
 
-    The framework and the attention backend may change: the results agree. Everything else would silently be another run.
+    The framework, the attention backend and the patience with skipped steps may change: they do not decide the results.
+    Everything else would silently be another run.
     """
     differing = []
     for part, values in asked.items():
         for key, value in values.items():
             old = saved.get(part, {}).get(key)
-            if old != value and key != "attention_backend":
+            if old != value and key not in ("attention_backend", "max_skipped_steps"):
                 differing.append(f"{part}.{key} = {old!r} here, {value!r} asked for")
     if differing:
         raise UserError(f"{folder}: the run was started with other settings: {'; '.join(differing)}; use another --out")

@@ -114,7 +114,8 @@ class ModelConfig:
                 config["rope_theta"] = rope.pop("rope_theta")
             if rope:
                 raise UserError(f"config.json: unknown key {sorted(rope)[0]!r} in {key}")
-        config.setdefault("num_key_value_heads", config.get("num_attention_heads"))
+        if config.get("num_key_value_heads") is None:
+            config["num_key_value_heads"] = config.get("num_attention_heads")
         config.setdefault("rms_norm_eps", 1e-6)  # LlamaConfig's own default, which differs from ours
         config["head_dim"] = config.get("head_dim") or 0
         return _from_dict(cls, config)
@@ -274,10 +275,10 @@ class SamplingConfig:
 
     def __post_init__(self) -> None:
         _check(
-            _is_finite(self.temperature) and self.temperature >= 0,
+            _is_finite(self.temperature) and (self.temperature == 0 or self.temperature >= 1e-6),
             self,
             "temperature",
-            "must be a finite number of at least 0 (0 is greedy)",
+            "must be 0 (greedy) or a finite number of at least 1e-6",
         )
         _check(_is_int(self.top_k, 0), self, "top_k", "must be an integer of at least 0 (0 is off)")
         _check(_is_finite(self.top_p) and 0 < self.top_p <= 1, self, "top_p", "must lie in (0, 1] (1 is off)")
@@ -299,13 +300,13 @@ def check_length(cfg: ModelConfig, length: int, what: str) -> None:
 
 
 PRESETS: dict[str, ModelConfig] = {
-    # for tests: every dimension different, so that a swapped axis cannot pass unseen
+    # for tests: dimensions that differ wherever two axes could be swapped
     "tiny": ModelConfig(
         vocab_size=96,
         hidden_size=32,
         intermediate_size=56,
         num_hidden_layers=2,
-        num_attention_heads=4,
+        num_attention_heads=8,
         num_key_value_heads=2,
         head_dim=10,
         max_position_embeddings=64,

@@ -54,7 +54,9 @@ def documents(path: Path | str | None = None) -> Iterator[str]:
     path = Path(path)
     if not path.exists():
         raise UserError(f"{path}: no such file or folder")
-    files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.suffix in (".txt", ".md"))
+    files = (
+        [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.suffix in (".txt", ".md") and p.is_file())
+    )
     found = False
     for file in files:
         try:

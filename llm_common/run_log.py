@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import json
+import math
 import platform
 import sys
 from datetime import UTC, datetime
@@ -28,7 +29,7 @@ def environment() -> dict[str, Any]:
 
 
 class RunLog:
-    """Appends one JSON object a line; every line is flushed, so that a killed run loses none.
+    """Appends one JSON object a line (a number that is not finite as null); every line is flushed, so that a killed run loses none.
 
     The file is opened, and the header written, with the first row: a run that is refused leaves no trace.
     """
@@ -43,7 +44,8 @@ class RunLog:
             self._file = self.path.open("a", encoding="utf-8")
             now = datetime.now(UTC).isoformat()
             self.write({"event": "start", "time": now, **environment(), **self._header})
-        self._file.write(json.dumps(row) + "\n")
+        row = {key: None if isinstance(x, float) and not math.isfinite(x) else x for key, x in row.items()}
+        self._file.write(json.dumps(row, allow_nan=False) + "\n")
         self._file.flush()
 
     def close(self) -> None:

@@ -7,12 +7,13 @@ its weights inside (JAX: layers stacked on a leading axis) never leaves that fra
 import math
 import os
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import safetensors
 from safetensors.numpy import save_file
 
-from llm_common.config import ModelConfig
+from llm_common.config import ModelConfig, check_length
 from llm_common.errors import UserError
 
 INIT_STD = 0.02
@@ -68,6 +69,8 @@ def check_tensors(cfg: ModelConfig, tensors: dict[str, np.ndarray], source: str)
     for name, tensor in tensors.items():
         if name not in shapes:
             raise UserError(f"{source}: tensor {name!r} does not belong to this config")
+        if not np.issubdtype(tensor.dtype, np.floating):
+            raise UserError(f"{source}: tensor {name!r} is {tensor.dtype}, but weights are floating-point numbers")
         if tuple(tensor.shape) != shapes[name]:
             raise UserError(
                 f"{source}: tensor {name!r} has shape {tuple(tensor.shape)}, but the config needs {shapes[name]}"
@@ -82,6 +85,29 @@ def check_token_ids(ids: np.ndarray, vocab_size: int, what: str) -> None:
     if ids.size and (ids.min() < 0 or ids.max() >= vocab_size):
         bad = ids.min() if ids.min() < 0 else ids.max()
         raise UserError(f"{what}: token id {bad} is outside the vocabulary [0, {vocab_size})")
+
+
+def check_batch(inputs: np.ndarray, targets: np.ndarray, vocab_size: int, what: str) -> None:
+    """`check_token_ids` for a training batch; targets may also be -100, which is not counted."""
+    check_token_ids(inputs, vocab_size, f"{what}, inputs")
+    check_token_ids(targets[targets != -100], vocab_size, f"{what}, targets")
+
+
+def check_prompt(prompt: Any, cfg: ModelConfig, max_new_tokens: int) -> np.ndarray:
+    """The prompts as an integer array (B, P). Raises UserError if a model cannot continue them by max_new_tokens."""
+    try:
+        prompt = np.asarray(prompt)
+    except ValueError:
+        raise UserError(
+            "the prompts have different lengths; generate them one by one or cut them to one length"
+        ) from None
+    if prompt.ndim != 2 or prompt.size == 0:
+        raise UserError(f"prompts must be token ids of shape (B, P) with B and P at least 1, got {prompt.shape}")
+    if max_new_tokens < 1:
+        raise UserError(f"max_new_tokens = {max_new_tokens} must be at least 1")
+    check_token_ids(prompt, cfg.vocab_size, "prompt")
+    check_length(cfg, prompt.shape[1] + max_new_tokens, "prompt + max_new_tokens")
+    return prompt
 
 
 def write_tensors(path: Path, tensors: dict[str, np.ndarray]) -> None:
@@ -106,7 +132,9 @@ def read_tensors(path: Path) -> dict[str, np.ndarray]:
     try:
         with safetensors.safe_open(path, framework="numpy") as file:
             return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-    except (safetensors.SafetensorError, TypeError) as error:
+    except TypeError as error:
+        raise UserError(f"{path}: {error}; convert the tensors to float32") from error
+    except safetensors.SafetensorError as error:
         raise UserError(f"{path}: not a readable safetensors file ({error})") from error
 
 

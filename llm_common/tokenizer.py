@@ -2,11 +2,12 @@
 
 Text is cut by a regular expression into words (a word keeps its leading space), each word becomes its UTF-8 bytes, and
 training merges the most frequent pair of neighbouring tokens, over and over. Encoding replays the merges in the order
-they were learned. Any string can be encoded, and decoding gives it back.
+they were learned. Any text can be encoded, and decoding gives it back (a lone surrogate, which is not text, becomes "?").
 
 Sources: Sennrich et al. 2016, https://arxiv.org/abs/1508.07909; the byte-level form is GPT-2's (Radford et al. 2019).
 """
 
+import hashlib
 import heapq
 import itertools
 import json
@@ -55,6 +56,8 @@ class Tokenizer:
         self._id = {token: i for i, token in self.vocab.items()}
         self.special_tokens: dict[str, int] = {}
         for text in special_tokens:
+            if not text:
+                raise UserError("a special token must have at least one character")
             if text.encode() not in self._id:
                 i = max(self.vocab) + 1
                 self.vocab[i], self._id[text.encode()] = text.encode(), i
@@ -170,13 +173,13 @@ class Tokenizer:
             raise UserError(f"token id {error.args[0]} is not in the vocabulary of {len(self.vocab)} tokens") from None
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text of some ids; bytes that are not UTF-8 become U+FFFD."""
-        return self.decode_bytes(ids).decode("utf-8", errors="replace")
+        """The text of some ids; bytes that are not UTF-8, and ids without a token, become U+FFFD."""
+        replacement = "\ufffd".encode()
+        return b"".join(self.vocab.get(int(i), replacement) for i in ids).decode("utf-8", errors="replace")
 
     # --- files
 
-    def save(self, path: Path | str) -> None:
-        """Write one JSON file; bytes are written as hexadecimal digits."""
+    def _to_json(self) -> str:
         content = {
             "format": FORMAT,
             "pattern": self.pattern,
@@ -184,7 +187,15 @@ class Tokenizer:
             "merges": [f"{a.hex()} {b.hex()}" for a, b in self.merges],
             "vocab": {i: token.hex() for i, token in self.vocab.items()},
         }
-        Path(path).write_text(json.dumps(content, indent=0), encoding="utf-8")
+        return json.dumps(content, indent=0)
+
+    def fingerprint(self) -> str:
+        """sha256 of what `save` writes: by it token files and checkpoints recognise their tokenizer."""
+        return hashlib.sha256(self._to_json().encode()).hexdigest()
+
+    def save(self, path: Path | str) -> None:
+        """Write one JSON file; bytes are written as hexadecimal digits."""
+        Path(path).write_text(self._to_json(), encoding="utf-8")
 
     @classmethod
     def load(cls, path: Path | str) -> "Tokenizer":
@@ -225,6 +236,7 @@ def train_bpe(
     Of pairs with the same count the one with the lexicographically greater bytes is merged first. Training stops early
     when no pair is left. Special tokens separate texts and are never merged.
     """
+    texts = [texts] if isinstance(texts, str) else texts
     special_tokens = list(dict.fromkeys(special_tokens))
     if vocab_size < 256 + len(special_tokens):
         raise UserError(f"vocab_size = {vocab_size} is too small: 256 bytes + {len(special_tokens)} special tokens")

@@ -113,7 +113,7 @@ def _train(console, name, out, cfg, train, opt, dataset, tokenizer) -> tuple[lis
         state = start_state(JaxSide(cfg, train.master_dtype).initial_weights(train.seed), train.master_dtype)
         weight = state.weights["model.layers.0.self_attn.q_proj.weight"]
         weight[0, 0] = np.nextafter(weight[0, 0], np.float32(np.inf))
-        save_checkpoint(run, cfg, state, run_settings(train, opt, dataset))
+        save_checkpoint(run, cfg, state, run_settings(train, opt, dataset, tokenizer))
     losses, start = [], time.perf_counter()
     columns = (
         TextColumn(f"{name:7}"),

@@ -139,7 +139,8 @@ def check_precision(s: Settings) -> Iterator[Row]:
                 n: np.asarray(f().astype(jnp.float32), np.float64) for n, f in _jax_ops(inputs, dtype).items()
             }
         torch_ops = _torch_ops(inputs, dtype, torch_side.device)
-        torch_results = {name: op().double().cpu().numpy() for name, op in torch_ops.items()}
+        with torch_side.scope():
+            torch_results = {name: op().double().cpu().numpy() for name, op in torch_ops.items()}
         magnitudes = _summed_magnitudes(inputs)
         for name, exact in expected.items():
             yield _op_row(name, dtype, jax_results[name], torch_results[name], exact, magnitudes.get(name))

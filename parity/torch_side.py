@@ -16,9 +16,9 @@ from torch_llm import checkpoint, random_bits, sampling
 from torch_llm.attention import resolve_backend
 from torch_llm.generate import generate
 from torch_llm.kv_cache import KVCache
-from torch_llm.model import CausalLM, make_model
+from torch_llm.model import CausalLM, init_model
 from torch_llm.optim import make_optimizer
-from torch_llm.train import Trainer, loss_and_grads, select_device, set_matmul_precision
+from torch_llm.train import Trainer, loss_and_grads, matmul_precision, select_device
 
 
 class TorchSide:
@@ -28,7 +28,10 @@ class TorchSide:
         self.cfg, self.dtype, self.device, self.attention = cfg, dtype, select_device(device), attention
         self.master = "float64" if dtype == "float64" else "float32"
         self.backend = resolve_backend(attention, self.device.type, dtype)
-        set_matmul_precision(dtype)
+
+    def scope(self):
+        """float32 products in full precision."""
+        return matmul_precision(self.dtype)
 
     def _tensor(self, x: np.ndarray) -> torch.Tensor:
         return torch.tensor(x, device=self.device)
@@ -38,11 +41,11 @@ class TorchSide:
         return checkpoint.from_canonical(model, weights)
 
     def initial_weights(self, seed: int) -> Tensors:
-        model = make_model(self.cfg, seed, self.backend, getattr(torch, self.master), self.device)
+        model = init_model(self.cfg, seed, self.backend, getattr(torch, self.master), self.device)
         return _float64(checkpoint.to_canonical(model))
 
     def logits(self, weights: Tensors, ids: np.ndarray) -> np.ndarray:
-        with torch.no_grad():
+        with torch.no_grad(), self.scope():
             return self._model(weights)(self._tensor(ids)).double().cpu().numpy()
 
     def cached_logits(self, weights: Tensors, ids: np.ndarray, prompt: int) -> np.ndarray:
@@ -50,14 +53,15 @@ class TorchSide:
         model = self._model(weights)
         cache = KVCache(self.cfg, ids.shape[0], ids.shape[1], getattr(torch, self.dtype), self.device)
         pieces = [ids[:, :prompt], *np.split(ids[:, prompt:], ids.shape[1] - prompt, axis=1)]
-        with torch.no_grad():
+        with torch.no_grad(), self.scope():
             return np.concatenate(
                 [model(self._tensor(piece), cache).double().cpu().numpy() for piece in pieces], axis=1
             )
 
     def loss_and_grads(self, weights: Tensors, ids: np.ndarray, targets: np.ndarray) -> tuple[float, Tensors]:
         model = self._model(weights)
-        loss = loss_and_grads(model, self._tensor(ids), self._tensor(targets), getattr(torch, self.dtype))
+        with self.scope():
+            loss = loss_and_grads(model, self._tensor(ids), self._tensor(targets), getattr(torch, self.dtype))
         grads = {name: np.zeros(p.shape) for name, p in model.named_parameters()}
         grads |= {name: p.grad.double().cpu().numpy() for name, p in model.named_parameters() if p.grad is not None}
         return float(loss), grads
@@ -117,7 +121,8 @@ class TorchSide:
         return sampling.sample(tensor, cfg, key, self._tensor(rows), self._tensor(positions)).cpu().numpy()
 
     def generate(self, weights: Tensors, prompt: np.ndarray, n_new: int, cfg: SamplingConfig, eos_id: int | None):
-        return generate(self._model(weights), prompt, n_new, cfg, eos_id)
+        with self.scope():
+            return generate(self._model(weights), prompt, n_new, cfg, eos_id)
 
 
 def _float64(tensors: Tensors) -> Tensors:

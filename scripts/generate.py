@@ -1,9 +1,10 @@
-"""Generate text from a checkpoint, or from a folder in Hugging Face's form, in either framework.
+"""Generate text from a checkpoint, or from a folder with config.json and a float32 model.safetensors, in either framework.
 
     python scripts/generate.py --framework jax --checkpoint runs/first --prompt "Return a string" --seed 1
     python scripts/generate.py --framework torch --checkpoint runs/first --prompt "Return a string" --seed 1 --texts 3
 
-The same seed gives the same text in both frameworks; text i of several draws with random numbers of its own.
+The same seed draws the same text in both frameworks, unless a draw lies within the margin of rounding. Text i of several
+draws with random numbers of its own.
 """
 
 import argparse

@@ -14,7 +14,7 @@ from pathlib import Path
 from flags import add_flags, from_flags
 
 from llm_common.config import PRESETS, ModelConfig, OptimizerConfig, TrainConfig, check_length, preset
-from llm_common.data import TokenDataset
+from llm_common.data import TokenDataset, check_tokenizer
 from llm_common.errors import UserError, import_side, run_main
 from llm_common.run_log import RunLog
 from llm_common.tokenizer import Tokenizer, check_vocabulary
@@ -45,6 +45,7 @@ def main() -> None:
     tokenizer = Tokenizer.load(args.tokenizer)
     check_vocabulary(tokenizer, cfg.vocab_size)
     side = import_side(args.framework, "checkpoint")
+    check_tokenizer(args.data, tokenizer)
     dataset = TokenDataset(args.data, train.seq_len, train.batch_size, train.seed, cfg.vocab_size)
     print(f"{args.framework}: {import_side(args.framework, 'train').describe(cfg, train, args.device)}")
     print(f"{cfg.num_parameters():,} parameters, {len(dataset.tokens):,} tokens; log: {args.out / 'log.jsonl'}")
@@ -67,7 +68,7 @@ def main() -> None:
 
     with RunLog(args.out / "log.jsonl", framework=args.framework) as log:
         folder = side.fit_and_save(args.out, cfg, train, opt, dataset, args.device, tokenizer, args.save_every, on_step)
-    print(f"saved {folder}")
+    print(f"saved {folder}" if last_step >= 0 else f"nothing left to do: {folder}")
 
 
 if __name__ == "__main__":

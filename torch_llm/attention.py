@@ -18,7 +18,7 @@ def reference_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = N
     """softmax(q k^T / sqrt(H)) v for q (B, T, N, H) and k, v (B, S, K, H): (B, T, N, H).
 
     Query head n reads key/value head n // G. `mask` is boolean, True where a query may look, and broadcasts to
-    (B, K, G, T, S); None is causal (T = S). Scores and softmax are float32, the probabilities are rounded to v's dtype.
+    (B, N, T, S); None is causal (T = S). Scores and softmax are float32, the probabilities are rounded to v's dtype.
     Source: Vaswani et al. 2017; Ainslie et al. 2023, https://arxiv.org/abs/2305.13245.
     """
     b, t, n, h = q.shape
@@ -27,6 +27,7 @@ def reference_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = N
         mask = causal_mask(torch.arange(t, device=q.device), torch.arange(s, device=q.device))
     q = q.reshape(b, t, kv_heads, n // kv_heads, h)  # (B, T, K, G, H)
     scores = torch.einsum("btkgh,bskh->bkgts", upcast(q), upcast(k)) * h**-0.5  # (B, K, G, T, S)
+    mask = torch.broadcast_to(mask, (b, n, t, s)).reshape(scores.shape)
     scores = torch.where(mask, scores, -torch.inf)
     probs = torch.softmax(scores, dim=-1).to(v.dtype)
     return torch.einsum("bkgts,bskh->btkgh", probs, v).reshape(b, t, n, h)
@@ -47,7 +48,7 @@ def causal_mask(query_positions: Tensor, key_positions: Tensor) -> Tensor:
 
 
 def dot_product_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, backend: str) -> Tensor:
-    """Attention by a resolved backend: "reference" or "sdpa". mask: (T, S), or None for causal."""
+    """Attention by a resolved backend: "reference" or "sdpa". mask: broadcasts to (B, N, T, S); None is causal."""
     if backend == "reference":
         return reference_attention(q, k, v, mask)
     if backend == "sdpa":

@@ -22,6 +22,7 @@ from llm_common.config import ModelConfig, OptimizerConfig, TrainConfig
 from llm_common.data import TokenDataset
 from llm_common.tensors import check_tensors, tensor_shapes
 from llm_common.tokenizer import Tokenizer
+from torch_llm.layers import upcast
 from torch_llm.model import CausalLM
 from torch_llm.train import Trainer, select_device
 
@@ -88,7 +89,7 @@ def fit_and_save(
 
     Returns the last checkpoint. Raises UserError if the checkpoint there belongs to another run, or the device is absent.
     """
-    settings = run_settings(train, opt, dataset)
+    settings = run_settings(train, opt, dataset, tokenizer)
     folder = latest_checkpoint(run)
     trainer = Trainer(cfg, train, opt, select_device(device))
     if folder is not None:
@@ -102,9 +103,12 @@ def fit_and_save(
         if save_every and step % save_every == 0 and step < opt.total_steps:
             save(run, trainer, settings, tokenizer)
 
+    first_step = trainer.step
     trainer.fit(dataset, on_step=hook)
+    if folder is not None and trainer.step == first_step:
+        return folder  # nothing was left to do
     return save(run, trainer, settings, tokenizer)
 
 
 def _array(tensor: torch.Tensor) -> np.ndarray:
-    return tensor.detach().cpu().numpy().copy()
+    return upcast(tensor.detach()).cpu().numpy().copy()  # NumPy has no bfloat16

@@ -8,16 +8,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from llm_common.config import ModelConfig, SamplingConfig, check_length
-from llm_common.errors import UserError
-from llm_common.tensors import check_token_ids
+from llm_common.config import ModelConfig, SamplingConfig
+from llm_common.tensors import check_prompt
 from torch_llm import random_bits
 from torch_llm.attention import resolve_backend
 from torch_llm.checkpoint import from_canonical
 from torch_llm.kv_cache import KVCache
 from torch_llm.model import CausalLM
 from torch_llm.sampling import sample
-from torch_llm.train import select_device, set_matmul_precision
+from torch_llm.train import matmul_precision, select_device
 
 
 def decode_step(model: CausalLM, cache: KVCache, tokens: Tensor, key: Tensor, sampling: SamplingConfig) -> Tensor:
@@ -40,11 +39,7 @@ def generate(
 
     Raises UserError for an empty prompt, an id outside the vocabulary or a text longer than the model's positions.
     """
-    prompt = np.asarray(prompt)
-    if prompt.ndim != 2 or prompt.size == 0 or max_new_tokens < 1:
-        raise UserError(f"generate needs a prompt of shape (B, P) and max_new_tokens >= 1, got {prompt.shape}")
-    check_token_ids(prompt, model.cfg.vocab_size, "prompt")
-    check_length(model.cfg, prompt.shape[1] + max_new_tokens, "prompt + max_new_tokens")
+    prompt = check_prompt(prompt, model.cfg, max_new_tokens)
     weight = model.model.embed_tokens.weight
     b, p = prompt.shape
     cache = KVCache(model.cfg, b, p + max_new_tokens, weight.dtype, weight.device)
@@ -76,8 +71,8 @@ def generate_from(
 ) -> list[list[int]]:
     """`generate` from canonical weights on a device by name."""
     target = select_device(device)
-    set_matmul_precision(compute_dtype)
     with torch.device("meta"):
         model = CausalLM(cfg, resolve_backend("auto", target.type, compute_dtype)).to(getattr(torch, compute_dtype))
     model = from_canonical(model.to_empty(device=target), weights)
-    return generate(model, prompt, max_new_tokens, sampling, eos_id)
+    with matmul_precision(compute_dtype):
+        return generate(model, prompt, max_new_tokens, sampling, eos_id)

@@ -14,10 +14,11 @@ IGNORE_INDEX = -100  # a target that is not counted
 def cross_entropy_sum(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     """Sum of -log softmax(logits)[target] in nats over targets != -100, and how many those are.
 
-    logits (..., V), targets (...). Computed in float32. Targets must lie in [0, V) or be -100: torch raises on others.
+    logits (..., V), targets (...). Computed in float32. Targets must lie in [0, V) or be -100: that is checked on the
+    host, where the data is read.
     """
-    logits, targets = upcast(logits).flatten(0, -2), targets.flatten()  # F.cross_entropy's class axis is 1
-    total = F.cross_entropy(logits, targets, ignore_index=IGNORE_INDEX, reduction="sum")
+    logits, targets = upcast(logits).reshape(-1, logits.shape[-1]), targets.reshape(-1)  # the class axis is 1
+    total = F.cross_entropy(logits, targets.long(), ignore_index=IGNORE_INDEX, reduction="sum")
     return total, (targets != IGNORE_INDEX).sum()
 
 

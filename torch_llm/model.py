@@ -95,7 +95,7 @@ class CausalLM(nn.Module):
         return self
 
 
-def make_model(cfg: ModelConfig, seed: int, backend: str, dtype: torch.dtype, device: torch.device | str) -> CausalLM:
+def init_model(cfg: ModelConfig, seed: int, backend: str, dtype: torch.dtype, device: torch.device | str) -> CausalLM:
     """A model made directly on its device, with the initial weights of `seed`."""
     with torch.device("meta"):
         model = CausalLM(cfg, backend).to(dtype)

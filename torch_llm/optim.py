@@ -11,11 +11,13 @@ from torch import Tensor, nn
 from llm_common.config import OptimizerConfig
 from llm_common.schedule import bias_corrections
 from llm_common.tensors import decays
+from torch_llm.layers import upcast
 
 
 def global_norm(grads: Iterable[Tensor]) -> Tensor:
-    """Euclidean norm over all tensors, in their dtype."""
-    return torch.sqrt(torch.stack([torch.sum(torch.square(g)) for g in grads]).sum())
+    """Euclidean norm over all tensors, summed in float32 (float64 for float64); 0 if there is none."""
+    squares = [torch.sum(torch.square(upcast(g))) for g in grads]
+    return torch.sqrt(torch.stack(squares).sum()) if squares else torch.zeros(())
 
 
 @torch.no_grad()
@@ -43,8 +45,17 @@ class AdamW(torch.optim.Optimizer):
     """
 
     def __init__(self, params, lr: float, beta1: float, beta2: float, eps: float, weight_decay: float) -> None:
-        super().__init__(params, {"lr": lr, "beta1": beta1, "beta2": beta2, "eps": eps, "weight_decay": weight_decay})
-        self.count = 0
+        defaults = {"lr": lr, "beta1": beta1, "beta2": beta2, "eps": eps, "weight_decay": weight_decay, "count": 0}
+        super().__init__(params, defaults)  # the groups are what `state_dict`, pickle and deepcopy keep
+
+    @property
+    def count(self) -> int:
+        return self.param_groups[0]["count"]
+
+    @count.setter
+    def count(self, value: int) -> None:
+        for group in self.param_groups:
+            group["count"] = value
 
     @torch.no_grad()
     def step(self, closure=None) -> None:
@@ -67,14 +78,6 @@ class AdamW(torch.optim.Optimizer):
         if not state:
             state["mu"], state["nu"] = torch.zeros_like(p), torch.zeros_like(p)
         return state["mu"], state["nu"]
-
-    def state_dict(self) -> dict:
-        return {**super().state_dict(), "count": self.count}
-
-    def load_state_dict(self, state_dict: dict) -> None:
-        state_dict = dict(state_dict)
-        self.count = state_dict.pop("count")
-        super().load_state_dict(state_dict)
 
 
 def make_optimizer(cfg: OptimizerConfig, module: nn.Module) -> AdamW:

@@ -24,17 +24,18 @@ class RotaryTable:
     def __call__(self, start: int, length: int, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """The rows of positions [start, start + length)."""
         if (device, dtype) not in self._cast:
-            self._cast[device, dtype] = [table.to(dtype).to(device) for table in self.float64]
+            with torch.inference_mode(False):  # a table made while generating must serve training afterwards
+                self._cast[device, dtype] = [table.to(dtype).to(device) for table in self.float64]
         cos, sin = self._cast[device, dtype]
         return cos[start : start + length], sin[start : start + length]
 
 
 def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate the pairs (x[i], x[i + H/2]) of x (B, T, N, H) by the angles of cos and sin (T, H/2).
+    """Rotate the pairs (x[i], x[i + H/2]) of x (B, T, N, H) by the angles of cos and sin, (T, H/2) or (B, T, H/2).
 
     The half-split convention of Hugging Face. Done in float32 and rounded once.
     Source: Su et al. 2021, https://arxiv.org/abs/2104.09864, section 3.4.2.
     """
     x1, x2 = torch.chunk(upcast(x), 2, dim=-1)  # (B, T, N, H/2) each
-    cos, sin = cos[:, None, :], sin[:, None, :]  # (T, 1, H/2)
+    cos, sin = cos[..., None, :], sin[..., None, :]  # (T, 1, H/2)
     return torch.cat([x1 * cos - x2 * sin, x2 * cos + x1 * sin], dim=-1).to(x.dtype)

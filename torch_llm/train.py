@@ -9,7 +9,8 @@
 B batch, T positions.
 """
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -21,9 +22,10 @@ from llm_common.config import ModelConfig, OptimizerConfig, TrainConfig, check_l
 from llm_common.data import TokenDataset
 from llm_common.errors import UserError
 from llm_common.schedule import learning_rate
+from llm_common.tensors import check_batch
 from torch_llm.attention import resolve_backend
 from torch_llm.loss import cross_entropy
-from torch_llm.model import CausalLM, make_model
+from torch_llm.model import CausalLM, init_model
 from torch_llm.optim import clip_by_global_norm, make_optimizer
 
 
@@ -46,16 +48,29 @@ def loss_and_grads(model: CausalLM, inputs: Tensor, targets: Tensor, compute_dty
     return loss.detach()
 
 
+@contextlib.contextmanager
+def matmul_precision(compute_dtype: str) -> Iterator[None]:
+    """float32 means float32: TF32, which rounds the factors to 10 bits, is switched off for it while this is open."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest" if compute_dtype == "float32" else "high")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
 def select_device(name: str) -> torch.device:
-    """The device called "cpu", "gpu", "cuda", "cuda:1" or "mps"; "auto": the best one present."""
+    """The device called "cpu", "gpu", "cuda", "cuda:1" or "mps"; "auto": a GPU if there is one, else the CPU."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     name = "cuda" if name == "gpu" else name
     try:
         device = torch.device(name)
+        if device.type not in ("cpu", "cuda", "mps"):
+            raise RuntimeError("not a device that computes")
         torch.zeros((), device=device)
     except (RuntimeError, AssertionError) as error:
-        found = "cpu, cuda" if torch.cuda.is_available() else "cpu"
+        found = "cpu, gpu" if torch.cuda.is_available() else "cpu"
         raise UserError(
             f"torch cannot use device {name!r} here ({str(error).splitlines()[0]}); present: {found}"
         ) from None
@@ -70,11 +85,6 @@ def describe(cfg: ModelConfig, train: TrainConfig, device: str) -> str:
     return f"{name}, {train.compute_dtype}, {backend} attention"
 
 
-def set_matmul_precision(compute_dtype: str) -> None:
-    """float32 means float32: TF32, which rounds the factors to 10 bits, is switched off for it."""
-    torch.set_float32_matmul_precision("highest" if compute_dtype == "float32" else "high")
-
-
 class Trainer:
     """A training run. `model` holds the masters; `step` counts steps and `optimizer.count` the updates made."""
 
@@ -85,14 +95,14 @@ class Trainer:
         self.cfg, self.train, self.opt, self.device = cfg, train, opt, torch.device(device)
         self.compute_dtype = getattr(torch, train.compute_dtype)
         backend = resolve_backend(train.attention_backend, self.device.type, train.compute_dtype)
-        self.model = make_model(cfg, train.seed, backend, getattr(torch, train.master_dtype), self.device)
+        self.model = init_model(cfg, train.seed, backend, getattr(torch, train.master_dtype), self.device)
         self.optimizer = make_optimizer(opt, self.model)
         self.step = 0
-        set_matmul_precision(train.compute_dtype)
 
     def train_step(self, inputs: Tensor, targets: Tensor) -> Metrics:
         """One step: gradients, global norm, clip, AdamW."""
-        loss = loss_and_grads(self.model, inputs, targets, self.compute_dtype)
+        with matmul_precision(self.train.compute_dtype):
+            loss = loss_and_grads(self.model, inputs, targets, self.compute_dtype)
         norm = clip_by_global_norm(self.model.parameters(), self.opt.max_grad_norm)
         finite = bool(torch.isfinite(norm))
         if finite:
@@ -117,6 +127,7 @@ class Trainer:
         while self.step < (self.opt.total_steps if until_step is None else until_step):
             lr = learning_rate(self.opt, self.step)
             batch = dataset.batch(self.step)
+            check_batch(*batch, self.cfg.vocab_size, f"step {self.step}")
             inputs, targets = (torch.tensor(np.ascontiguousarray(x), device=self.device).long() for x in batch)
             metrics = self.train_step(inputs, targets)
             skipped_in_row = skipped_in_row + 1 if metrics.skipped else 0

@@ -1,6 +1,7 @@
 """Checkpoint folders: whatever happens while one is written, the previous one loads; a damaged one is refused by name."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -45,7 +46,7 @@ def test_saving_and_loading_is_the_identity(tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["step-00000010"]  # nothing temporary is left
 
 
-@pytest.mark.parametrize("moment", ["model file", "optimizer file", "state file", "rename"])
+@pytest.mark.parametrize("moment", ["model file", "optimizer file", "state file", "rename", "second rename"])
 @pytest.mark.parametrize("same_step", [False, True])
 def test_an_interrupted_save_leaves_the_previous_checkpoint(moment, same_step, tmp_path, monkeypatch):
     before = save_checkpoint(tmp_path, CFG, make_state(10), {})
@@ -59,8 +60,16 @@ def test_an_interrupted_save_leaves_the_previous_checkpoint(moment, same_step, t
     def killed_at(name):
         return lambda path, *args: killed() if name in str(path) else write_tensors(path, *args)
 
-    if moment == "rename":
-        monkeypatch.setattr(checkpoint.os, "rename", killed)
+    if moment == "second rename" and not same_step:
+        return  # there is only one
+    if moment.endswith("rename"):
+        rename, calls = checkpoint.os.rename, []
+
+        def counted(a, b):
+            calls.append(a)
+            return killed() if len(calls) == 1 + (moment == "second rename") else rename(a, b)
+
+        monkeypatch.setattr(checkpoint.os, "rename", counted)
     elif moment == "state file":
         monkeypatch.setattr(
             checkpoint, "_write_text", lambda path, text: killed() if "state" in str(path) else path.write_text(text)
@@ -90,6 +99,10 @@ def test_every_damaged_byte_is_seen(tmp_path):
             load_checkpoint(folder)
         (folder / name).write_bytes(original)
     load_checkpoint(folder)
+    for text, words in (("[]", "format None"), ('{"format": 1}', "'adam_count' is missing")):
+        (folder / "state.json").write_text(text)
+        with pytest.raises(UserError, match=words):
+            load_checkpoint(folder)
     (folder / "state.json").write_text("{}")
     with pytest.raises(UserError, match="format None"):
         load_checkpoint(folder)
@@ -97,6 +110,22 @@ def test_every_damaged_byte_is_seen(tmp_path):
     with pytest.raises(UserError, match="no such file; is this a checkpoint folder"):
         load_checkpoint(folder)
     assert latest_checkpoint(tmp_path) is None  # a folder without its commit mark does not count
+
+
+def test_weights_alone_are_checked_too(tmp_path):
+    folder = save_checkpoint(tmp_path, CFG, make_state(1), {})
+    damaged = bytearray((folder / "model.safetensors").read_bytes())
+    damaged[-3] ^= 1
+    (folder / "model.safetensors").write_bytes(damaged)
+    with pytest.raises(UserError, match=r"model.safetensors: damaged"):
+        load_weights(folder)
+
+
+def test_only_step_folders_are_checkpoints(tmp_path):
+    folder = save_checkpoint(tmp_path, CFG, make_state(7), {})
+    for name in ("step-00000007.bak", "step-x", "other"):
+        shutil.copytree(folder, tmp_path / name)
+    assert latest_checkpoint(tmp_path) == folder
 
 
 def test_a_newer_format_is_refused(tmp_path):

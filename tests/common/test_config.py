@@ -37,6 +37,7 @@ NAN, INF = float("nan"), float("inf")
         (TrainConfig, {"batch_size": 0}, "batch_size = 0"),
         (SamplingConfig, {"temperature": -0.1}, "temperature = -0.1"),
         (SamplingConfig, {"temperature": NAN}, "temperature = nan"),
+        (SamplingConfig, {"temperature": 1e-30}, "temperature = 1e-30"),
         (SamplingConfig, {"top_k": -1}, "top_k = -1"),
         (SamplingConfig, {"top_p": 0.0}, "top_p = 0.0"),
         (SamplingConfig, {"top_p": NAN}, "top_p = nan"),
@@ -88,6 +89,7 @@ def test_both_forms_of_rope_settings_are_read():
     assert old == new
     assert old.rope_theta == 5e5
     assert old.num_key_value_heads == 2  # absent: no grouping
+    assert ModelConfig.from_hf({**common, "num_key_value_heads": None}).num_key_value_heads == 2
     assert old.rms_norm_eps == 1e-6  # Hugging Face's default, not ours
 
 

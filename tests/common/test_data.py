@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from llm_common.corpus import documents, python_documentation
-from llm_common.data import TokenDataset, unigram_entropy, write_tokens
+from llm_common.data import TokenDataset, check_tokenizer, unigram_entropy, write_tokens
 from llm_common.errors import UserError
 from llm_common.run_log import RunLog, read_log
 from llm_common.tokenizer import Tokenizer
@@ -47,6 +47,39 @@ def test_hosts_share_one_global_batch(path):
         dataset.batch(0, 0, 3)
 
 
+def test_the_fingerprint_sees_every_token_and_setting(path, tmp_path):
+    tokens = np.load(path)
+    tokens[500] += 1
+    np.save(tmp_path / "other.npy", tokens)
+    prints = [
+        TokenDataset(path, 10, 4, 0),
+        TokenDataset(tmp_path / "other.npy", 10, 4, 0),
+        TokenDataset(path, 10, 4, 1),
+    ]
+    assert len({str(dataset.fingerprint()) for dataset in prints}) == 3
+
+
+def test_a_token_file_of_another_tokenizer_is_refused(tmp_path):
+    write_tokens(tmp_path / "t.npy", ["abc"], Tokenizer([]))
+    check_tokenizer(tmp_path / "t.npy", Tokenizer([]))
+    with pytest.raises(UserError, match="made by another tokenizer"):
+        check_tokenizer(tmp_path / "t.npy", Tokenizer([(b"a", b"b")]))
+    with pytest.raises(UserError, match="must end in .npy"):
+        write_tokens(tmp_path / "t.bin", ["abc"], Tokenizer([]))
+
+
+@pytest.mark.parametrize(("step", "host", "n_hosts"), [(-1, 0, 1), (0, 2, 2), (0, -1, 2)])
+def test_a_step_or_host_out_of_range_is_refused(step, host, n_hosts, path):
+    with pytest.raises(UserError, match="must lie in range"):
+        TokenDataset(path, 10, 4, 0).batch(step, host, n_hosts)
+
+
+@pytest.mark.parametrize(("seq_len", "batch_size", "seed"), [(0, 4, 0), (10, 0, 0), (10, 4, -1)])
+def test_bad_dataset_settings_are_refused(seq_len, batch_size, seed, path):
+    with pytest.raises(UserError, match="must be at least"):
+        TokenDataset(path, seq_len, batch_size, seed)
+
+
 def test_write_tokens(tmp_path):
     tokenizer = Tokenizer([])
     info = write_tokens(tmp_path / "deep" / "t.npy", ["ab", "c"], tokenizer)
@@ -62,6 +95,7 @@ def test_write_tokens(tmp_path):
     [
         (None, "no such token file.*prepare_data.py"),
         (b"not numpy", "not a token file"),
+        ({"a": np.zeros(3)}, "an archive of arrays"),
         (np.zeros((2, 3), np.int32), "flat array of integers"),
         (np.zeros(9, np.float32), "flat array of integers"),
         (np.zeros(10, np.int32), "10 tokens are fewer than one window of seq_len \\+ 1 = 11"),
@@ -73,6 +107,9 @@ def test_a_bad_token_file_is_refused(content, words, tmp_path):
     path = tmp_path / "t.npy"
     if isinstance(content, bytes):
         path.write_bytes(content)
+    elif isinstance(content, dict):
+        np.savez(path.with_suffix(""), **content)
+        path.with_suffix(".npz").rename(path)
     elif content is not None:
         np.save(path, content)
     with pytest.raises(UserError, match=words):
@@ -112,8 +149,10 @@ def test_the_log_starts_with_the_environment(tmp_path):
     with RunLog(tmp_path / "log.jsonl", framework="jax") as log:
         assert not log.path.exists()  # a run that is refused leaves no trace
         log.write({"step": 1, "loss": 2.5})
-        header, row = read_log(tmp_path / "log.jsonl")
+        log.write({"step": 2, "loss": float("nan")})
+    header, row, last = read_log(tmp_path / "log.jsonl")
     assert header["event"] == "start"
     assert header["framework"] == "jax"
     assert header["versions"]["numpy"] == np.__version__
     assert row == {"step": 1, "loss": 2.5}
+    assert last == {"step": 2, "loss": None}  # JSON has no NaN

@@ -154,9 +154,21 @@ def test_bad_input():
     with pytest.raises(UserError, match="unknown pattern 'x'"):
         Tokenizer([], pattern="x")
     with pytest.raises(UserError, match="id 9999 is not in the vocabulary"):
-        Tokenizer([]).decode([9999])
+        Tokenizer([]).decode_bytes([9999])
+    with pytest.raises(UserError, match="at least one character"):
+        Tokenizer([], [""])
     with pytest.raises(UserError, match="vocab_size = 200 is smaller than the tokenizer's 257"):
         check_vocabulary(Tokenizer([]), 200)
+
+
+def test_ids_without_a_token_are_shown_as_such():
+    assert Tokenizer([]).decode([97, 9999, 98]) == "a\ufffdb"
+
+
+def test_the_fingerprint_is_that_of_the_contents(tokenizer, tmp_path):
+    tokenizer.save(tmp_path / "bpe.json")
+    assert Tokenizer.load(tmp_path / "bpe.json").fingerprint() == tokenizer.fingerprint()
+    assert Tokenizer([]).fingerprint() != tokenizer.fingerprint()
 
 
 def test_training_stops_when_nothing_is_left_to_merge():

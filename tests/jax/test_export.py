@@ -12,7 +12,7 @@ from jax_llm.attention import resolve_backend
 from jax_llm.generate import decode_step
 from jax_llm.kv_cache import init_cache
 from jax_llm.model import CausalLM, init_params
-from jax_llm.optim import decay_mask, make_optimizer
+from jax_llm.optim import make_optimizer
 from jax_llm.train import init_state, make_model, make_train_step
 from llm_common.config import OptimizerConfig, SamplingConfig, TrainConfig, preset
 from llm_common.schedule import step_scalars
@@ -30,7 +30,7 @@ def abstract(function, *args):
 
 def train_step_and_arguments(train: TrainConfig, platform: str):
     """The function that a run jits, and the shapes of its arguments."""
-    step = make_train_step(make_model(CFG, train, platform), make_optimizer(OPT, decay_mask(CFG)), train.compute_dtype)
+    step = make_train_step(make_model(CFG, train, platform), make_optimizer(OPT, CFG), train.compute_dtype)
     state = abstract(lambda: init_state(CFG, train, OPT))
     tokens = jax.ShapeDtypeStruct((train.batch_size, train.seq_len), jnp.int32)
     scalars = jax.tree.map(lambda x: jax.ShapeDtypeStruct((), jnp.float32), step_scalars(OPT, 0, 0))
@@ -44,9 +44,7 @@ def test_the_train_step_lowers(platform, dtype):
     step, args = train_step_and_arguments(train, PLATFORMS[platform])
     # cuDNN's own lowering rule asks for a GPU to be there: ahead of time the same step is lowered with XLA's attention
     if (platform, dtype) == ("cuda", "bfloat16"):
-        step = jax.jit(
-            make_train_step(CausalLM(CFG, backend="xla"), make_optimizer(OPT, decay_mask(CFG)), dtype), donate_argnums=0
-        )
+        step = jax.jit(make_train_step(CausalLM(CFG, backend="xla"), make_optimizer(OPT, CFG), dtype), donate_argnums=0)
     exported = jax.export.export(step, platforms=[platform])(*args)
     assert exported.platforms == (platform,)
     assert "dot_general" in exported.mlir_module()

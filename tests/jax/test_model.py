@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jax_llm import attention, layers
+from jax_llm import attention, layers, rope
 from jax_llm.checkpoint import from_canonical, to_canonical
 from jax_llm.kv_cache import init_cache
 from jax_llm.model import CausalLM, init_params
@@ -16,6 +16,7 @@ from jax_llm.train import loss_and_grads
 from llm_common.config import preset
 from llm_common.errors import UserError
 from llm_common.tensors import tensor_shapes
+from parity import spec
 from parity.cases import random_batch, random_weights
 
 CFG = preset("tiny")
@@ -83,6 +84,30 @@ def test_fused_attention_is_the_reference(heads, with_mask):
     mask = attention.causal_mask(jnp.arange(9), jnp.arange(9)) if with_mask else None
     a, b = (attention.dot_product_attention(q, k, v, mask, backend) for backend in ("reference", "xla"))
     np.testing.assert_allclose(a, b, atol=3e-6)
+
+
+@pytest.mark.parametrize("shape", [(9, 9), (2, 1, 9, 9), (1, 4, 9, 9), (2, 4, 9, 9)])
+def test_a_mask_means_the_same_to_every_backend(shape):
+    q, k, v = (jax.random.normal(jax.random.key(i), (2, 9, n, 8), jnp.float32) for i, n in enumerate((4, 2, 2)))
+    mask = jax.random.bernoulli(jax.random.key(3), 0.5, shape) | jnp.eye(9, dtype=bool)
+    full = np.broadcast_to(mask, (2, 4, 9, 9))
+    expected = np.stack([_one_head(q[:, :, n], k[:, :, n // 2], v[:, :, n // 2], full[:, n]) for n in range(4)], axis=2)
+    for backend in ("reference", "xla"):
+        np.testing.assert_allclose(attention.dot_product_attention(q, k, v, mask, backend), expected, atol=3e-6)
+
+
+def _one_head(q, k, v, mask):
+    scores = np.where(mask, np.einsum("bth,bsh->bts", q, k) / np.sqrt(8), -np.inf)
+    e = np.exp(scores - scores.max(-1, keepdims=True))
+    return np.einsum("bts,bsh->bth", e / e.sum(-1, keepdims=True), v)
+
+
+def test_rope_takes_positions_of_each_row():
+    x, angles = np.random.default_rng(0).standard_normal((2, 5, 3, 8)), np.arange(10)[:, None] / np.arange(1, 5)
+    positions = np.array([[0, 1, 2, 3, 4], [3, 3, 7, 9, 0]])
+    rotated = rope.apply_rope(jnp.array(x), jnp.cos(angles)[positions], jnp.sin(angles)[positions])
+    np.testing.assert_allclose(rotated[0], spec.rotate(x[:1], angles[:5])[0], atol=1e-14)
+    np.testing.assert_allclose(rotated[1, 2], spec.rotate(x[1:, 2:3], angles[7:8])[0, 0], atol=1e-14)
 
 
 def test_fused_attention_refuses_float64_and_unknown_backends():

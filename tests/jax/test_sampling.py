@@ -100,9 +100,10 @@ def test_a_new_seed_needs_no_new_program(params):
 @pytest.mark.parametrize(
     ("prompt", "n", "words"),
     [
-        (np.zeros((1, 0), int), 4, "prompt of shape"),
-        (np.zeros(3, int), 4, "prompt of shape"),
-        (np.zeros((1, 3), int), 0, "max_new_tokens >= 1"),
+        (np.zeros((1, 0), int), 4, "of shape \\(B, P\\)"),
+        (np.zeros(3, int), 4, "of shape \\(B, P\\)"),
+        ([[1, 2], [3]], 4, "different lengths"),
+        (np.zeros((1, 3), int), 0, "max_new_tokens = 0 must be at least 1"),
         (np.array([[96]]), 4, "prompt: token id 96 is outside the vocabulary"),
         (np.array([[-1]]), 4, "prompt: token id -1"),
         (np.array([[1.5]]), 4, "must be integers"),

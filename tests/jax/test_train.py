@@ -16,6 +16,7 @@ from llm_common.checkpoint import latest_checkpoint, load_checkpoint
 from llm_common.config import OptimizerConfig, TrainConfig, preset
 from llm_common.errors import UserError
 from llm_common.schedule import StepScalars, step_scalars
+from llm_common.tokenizer import Tokenizer
 from parity.cases import RandomBatches
 
 CFG = preset("tiny")
@@ -133,6 +134,23 @@ def test_resumed_is_bitwise_uninterrupted(tmp_path):
         for name, x in getattr(states[0], part).items():
             np.testing.assert_array_equal(x, getattr(states[1], part)[name])
     assert json.loads((resumed / "state.json").read_text())["settings"]["framework"] == "jax"
+
+
+def test_a_finished_run_is_left_as_it_is(tmp_path):
+    folder = checkpoint.fit_and_save(tmp_path, CFG, TRAIN, OPT, Batches(CFG, 0), "cpu", Tokenizer([]))
+    before = (folder / "state.json").stat().st_mtime_ns
+    assert checkpoint.fit_and_save(tmp_path, CFG, TRAIN, OPT, Batches(CFG, 0), "cpu", Tokenizer([])) == folder
+    assert (folder / "state.json").stat().st_mtime_ns == before
+    with pytest.raises(UserError, match="data.tokenizer = "):
+        checkpoint.fit_and_save(tmp_path, CFG, TRAIN, OPT, Batches(CFG, 0), "cpu", Tokenizer([(b"a", b"b")]))
+
+
+@pytest.mark.parametrize(("part", "token"), [(0, 96), (1, -1), (1, 96)])
+def test_token_ids_out_of_range_stop_training(part, token):
+    data = Batches(CFG, 0)
+    data.batches[0][part][0, 0] = token
+    with pytest.raises(UserError, match=f"step 0, (inputs|targets): token id {token} is outside"):
+        fit(init_state(CFG, TRAIN, OPT), CFG, TRAIN, OPT, data)
 
 
 def test_a_run_with_other_settings_is_not_resumed(tmp_path):

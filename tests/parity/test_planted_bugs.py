@@ -286,7 +286,7 @@ BUGS = [
     bug("sum for mean", "jax_llm.train.cross_entropy", sum_for_mean, "loss", JAX, runs="gradients"),
     bug(
         "decay on norms",
-        "parity.jax_side.optim.decay_mask jax_llm.checkpoint.decay_mask jax_llm.train.decay_mask",
+        "jax_llm.optim.decay_mask",
         decay_on_norms,
         "adamw",
         JAX,

@@ -9,11 +9,12 @@ import torch
 from llm_common.config import preset
 from llm_common.errors import UserError
 from llm_common.tensors import tensor_shapes
+from parity import spec
 from parity.cases import random_batch, random_weights
-from torch_llm import attention, layers
+from torch_llm import attention, layers, rope
 from torch_llm.checkpoint import from_canonical, to_canonical
 from torch_llm.kv_cache import KVCache
-from torch_llm.model import CausalLM, make_model
+from torch_llm.model import CausalLM, init_model
 
 CFG = preset("tiny")
 IDS = torch.tensor(random_batch(CFG, 0, batch=2, length=11, ignored=False)[0])
@@ -54,6 +55,34 @@ def test_fused_attention_is_the_reference(heads, with_mask):
     mask = attention.causal_mask(torch.arange(9), torch.arange(9)) if with_mask else None
     a, b = (attention.dot_product_attention(q, k, v, mask, backend) for backend in ("reference", "sdpa"))
     torch.testing.assert_close(a, b, atol=3e-6, rtol=0)
+
+
+@pytest.mark.parametrize("shape", [(9, 9), (2, 1, 9, 9), (1, 4, 9, 9), (2, 4, 9, 9)])
+def test_a_mask_means_the_same_to_every_backend(shape):
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(2, 9, n, 8, generator=generator) for n in (4, 2, 2))
+    mask = (torch.rand(shape, generator=generator) < 0.5) | torch.eye(9, dtype=torch.bool)
+    full = torch.broadcast_to(mask, (2, 4, 9, 9))
+    expected = torch.stack(
+        [_one_head(q[:, :, n], k[:, :, n // 2], v[:, :, n // 2], full[:, n]) for n in range(4)], dim=2
+    )
+    for backend in ("reference", "sdpa"):
+        out = attention.dot_product_attention(q, k, v, mask, backend)
+        torch.testing.assert_close(out, expected, atol=3e-6, rtol=0)
+
+
+def _one_head(q, k, v, mask):
+    scores = torch.where(mask, torch.einsum("bth,bsh->bts", q, k) / 8**0.5, -torch.inf)
+    return torch.einsum("bts,bsh->bth", torch.softmax(scores, -1), v)
+
+
+def test_rope_takes_positions_of_each_row():
+    x, angles = np.random.default_rng(0).standard_normal((2, 5, 3, 8)), np.arange(10)[:, None] / np.arange(1, 5)
+    positions = np.array([[0, 1, 2, 3, 4], [3, 3, 7, 9, 0]])
+    cos, sin = (torch.tensor(f(angles)[positions]) for f in (np.cos, np.sin))
+    rotated = rope.apply_rope(torch.tensor(x), cos, sin).numpy()
+    np.testing.assert_allclose(rotated[0], spec.rotate(x[:1], angles[:5])[0], atol=1e-14)
+    np.testing.assert_allclose(rotated[1, 2], spec.rotate(x[1:, 2:3], angles[7:8])[0, 0], atol=1e-14)
 
 
 def test_unknown_backends_are_refused():
@@ -103,7 +132,7 @@ def test_loading_copies():
 
 
 def test_initial_weights_depend_on_seed_and_name_alone():
-    a, b, other = (to_canonical(make_model(CFG, seed, "reference", torch.float32, "cpu")) for seed in (0, 0, 1))
+    a, b, other = (to_canonical(init_model(CFG, seed, "reference", torch.float32, "cpu")) for seed in (0, 0, 1))
     for name, x in a.items():
         np.testing.assert_array_equal(x, b[name])
         if "norm" in name:

@@ -1,5 +1,6 @@
 """Properties of torch training: loss, clip, AdamW, skipped steps, resuming. The twin is tests/jax/test_train.py."""
 
+import copy
 import json
 
 import numpy as np
@@ -7,12 +8,14 @@ import pytest
 import torch
 
 from llm_common.checkpoint import latest_checkpoint, load_checkpoint
-from llm_common.config import OptimizerConfig, TrainConfig, preset
+from llm_common.config import OptimizerConfig, SamplingConfig, TrainConfig, preset
 from llm_common.errors import UserError
+from llm_common.tokenizer import Tokenizer
 from parity.cases import RandomBatches
 from torch_llm import checkpoint, optim
+from torch_llm.generate import generate
 from torch_llm.loss import cross_entropy
-from torch_llm.train import Trainer, select_device
+from torch_llm.train import Trainer, matmul_precision, select_device
 
 CFG = preset("tiny")
 TRAIN = TrainConfig(batch_size=3, seq_len=13)
@@ -69,6 +72,33 @@ def test_adamw_trains_any_module():
         torch.testing.assert_close(p.detach(), before[name] * (0.95 if p.ndim == 2 else 1.0))
 
 
+def test_generating_first_does_not_spoil_training():
+    trainer = Trainer(CFG, TRAIN, OPT)
+    generate(trainer.model, [[1, 2]], 3, SamplingConfig())
+    trainer.fit(Batches(CFG, 0), until_step=1)
+
+
+def test_tf32_is_not_left_switched_on():
+    before = torch.get_float32_matmul_precision()
+    inside = []
+    for dtype in ("float32", "bfloat16"):
+        with matmul_precision(dtype):
+            inside.append(torch.get_float32_matmul_precision())
+    assert inside == ["highest", "high"]
+    assert torch.get_float32_matmul_precision() == before
+
+
+def test_a_copied_optimizer_keeps_its_count():
+    module = torch.nn.Linear(2, 2)
+    optimizer = optim.make_optimizer(OptimizerConfig(), module)
+    optimizer.step()
+    assert copy.deepcopy(optimizer).count == 1
+
+
+def test_clip_without_gradients_is_norm_zero():
+    assert optim.clip_by_global_norm([torch.nn.Parameter(torch.ones(1))], 1.0) == 0
+
+
 def test_optimizer_state_dict_round_trip():
     module = torch.nn.Linear(2, 2)
     optimizer = optim.make_optimizer(OptimizerConfig(), module)
@@ -122,6 +152,23 @@ def test_resumed_is_bitwise_uninterrupted(tmp_path):
         for name, x in getattr(states[0], part).items():
             np.testing.assert_array_equal(x, getattr(states[1], part)[name])
     assert json.loads((resumed / "state.json").read_text())["settings"]["framework"] == "torch"
+
+
+def test_a_finished_run_is_left_as_it_is(tmp_path):
+    folder = checkpoint.fit_and_save(tmp_path, CFG, TRAIN, OPT, Batches(CFG, 0), "cpu", Tokenizer([]))
+    before = (folder / "state.json").stat().st_mtime_ns
+    assert checkpoint.fit_and_save(tmp_path, CFG, TRAIN, OPT, Batches(CFG, 0), "cpu", Tokenizer([])) == folder
+    assert (folder / "state.json").stat().st_mtime_ns == before
+    with pytest.raises(UserError, match="data.tokenizer = "):
+        checkpoint.fit_and_save(tmp_path, CFG, TRAIN, OPT, Batches(CFG, 0), "cpu", Tokenizer([(b"a", b"b")]))
+
+
+@pytest.mark.parametrize(("part", "token"), [(0, 96), (1, -1), (1, 96)])
+def test_token_ids_out_of_range_stop_training(part, token):
+    data = Batches(CFG, 0)
+    data.batches[0][part][0, 0] = token
+    with pytest.raises(UserError, match=f"step 0, (inputs|targets): token id {token} is outside"):
+        Trainer(CFG, TRAIN, OPT).fit(data)
 
 
 def test_a_run_with_other_settings_is_not_resumed(tmp_path):
