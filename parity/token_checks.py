@@ -21,9 +21,10 @@ def settings(seed: int) -> dict[str, SamplingConfig]:
     return {
         "greedy": SamplingConfig(temperature=0.0, seed=seed),
         "temperature 1": SamplingConfig(seed=seed),
-        "temperature 0.7, top-k 7": SamplingConfig(temperature=0.7, top_k=7, seed=seed + 1),
-        "temperature 1.3, top-p 0.8": SamplingConfig(temperature=1.3, top_p=0.8, seed=seed + 2),
-        "top-k 20, top-p 0.9, min-p 0.05": SamplingConfig(top_k=20, top_p=0.9, min_p=0.05, seed=seed + 3),
+        # filters that cut where the tokens still have weight: one token more or less then shows within a few dozen draws
+        "temperature 1.5, top-k 3": SamplingConfig(temperature=1.5, top_k=3, seed=seed + 1),
+        "temperature 1.3, top-p 0.6": SamplingConfig(temperature=1.3, top_p=0.6, seed=seed + 2),
+        "top-k 12, top-p 0.9, min-p 0.2": SamplingConfig(top_k=12, top_p=0.9, min_p=0.2, seed=seed + 3),
     }
 
 
