@@ -18,6 +18,17 @@ def variants(cfg: ModelConfig) -> dict[str, ModelConfig]:
     return {"as given": cfg, "other head, one kv head": tied, "no grouping, other theta and eps": grouped}
 
 
+def shapes_of_logits(cfg: ModelConfig, batch: int, length: int) -> dict[str, tuple[ModelConfig, int, int]]:
+    """Name -> config, batch and length for the logits: the variants, and what only long or deep ones can show."""
+    cases = {name: (variant, batch, length) for name, variant in variants(cfg).items()}
+    whole = min(cfg.max_position_embeddings, 64)
+    short = dataclasses.replace(cfg, max_position_embeddings=whole)
+    cases[f"to the end of a table of {whole}"] = (short, 1, whole)
+    # layer 10 sorts before layer 2 by name
+    cases["11 layers"] = (dataclasses.replace(cfg, num_hidden_layers=11), 1, length)
+    return cases
+
+
 def random_weights(cfg: ModelConfig, seed: int, dtype: str = "float64") -> Tensors:
     """Weights that keep activations near 1 and that no default could imitate, rounded to `dtype`, as float64.
 

@@ -73,7 +73,8 @@ def three_way(check: str, item: str, dtype: str, results: Sequence[Tensors], all
     torch_name, torch_error = worst(tensor_errors(torch, spec))
     pair_name, pair_error = worst(tensor_errors(jax, torch))
     measured, name = max((jax_error, jax_name), (torch_error, torch_name), (pair_error / 2, pair_name))
-    side = verdict(jax_error > allowed, torch_error > allowed, pair_error <= 2 * allowed)
+    alike = pair_error <= 2 * allowed or jax_error == torch_error == math.inf  # not finite on either side: alike
+    side = verdict(jax_error > allowed, torch_error > allowed, alike)
     where = name if len(spec) > 1 else ""
     return Row(check, item, dtype, measured, allowed, not side, side, ", ".join(x for x in (where, note) if x))
 

@@ -15,8 +15,8 @@ from jax_llm import checkpoint, optim, random_bits, sampling
 from jax_llm.attention import resolve_backend
 from jax_llm.generate import generate
 from jax_llm.kv_cache import init_cache
-from jax_llm.model import CausalLM, init_params
-from jax_llm.train import compiled_train_step, fit, loss_and_grads, matmul_precision, select_device
+from jax_llm.model import CausalLM
+from jax_llm.train import compiled_train_step, fit, init_state, loss_and_grads, matmul_precision, select_device
 from llm_common.checkpoint import TrainingState
 from llm_common.config import ModelConfig, OptimizerConfig, SamplingConfig, TrainConfig
 from llm_common.schedule import StepScalars, bias_corrections
@@ -59,20 +59,20 @@ class JaxSide:
 
     def initial_weights(self, seed: int) -> Tensors:
         with self.scope():
-            params = jax.jit(lambda: init_params(self.cfg, seed, jnp.dtype(self.master)))()
-            return self._tensors(params)
+            train = TrainConfig(seed=seed, compute_dtype=self.dtype)
+            return self._tensors(init_state(self.cfg, train, OptimizerConfig()).params)
 
     def logits(self, weights: Tensors, ids: np.ndarray) -> np.ndarray:
         with self.scope():
             return np.asarray(self._logits(self._params(weights), jnp.array(ids))).astype(np.float64)
 
     def cached_logits(self, weights: Tensors, ids: np.ndarray, prompt: int) -> np.ndarray:
-        """The logits of ids (B, T) when the first `prompt` positions are fed together and the rest one by one."""
+        """The logits of ids (B, T) fed in pieces: the first `prompt` positions, then two, then one by one."""
         with self.scope():
             params = self._params(weights)
             cache = init_cache(self.cfg, ids.shape[0], ids.shape[1], jnp.dtype(self.dtype))
             parts = []
-            for piece in [ids[:, :prompt], *np.split(ids[:, prompt:], ids.shape[1] - prompt, axis=1)]:
+            for piece in np.split(ids, [prompt, *range(prompt + 2, ids.shape[1])], axis=1):
                 logits, cache = self._cached(params, jnp.array(piece), cache)
                 parts.append(np.asarray(logits).astype(np.float64))
             return np.concatenate(parts, axis=1)
@@ -88,10 +88,10 @@ class JaxSide:
         opt: OptimizerConfig,
         dataset,
         until_step: int,
-        on_step: Callable[[int, Callable[[], TrainingState], float], None] | None = None,
+        on_step: Callable[[int, Callable[[], TrainingState], dict[str, float]], None] | None = None,
         max_skipped_steps: int = 10,
     ) -> TrainingState:
-        """Run `fit`; `on_step` gets the step, a function that reads the state, and the loss."""
+        """Run `fit`; `on_step` gets the step, a function that reads the state, and the step's metrics."""
         train = TrainConfig(
             compute_dtype=self.dtype,
             seq_len=dataset.batch(0)[0].shape[1],
@@ -101,7 +101,7 @@ class JaxSide:
 
         def hook(step, state, metrics):
             if on_step is not None:
-                on_step(step, lambda: checkpoint.to_training_state(self.cfg, state), metrics["loss"])
+                on_step(step, lambda: checkpoint.to_training_state(self.cfg, state), metrics)
 
         with self.scope():
             jax_state = checkpoint.from_training_state(self.cfg, opt, state, jnp.dtype(self.master))
@@ -139,13 +139,20 @@ class JaxSide:
             return kept
 
     def sample(self, logits: np.ndarray, cfg: SamplingConfig, rows: np.ndarray, positions: np.ndarray) -> np.ndarray:
-        """Tokens for logits (n, V), in float32 (float64 for float64)."""
+        """Tokens for logits (n, V), which come in this side's dtype."""
         with self.scope():
             key = random_bits.key(cfg.seed)
             draw = jax.jit(lambda *args: sampling.sample(args[0], cfg, *args[1:]))
             return np.asarray(
-                draw(jnp.array(logits, jnp.dtype(self.master)), key, jnp.array(rows), jnp.array(positions))
+                draw(jnp.array(logits, jnp.dtype(self.dtype)), key, jnp.array(rows), jnp.array(positions))
             )
+
+    def noise(self, seed: int, rows: np.ndarray, positions: np.ndarray) -> np.ndarray:
+        """The Gumbel noise (n, V) of some draws."""
+        with self.scope():
+            dtype = jnp.dtype(self.master)
+            args = random_bits.key(seed), jnp.array(rows), jnp.array(positions)
+            return np.asarray(sampling.gumbel_noise(*args, self.cfg.vocab_size, dtype)).astype(np.float64)
 
     def generate(self, weights: Tensors, prompt: np.ndarray, n_new: int, cfg: SamplingConfig, eos_id: int | None):
         with self.scope():

@@ -7,6 +7,7 @@ from llm_common.errors import UserError
 from parity.compare import Row
 from parity.model_checks import check_cache, check_gradients, check_init, check_logits, check_spec
 from parity.precision_checks import check_precision
+from parity.resume_checks import check_data, check_resume
 from parity.settings import Settings
 from parity.token_checks import check_tokens
 from parity.training_checks import check_adamw, check_library, check_trajectory
@@ -19,6 +20,8 @@ CHECKS: dict[str, Callable[[Settings], Iterator[Row]]] = {
     "precision": check_precision,
     "adamw": check_adamw,
     "library": check_library,
+    "data": check_data,
+    "resume": check_resume,
     "trajectory": check_trajectory,
     "cache": check_cache,
     "tokens": check_tokens,
@@ -38,12 +41,12 @@ def run_checks(
     rows: list[Row] = []
     for name in names or tuple(CHECKS):
         start = time.perf_counter()
+        found: list[Row] = []
         try:
-            found = list(CHECKS[name](settings))
-        except UserError:
-            raise
-        except Exception as error:  # whatever a broken side raises is a finding
-            found = [_crash(name, error)]
+            for row in CHECKS[name](settings):
+                found.append(row)
+        except Exception as error:  # whatever a broken side raises is a finding, and the rows before it stay
+            found.append(_crash(name, error))
         rows += found
         if on_check is not None:
             on_check(name, found, time.perf_counter() - start)

@@ -214,12 +214,38 @@ def uniform(key, n):
     return (((b0 ^ b1) >> np.uint64(9)).astype(np.float64) + 0.5) * 2.0**-23
 
 
+def weight_shapes(cfg):
+    """Name -> shape of every weight, in canonical order."""
+    d, f, q = cfg.hidden_size, cfg.intermediate_size, cfg.num_attention_heads * cfg.head_dim
+    kv = cfg.num_key_value_heads * cfg.head_dim
+    shapes: dict = {"model.embed_tokens.weight": (cfg.vocab_size, d)}
+    for i in range(cfg.num_hidden_layers):
+        p = f"model.layers.{i}."
+        shapes[p + "input_layernorm.weight"] = (d,)
+        shapes[p + "self_attn.q_proj.weight"] = (q, d)
+        shapes[p + "self_attn.k_proj.weight"] = (kv, d)
+        shapes[p + "self_attn.v_proj.weight"] = (kv, d)
+        shapes[p + "self_attn.o_proj.weight"] = (d, q)
+        shapes[p + "post_attention_layernorm.weight"] = (d,)
+        shapes[p + "mlp.gate_proj.weight"] = (f, d)
+        shapes[p + "mlp.up_proj.weight"] = (f, d)
+        shapes[p + "mlp.down_proj.weight"] = (d, f)
+    shapes["model.norm.weight"] = (d,)
+    return shapes if cfg.tie_word_embeddings else {**shapes, "lm_head.weight": (cfg.vocab_size, d)}
+
+
+def initial_width(name, num_layers):
+    """Of the uniform distribution: a standard deviation of 0.02, less where a layer writes to the residual stream."""
+    residual = name.endswith(("o_proj.weight", "down_proj.weight"))
+    return (0.02 / math.sqrt(2 * num_layers) if residual else 0.02) * math.sqrt(12.0)
+
+
 def initial_weight(seed, index, name, shape, num_layers):
     """A weight before training; index is its place in the canonical order."""
     if len(shape) == 1:
         return np.ones(shape)
-    std = 0.02 / math.sqrt(2 * num_layers) if name.endswith(("o_proj.weight", "down_proj.weight")) else 0.02
-    return ((uniform(fold_in((0, seed), index), math.prod(shape)) - 0.5) * (std * math.sqrt(12.0))).reshape(shape)
+    u = uniform(fold_in((0, seed), index), math.prod(shape))
+    return ((u - 0.5) * initial_width(name, num_layers)).reshape(shape)
 
 
 def filtered(logits, sampling):

@@ -16,7 +16,7 @@ from torch_llm import checkpoint, random_bits, sampling
 from torch_llm.attention import resolve_backend
 from torch_llm.generate import generate
 from torch_llm.kv_cache import KVCache
-from torch_llm.model import CausalLM, init_model
+from torch_llm.model import CausalLM
 from torch_llm.optim import make_optimizer
 from torch_llm.train import Trainer, loss_and_grads, matmul_precision, select_device
 
@@ -41,18 +41,18 @@ class TorchSide:
         return checkpoint.from_canonical(model, weights)
 
     def initial_weights(self, seed: int) -> Tensors:
-        model = init_model(self.cfg, seed, self.backend, getattr(torch, self.master), self.device)
-        return _float64(checkpoint.to_canonical(model))
+        train = TrainConfig(seed=seed, compute_dtype=self.dtype, seq_len=1)
+        return _float64(checkpoint.to_canonical(Trainer(self.cfg, train, OptimizerConfig(), self.device).model))
 
     def logits(self, weights: Tensors, ids: np.ndarray) -> np.ndarray:
         with torch.no_grad(), self.scope():
             return self._model(weights)(self._tensor(ids)).double().cpu().numpy()
 
     def cached_logits(self, weights: Tensors, ids: np.ndarray, prompt: int) -> np.ndarray:
-        """The logits of ids (B, T) when the first `prompt` positions are fed together and the rest one by one."""
+        """The logits of ids (B, T) fed in pieces: the first `prompt` positions, then two, then one by one."""
         model = self._model(weights)
         cache = KVCache(self.cfg, ids.shape[0], ids.shape[1], getattr(torch, self.dtype), self.device)
-        pieces = [ids[:, :prompt], *np.split(ids[:, prompt:], ids.shape[1] - prompt, axis=1)]
+        pieces = np.split(ids, [prompt, *range(prompt + 2, ids.shape[1])], axis=1)
         with torch.no_grad(), self.scope():
             return np.concatenate(
                 [model(self._tensor(piece), cache).double().cpu().numpy() for piece in pieces], axis=1
@@ -72,10 +72,10 @@ class TorchSide:
         opt: OptimizerConfig,
         dataset,
         until_step: int,
-        on_step: Callable[[int, Callable[[], TrainingState], float], None] | None = None,
+        on_step: Callable[[int, Callable[[], TrainingState], dict[str, float]], None] | None = None,
         max_skipped_steps: int = 10,
     ) -> TrainingState:
-        """Run `Trainer.fit`; `on_step` gets the step, a function that reads the state, and the loss."""
+        """Run `Trainer.fit`; `on_step` gets the step, a function that reads the state, and the step's metrics."""
         train = TrainConfig(
             compute_dtype=self.dtype,
             seq_len=dataset.batch(0)[0].shape[1],
@@ -85,7 +85,7 @@ class TorchSide:
 
         def hook(step, trainer, metrics):
             if on_step is not None:
-                on_step(step, lambda: checkpoint.to_training_state(trainer), metrics["loss"])
+                on_step(step, lambda: checkpoint.to_training_state(trainer), metrics)
 
         trainer = checkpoint.from_training_state(Trainer(self.cfg, train, opt, self.device), state)
         trainer.fit(dataset, until_step, hook)
@@ -116,9 +116,14 @@ class TorchSide:
         return kept
 
     def sample(self, logits: np.ndarray, cfg: SamplingConfig, rows: np.ndarray, positions: np.ndarray) -> np.ndarray:
-        """Tokens for logits (n, V), in float32 (float64 for float64)."""
-        tensor, key = self._tensor(logits).to(getattr(torch, self.master)), random_bits.key(cfg.seed, self.device)
+        """Tokens for logits (n, V), which come in this side's dtype."""
+        tensor, key = self._tensor(logits).to(getattr(torch, self.dtype)), random_bits.key(cfg.seed, self.device)
         return sampling.sample(tensor, cfg, key, self._tensor(rows), self._tensor(positions)).cpu().numpy()
+
+    def noise(self, seed: int, rows: np.ndarray, positions: np.ndarray) -> np.ndarray:
+        """The Gumbel noise (n, V) of some draws."""
+        args = random_bits.key(seed, self.device), self._tensor(rows), self._tensor(positions)
+        return sampling.gumbel_noise(*args, self.cfg.vocab_size, getattr(torch, self.master)).double().cpu().numpy()
 
     def generate(self, weights: Tensors, prompt: np.ndarray, n_new: int, cfg: SamplingConfig, eos_id: int | None):
         with self.scope():

@@ -9,7 +9,6 @@ import numpy as np
 from llm_common.checkpoint import TrainingState
 from llm_common.config import OptimizerConfig
 from llm_common.errors import UserError
-from llm_common.tensors import tensor_shapes
 from parity import spec
 from parity.cases import RandomBatches, random_weights, start_state
 from parity.compare import (
@@ -47,16 +46,16 @@ def update_of(new: Tensors, old: Tensors) -> Tensors:
 
 
 def spec_train(s: Settings, state: TrainingState, opt: OptimizerConfig, data, until_step: int, keep=()):
-    """The specification's run: the last state, and the states after the steps in `keep`."""
+    """The specification's run: the last state, the states after the steps in `keep`, and (loss, norm) of every step."""
     values, kept = (state.weights, state.mu, state.nu, state.step, state.adam_count), {}
-    losses = []
+    curve = []
     while values[3] < until_step:
         ids, targets = data.batch(values[3])
-        values, loss, _ = spec.train_step(*values, ids, targets, s.cfg, opt)
-        losses.append(loss)
+        values, loss, norm = spec.train_step(*values, ids, targets, s.cfg, opt)
+        curve.append((loss, norm))
         if values[3] in keep:
             kept[values[3]] = TrainingState(*values)
-    return TrainingState(*values), kept, losses
+    return TrainingState(*values), kept, curve
 
 
 def clipping_config(s: Settings, data: RandomBatches, weights: Tensors, **changes) -> OptimizerConfig:
@@ -80,16 +79,23 @@ def _float64_steps(s: Settings) -> Iterator[Row]:
     sides = s.sides("float64")
     opt = clipping_config(s, data, weights)
     kept: list[dict[int, TrainingState]] = []
+    norms: list[Tensors] = []
     for side in sides:
         states: dict[int, TrainingState] = {}
+        norms.append({})
 
-        def keep(step, state, loss, states=states):
+        def keep(step, state, metrics, states=states, norms=norms[-1]):
             if step in STEPS:
                 states[step] = state()
+            if step <= 3:
+                norms[f"step {step}"] = np.array(metrics["grad_norm"])
 
         side.train(start_state(weights), opt, data, STEPS[-1], keep)
         kept.append(states)
-    kept.append(spec_train(s, start_state(weights), opt, data, STEPS[-1], STEPS)[1])
+    _, states, norm_curve = spec_train(s, start_state(weights), opt, data, STEPS[-1], STEPS)
+    kept.append(states)
+    norms.append({f"step {i + 1}": np.array(norm) for i, (_, norm) in enumerate(norm_curve[:3])})
+    yield three_way("adamw", "gradient norms of 3 steps", "float64", norms, MOMENTS_ALLOWED)
     for n in STEPS:
         updates = [update_of(states[n].weights, weights) for states in kept]
         norm = global_norm(updates[0])
@@ -102,6 +108,12 @@ def _float64_steps(s: Settings) -> Iterator[Row]:
         for states in kept
     ]
     yield three_way("adamw", "moments after 3 steps", "float64", moments, MOMENTS_ALLOWED)
+
+    # the norm stays below max_norm: the gradients are not scaled up to it
+    loose = dataclasses.replace(opt, max_grad_norm=2 * norm_curve[0][1])
+    ends = [side.train(start_state(weights), loose, data, 1) for side in sides]
+    ends.append(spec_train(s, start_state(weights), loose, data, 1)[0])
+    yield three_way("adamw", "moments, clip not active", "float64", [end.mu for end in ends], MOMENTS_ALLOWED)
 
     # a short schedule from warmup past its end, and no clipping
     opt = clipping_config(s, data, weights, warmup_steps=3, total_steps=7, max_grad_norm=None)
@@ -213,7 +225,7 @@ def check_library(s: Settings) -> Iterator[Row]:
 
 def initial_weights(s: Settings) -> Tensors:
     """The start of a training run, as the specification makes it."""
-    shapes = tensor_shapes(s.cfg).items()
+    shapes = spec.weight_shapes(s.cfg).items()
     return {
         name: spec.initial_weight(s.seed, i, name, shape, s.cfg.num_hidden_layers)
         for i, (name, shape) in enumerate(shapes)
@@ -234,7 +246,7 @@ def _float64_trajectory(s: Settings) -> Iterator[Row]:
     sides = s.sides("float64")
     checkpoints: dict[int, TrainingState] = {0: start_state(weights)}
 
-    def keep(step, state, loss):
+    def keep(step, state, metrics):
         if step % 10 == 0 and step < s.steps:
             checkpoints[step] = state()
 
@@ -290,7 +302,9 @@ def _low_precision_trajectory(s: Settings, dtype: str) -> Iterator[Row]:
     def losses(side, weights) -> np.ndarray:
         curve: list[float] = []
         try:
-            side.train(start_state(weights), opt, data, steps, lambda step, state, loss: curve.append(loss))
+            side.train(
+                start_state(weights), opt, data, steps, lambda step, state, metrics: curve.append(metrics["loss"])
+            )
         except UserError:  # too many skipped steps: a curve of NaN, which no band holds
             curve += [math.nan] * (steps - len(curve))
         return np.array(curve)
@@ -303,7 +317,7 @@ def _low_precision_trajectory(s: Settings, dtype: str) -> Iterator[Row]:
 
     jax_side, torch_side = s.sides(dtype)
     jax, torch = losses(jax_side, weights), losses(torch_side, weights)
-    exact = np.array(spec_train(s, start_state(weights), opt, data, steps)[2])
+    exact = np.array([loss for loss, _ in spec_train(s, start_state(weights), opt, data, steps)[2]])
     controls = [losses(jax_side, nudged()) for _ in range(3)]
     if dtype == "float32":
         noise = max(float(np.abs(control - jax).max()) for control in controls)

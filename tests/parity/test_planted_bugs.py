@@ -13,12 +13,15 @@ import torch
 import torch.nn.functional as F
 
 import jax_llm.attention
+import jax_llm.generate
 import jax_llm.layers
 import jax_llm.loss
 import jax_llm.model
 import jax_llm.optim
 import jax_llm.sampling
 import jax_llm.train
+import llm_common.checkpoint
+import llm_common.data
 import llm_common.rope
 import llm_common.schedule
 import torch_llm.attention
@@ -41,7 +44,10 @@ CLEAN_TORCH_FILTER = torch_llm.sampling.filter_logits
 CLEAN_TORCH_UPDATE = torch_llm.kv_cache.KVCache.update
 CLEAN_TABLE = llm_common.rope.rope_table
 CLEAN_LEARNING_RATE = llm_common.schedule.learning_rate
-CLEAN_CLIP_TORCH = torch_llm.optim.clip_by_global_norm
+CLEAN_BUILD = jax_llm.model.build_params
+CLEAN_LOAD = llm_common.checkpoint.load_checkpoint
+CLEAN_BATCH = llm_common.data.TokenDataset.batch
+CLEAN_GENERATE = jax_llm.generate.generate
 
 
 # --- JAX
@@ -218,6 +224,58 @@ def rounded_swiglu(gate, up):
     return F.silu(gate) * up
 
 
+def bfloat16_table(self, start, length, device, dtype):
+    return tuple(table.to(torch.bfloat16).to(dtype)[start : start + length] for table in self.float64)
+
+
+def last_position_clamped(cfg, length=None):
+    cos, sin = CLEAN_TABLE(cfg, length)
+    cos, sin = cos.copy(), sin.copy()
+    if len(cos) == cfg.max_position_embeddings:
+        cos[-1], sin[-1] = cos[-2], sin[-2]
+    return cos, sin
+
+
+def layers_loaded_by_name(cfg, tensor, stack=jnp.stack):
+    by_name = sorted(range(cfg.num_hidden_layers), key=str)
+
+    def renamed(name):
+        if not name.startswith("model.layers."):
+            return tensor(name)
+        _, _, index, rest = name.split(".", 3)
+        return tensor(f"model.layers.{by_name[int(index)]}.{rest}")
+
+    return CLEAN_BUILD(cfg, renamed, stack)
+
+
+def upcast_forgotten(logits, cfg):
+    logits = logits / cfg.temperature
+    return logits if (cfg.top_k, cfg.top_p, cfg.min_p) == (0, 1.0, 0.0) else CLEAN_JAX_FILTER(logits, cfg)
+
+
+def noise_without_the_half(bits, dtype=torch.float32):
+    return ((bits >> 9).to(dtype) + 1e-6) * 2.0**-23
+
+
+def clip_that_scales_up(grads, max_norm):
+    norm = jax_llm.optim.global_norm(grads)
+    return (grads if max_norm is None else jax.tree.map(lambda g: g * (max_norm / norm), grads)), norm
+
+
+def moments_swapped(folder, cfg=None):
+    cfg, state, settings = CLEAN_LOAD(folder, cfg)
+    return cfg, dataclasses.replace(state, mu=state.nu, nu=state.mu), settings
+
+
+def targets_not_shifted(self, step, host=0, n_hosts=1):
+    inputs, _ = CLEAN_BATCH(self, step, host, n_hosts)
+    return inputs, inputs
+
+
+def eos_kept(model, params, prompt, max_new_tokens, sampling, eos_id=None):
+    return CLEAN_GENERATE(model, params, prompt, max_new_tokens, sampling, None)
+
+
 # --- shared code
 
 
@@ -352,6 +410,22 @@ BUGS = [
     ),
     bug("everything decays", "jax_llm.optim.decays torch_llm.optim.decays", everything_decays, "adamw", SHARED),
     bug("no residual scale", "jax_llm.model.init_range torch_llm.model.init_range", no_residual_scale, "init", SHARED),
+    bug(
+        "RoPE table in bfloat16",
+        "torch_llm.rope.RotaryTable.__call__",
+        bfloat16_table,
+        "precision",
+        TORCH,
+        dtype="bfloat16",
+    ),
+    bug("last position clamped", "torch_llm.rope.rope_table", last_position_clamped, "logits", TORCH),
+    bug("layer 10 before layer 2", "jax_llm.checkpoint.build_params", layers_loaded_by_name, "logits", JAX),
+    bug("sampler in bfloat16", "jax_llm.sampling.filter_logits", upcast_forgotten, "tokens", JAX, dtype="bfloat16"),
+    bug("noise without the half cell", "torch_llm.random_bits.uniform", noise_without_the_half, "tokens", TORCH),
+    bug("clip scales up", "jax_llm.optim.clip_by_global_norm", clip_that_scales_up, "adamw", JAX),
+    bug("end of text ignored", "parity.jax_side.generate", eos_kept, "tokens", JAX),
+    bug("mu and nu swapped on load", "parity.resume_checks.load_checkpoint", moments_swapped, "resume", SHARED),
+    bug("targets not shifted", "llm_common.data.TokenDataset.batch", targets_not_shifted, "data", SHARED),
 ]
 
 
