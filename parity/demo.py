@@ -28,7 +28,8 @@ STEPS = 200
 PROMPT = "Return a string"
 NATS_BELOW_UNIGRAM = 0.8  # what a model that learned something must beat the token frequencies by
 # float32, the same weights and batches: rounding differs from the first step on and training amplifies it. How much is
-# measured in the same run, by JAX once more with one weight moved by one ulp; ten times that is allowed, and 1e-5 anyway.
+# measured in the same run, by JAX once more with every tenth weight moved by one ulp; ten times that is allowed, and 1e-5
+# anyway. Measured: the frameworks differ by 0.5 to 2 times what the control does.
 CONTROL_FACTOR, LOSS_FLOOR = 10.0, 1e-5
 
 
@@ -49,7 +50,9 @@ def run_demo(out: Path, data: str | None = None, steps: int = STEPS, ladder: Set
     curves, folders = {}, {}
     for name in ("jax", "torch", "control"):
         if name == "control":
-            console.print("control: JAX again, one weight moved by one ulp, shows what rounding alone does to this run")
+            console.print(
+                "control: JAX again, every tenth weight moved by one ulp, shows what rounding alone does to this run"
+            )
         curves[name], folders[name] = _train(console, name, out, cfg, train, opt, dataset, tokenizer)
     rows = _training_rows(curves, unigram)
     picture = out / "loss_curves.png"
@@ -69,7 +72,7 @@ def run_demo(out: Path, data: str | None = None, steps: int = STEPS, ladder: Set
     seconds = time.perf_counter() - start
     last = {name: curve[-1] for name, curve in curves.items()}
     summary = (
-        f"Loss after {steps} steps: JAX {last['jax']:.6f}, PyTorch {last['torch']:.6f}, JAX with one ulp moved "
+        f"Loss after {steps} steps: JAX {last['jax']:.6f}, PyTorch {last['torch']:.6f}, JAX moved by one ulp "
         f"{last['control']:.6f} nats per token; unigram entropy {unigram:.3f}."
     )
     console.print(summary)
@@ -104,15 +107,15 @@ def prepare(console: Console, out: Path, data: str | None) -> tuple[Tokenizer, P
 
 
 def _train(console, name, out, cfg, train, opt, dataset, tokenizer) -> tuple[list[float], Path]:
-    """One run from step 0; its losses and its last checkpoint. The control resumes from a step 0 with one weight moved."""
+    """One run from step 0; its losses and its last checkpoint. The control resumes from a step 0 with weights moved."""
     run, framework = out / name, "torch" if name == "torch" else "jax"
     for old in run.glob("step-*"):  # a demo always trains again
         shutil.rmtree(old)
     (run / "log.jsonl").unlink(missing_ok=True)
     if name == "control":
         state = start_state(JaxSide(cfg, train.master_dtype).initial_weights(train.seed), train.master_dtype)
-        weight = state.weights["model.layers.0.self_attn.q_proj.weight"]
-        weight[0, 0] = np.nextafter(weight[0, 0], np.float32(np.inf))
+        for x in state.weights.values():
+            x.flat[::10] = np.nextafter(x.flat[::10], np.float32(np.inf))
         save_checkpoint(run, cfg, state, run_settings(train, opt, dataset, tokenizer))
     losses, start = [], time.perf_counter()
     columns = (
@@ -155,7 +158,7 @@ def _training_rows(curves, unigram: float) -> list[Row]:
             allowed,
             ok,
             "" if ok else "JAX or torch: the ladder below tells which",
-            f"one ulp within JAX: {noise:.1e}",
+            f"one ulp in every tenth weight within JAX: {noise:.1e}",
         )
     ]
     for name, curve in ((JAX, jax), (TORCH, torch)):

@@ -105,7 +105,9 @@ def write_markdown(path: Path, rows: list[Row], paragraphs: list[str], device: s
 
 
 def draw_curves(path: Path, curves: dict[str, list[float]], unigram: float, title: str) -> None:
-    """Both loss curves; below them, on a log axis, their difference and what one ulp in one weight does within JAX."""
+    """Both loss curves; below them, on a log axis, their difference and what one ulp in every tenth weight does
+    within JAX.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
@@ -124,7 +126,7 @@ def draw_curves(path: Path, curves: dict[str, list[float]], unigram: float, titl
     top.legend(frameon=False)
     spacing = 2.0**-23 * 4  # of float32 at these losses: what is equal is drawn there
     for other, color, label in (
-        (control, "#9ca3af", "JAX and JAX with one ulp moved"),
+        (control, "#9ca3af", "JAX and JAX moved by one ulp"),
         (torch, "#111827", "JAX and PyTorch"),
     ):
         bottom.semilogy(steps, np.maximum(np.abs(jax - other), spacing), color=color, linewidth=1, label=label)

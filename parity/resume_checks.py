@@ -17,7 +17,7 @@ from parity.training_checks import UPDATE_ALLOWED, spec_train, update_of
 
 def check_data(s: Settings) -> Iterator[Row]:
     """Batches of a small token file: consecutive tokens, targets one to the right, every window once an epoch."""
-    tokens = np.arange(1, 1 + 7 * s.length + 3, dtype=np.int32)  # 7 windows and a rest
+    tokens = np.arange(1, 2 + 7 * s.length + s.length // 2, dtype=np.int32)  # 7 windows and a rest
     with tempfile.TemporaryDirectory() as folder:
         np.save(Path(folder) / "tokens.npy", tokens)
         dataset = TokenDataset(Path(folder) / "tokens.npy", s.length, 2, s.seed)
