@@ -17,9 +17,8 @@ from jax_llm.optim import make_optimizer
 from jax_llm.train import TrainState, fit, init_state, select_device, x64
 from llm_common.checkpoint import (
     TrainingState,
-    check_resumable,
-    latest_checkpoint,
     load_checkpoint,
+    load_resumable,
     run_settings,
     save_checkpoint,
 )
@@ -94,13 +93,11 @@ def fit_and_save(
     Returns the last checkpoint. Raises UserError if the checkpoint there belongs to another run, or the device is absent.
     """
     settings = run_settings(train, opt, dataset, tokenizer)
-    folder = latest_checkpoint(run)
+    folder, saved = load_resumable(run, cfg, settings)
     with jax.default_device(select_device(device)), x64(train.master_dtype):
-        if folder is None:
+        if saved is None:
             state = init_state(cfg, train, opt)
         else:
-            _, saved, old_settings = load_checkpoint(folder, cfg)
-            check_resumable(folder, old_settings, settings)
             state = from_training_state(cfg, opt, saved, jnp.dtype(train.master_dtype))
 
         def hook(step: int, state: TrainState, metrics: dict[str, float]) -> None:

@@ -196,6 +196,18 @@ def check_resumable(folder: Path, saved: dict[str, Any], asked: dict[str, Any]) 
         raise UserError(f"{folder}: the run was started with other settings: {'; '.join(differing)}; use another --out")
 
 
+def load_resumable(
+    run: Path, cfg: ModelConfig, settings: dict[str, Any]
+) -> tuple[Path, TrainingState] | tuple[None, None]:
+    """The newest checkpoint of a run and its state, after `check_resumable`; a new run has neither."""
+    folder = latest_checkpoint(run)
+    if folder is None:
+        return None, None
+    _, state, saved_settings = load_checkpoint(folder, cfg)
+    check_resumable(folder, saved_settings, settings)
+    return folder, state
+
+
 def load_tokenizer(folder: Path) -> Tokenizer | None:
     """The tokenizer saved with a checkpoint, or None if it has none."""
     path = folder / TOKENIZER_FILE

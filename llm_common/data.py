@@ -53,8 +53,8 @@ def check_tokenizer(path: Path | str, tokenizer: Tokenizer) -> None:
     """Raise UserError if a token file says, in the `.json` beside it, that another tokenizer made it."""
     description = Path(path).with_suffix(".json")
     if description.is_file():
-        made_by = json.loads(description.read_text(encoding="utf-8")).get("tokenizer", tokenizer.fingerprint())
-        if made_by != tokenizer.fingerprint():
+        made_by = json.loads(description.read_text(encoding="utf-8")).get("tokenizer")
+        if made_by not in (None, tokenizer.fingerprint()):
             raise UserError(
                 f"{path}: made by another tokenizer; run scripts/prepare_data.py again, or pass its --tokenizer"
             )

@@ -59,11 +59,8 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _run(args: argparse.Namespace) -> int:
-    from rich.markup import escape
-
-    from parity.demo import print_progress
     from parity.ladder import run_checks
-    from parity.report import make_console, print_table, verdict_line, write_json, write_markdown
+    from parity.report import conclude, make_console, print_progress
     from parity.settings import Settings
 
     settings = Settings(
@@ -85,16 +82,9 @@ def _run(args: argparse.Namespace) -> int:
     rows = run_checks(settings, tuple(args.check or ()), lambda *found: print_progress(console, *found))
     if not rows:
         raise UserError("nothing was checked: the chosen check has no part in the chosen dtype")
-    print_table(console, rows)
-    content = {"settings": dataclasses.asdict(settings), "seconds": time.perf_counter() - start}
-    write_json(args.out / "report.json", rows, **content)
-    write_markdown(
-        args.out / "report.md", rows, [f"Seed {settings.seed}, {settings.attention} attention, `{settings.cfg}`."], name
-    )
-    ok = all(row.ok for row in rows)
-    console.print(f"[bold {'green' if ok else 'red'}]{escape(verdict_line(rows))}[/]")
-    console.print(f"{content['seconds']:.0f} s; report: {args.out / 'report.md'}, {args.out / 'report.json'}")
-    return 0 if ok else 1
+    paragraphs = [f"Seed {settings.seed}, {settings.attention} attention, `{settings.cfg}`."]
+    content = {"seconds": time.perf_counter() - start, "settings": dataclasses.asdict(settings)}
+    return 0 if conclude(console, args.out, rows, paragraphs, name, **content) else 1
 
 
 def _config(args: argparse.Namespace) -> ModelConfig:

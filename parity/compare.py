@@ -40,17 +40,21 @@ def global_norm(tensors: Tensors) -> float:
 
 def tensor_errors(a: Tensors, b: Tensors) -> dict[str, float]:
     """The error of every tensor of a against b; infinite where a is missing, has another shape or is not finite."""
-    floor = FLOOR * global_norm(b)
-    return {name: _error(a.get(name), x, floor) for name, x in b.items()}
+    return {name: _error(a.get(name), b[name], size) for name, size in tensor_sizes(b).items()}
 
 
-def _error(a: np.ndarray | None, b: np.ndarray, floor: float) -> float:
+def tensor_sizes(b: Tensors) -> dict[str, float]:
+    """What the error of every tensor is measured against: its norm, and at least FLOOR of the global one."""
+    floor = max(FLOOR * global_norm(b), 1e-300)
+    return {name: max(float(np.linalg.norm(x)), floor) for name, x in b.items()}
+
+
+def _error(a: np.ndarray | None, b: np.ndarray, size: float) -> float:
     if a is None or a.shape != b.shape:
         return math.inf
     if np.array_equal(a, b):
         return 0.0
-    difference = float(np.linalg.norm(np.asarray(a, np.float64) - np.asarray(b, np.float64)))
-    error = difference / max(float(np.linalg.norm(b)), floor, 1e-300)
+    error = float(np.linalg.norm(np.asarray(a, np.float64) - np.asarray(b, np.float64))) / size
     return error if math.isfinite(error) else math.inf
 
 

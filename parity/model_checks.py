@@ -12,14 +12,13 @@ from parity.cases import random_batch, random_weights, shapes_of_logits, variant
 from parity.compare import (
     BOTH,
     EPS,
-    FLOOR,
     JAX,
     TORCH,
     Row,
     Tensors,
-    global_norm,
     spacing,
     tensor_errors,
+    tensor_sizes,
     three_way,
     verdict,
     worst,
@@ -73,9 +72,8 @@ def check_init(s: Settings) -> Iterator[Row]:
         expected = {}
         for i, (name, shape) in enumerate(spec.weight_shapes(s.cfg).items()):
             x = spec.initial_weight(s.seed, i, name, shape, s.cfg.num_hidden_layers)
-            if (
-                dtype == "float32" and len(shape) > 1
-            ):  # u - 0.5 is exact in float32; the width is rounded, then the product
+            if dtype == "float32" and len(shape) > 1:
+                # u - 0.5 is exact in float32; the width is rounded, then the product
                 width = spec.initial_width(name, s.cfg.num_hidden_layers)
                 u = spec.uniform(spec.fold_in((0, s.seed), i), math.prod(shape)).reshape(shape)
                 x = (u - 0.5).astype(np.float32) * np.float32(width)
@@ -147,9 +145,8 @@ def _check_pooled(s: Settings, what: str, dtype: str) -> Iterator[Row]:
             results = [grads for _, grads in pairs]
             for k, (low, _) in enumerate(pairs):
                 losses[k].append(low - loss)
-        floor, all_errors = FLOOR * global_norm(exact), [tensor_errors(result, exact) for result in results]
-        for name, x in exact.items():
-            size = max(float(np.linalg.norm(x)), floor, 1e-300)
+        all_errors = [tensor_errors(result, exact) for result in results]
+        for name, size in tensor_sizes(exact).items():
             sizes[_pool(name, exact)] += size**2
             for k, errors in enumerate(all_errors):
                 squares[k][_pool(name, exact)] += (errors[name] * size) ** 2

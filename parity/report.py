@@ -104,6 +104,27 @@ def write_markdown(path: Path, rows: list[Row], paragraphs: list[str], device: s
     path.write_text("\n".join(lines), encoding="utf-8")
 
 
+def print_progress(console: Console, name: str, rows: list[Row], seconds: float) -> None:
+    """One line for a finished check."""
+    bad = [row for row in rows if not row.ok]
+    mark = "[green]ok  [/green]" if not bad else "[bold red]FAIL[/bold red]"
+    text = f"{len(rows)} figures" if not bad else escape(f"{bad[0].item}: side {bad[0].side}")
+    console.print(f"  {mark} {name:11} {text}  ({seconds:.0f} s)")
+
+
+def conclude(
+    console: Console, out: Path, rows: list[Row], paragraphs: list[str], device: str, *, seconds: float, **content: Any
+) -> bool:
+    """Print the table and the verdict, write report.json and report.md to `out`. Returns whether every check holds."""
+    print_table(console, rows)
+    write_json(out / "report.json", rows, seconds=seconds, **content)
+    write_markdown(out / "report.md", rows, paragraphs, device)
+    ok = all(row.ok for row in rows)
+    console.print(f"[bold {'green' if ok else 'red'}]{escape(verdict_line(rows))}[/]")
+    console.print(f"{seconds:.0f} s; report: {out / 'report.md'}, {out / 'report.json'}")
+    return ok
+
+
 def draw_curves(path: Path, curves: dict[str, list[float]], unigram: float, title: str) -> None:
     """Both loss curves; below them, on a log axis, their difference and what one ulp in every tenth weight does
     within JAX.

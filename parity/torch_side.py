@@ -16,7 +16,7 @@ from torch_llm import checkpoint, random_bits, sampling
 from torch_llm.attention import resolve_backend
 from torch_llm.generate import generate
 from torch_llm.kv_cache import KVCache
-from torch_llm.model import CausalLM
+from torch_llm.model import CausalLM, empty_model
 from torch_llm.optim import make_optimizer
 from torch_llm.train import Trainer, loss_and_grads, matmul_precision, select_device
 
@@ -37,7 +37,7 @@ class TorchSide:
         return torch.tensor(x, device=self.device)
 
     def _model(self, weights: Tensors, dtype: str | None = None) -> CausalLM:
-        model = CausalLM(self.cfg, self.backend).to(self.device, getattr(torch, dtype or self.dtype))
+        model = empty_model(self.cfg, self.backend, getattr(torch, dtype or self.dtype), self.device)
         return checkpoint.from_canonical(model, weights)
 
     def initial_weights(self, seed: int) -> Tensors:

@@ -50,7 +50,7 @@ def main() -> None:
     print(f"{args.framework}: {import_side(args.framework, 'train').describe(cfg, train, args.device)}")
     print(f"{cfg.num_parameters():,} parameters, {len(dataset.tokens):,} tokens; log: {args.out / 'log.jsonl'}")
 
-    log_every, tokens_in_step = args.log_every, train.batch_size * train.seq_len
+    tokens_in_step = train.batch_size * train.seq_len
     last_step, last_time = -1, time.perf_counter()
 
     def on_step(step: int, metrics: dict[str, float]) -> None:
@@ -58,7 +58,7 @@ def main() -> None:
         log.write({"step": step, **metrics})
         if last_step < 0:  # the first step compiles
             last_step, last_time = step, time.perf_counter()
-        if step % log_every == 0 or step == opt.total_steps:
+        if step % args.log_every == 0 or step == opt.total_steps:
             now = time.perf_counter()
             rate = (step - last_step) * tokens_in_step / max(now - last_time, 1e-9)
             last_step, last_time = step, now

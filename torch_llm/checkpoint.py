@@ -12,9 +12,8 @@ import torch
 
 from llm_common.checkpoint import (
     TrainingState,
-    check_resumable,
-    latest_checkpoint,
     load_checkpoint,
+    load_resumable,
     run_settings,
     save_checkpoint,
 )
@@ -90,11 +89,9 @@ def fit_and_save(
     Returns the last checkpoint. Raises UserError if the checkpoint there belongs to another run, or the device is absent.
     """
     settings = run_settings(train, opt, dataset, tokenizer)
-    folder = latest_checkpoint(run)
+    folder, saved = load_resumable(run, cfg, settings)
     trainer = Trainer(cfg, train, opt, select_device(device))
-    if folder is not None:
-        _, saved, old_settings = load_checkpoint(folder, cfg)
-        check_resumable(folder, old_settings, settings)
+    if saved is not None:
         from_training_state(trainer, saved)
 
     def hook(step: int, trainer: Trainer, metrics: dict[str, float]) -> None:

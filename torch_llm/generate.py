@@ -14,7 +14,7 @@ from torch_llm import random_bits
 from torch_llm.attention import resolve_backend
 from torch_llm.checkpoint import from_canonical
 from torch_llm.kv_cache import KVCache
-from torch_llm.model import CausalLM
+from torch_llm.model import CausalLM, empty_model
 from torch_llm.sampling import sample
 from torch_llm.train import matmul_precision, select_device
 
@@ -71,8 +71,7 @@ def generate_from(
 ) -> list[list[int]]:
     """`generate` from canonical weights on a device by name."""
     target = select_device(device)
-    with torch.device("meta"):
-        model = CausalLM(cfg, resolve_backend("auto", target.type, compute_dtype)).to(getattr(torch, compute_dtype))
-    model = from_canonical(model.to_empty(device=target), weights)
+    backend = resolve_backend("auto", target.type, compute_dtype)
+    model = from_canonical(empty_model(cfg, backend, getattr(torch, compute_dtype), target), weights)
     with matmul_precision(compute_dtype):
         return generate(model, prompt, max_new_tokens, sampling, eos_id)

@@ -95,8 +95,13 @@ class CausalLM(nn.Module):
         return self
 
 
-def init_model(cfg: ModelConfig, seed: int, backend: str, dtype: torch.dtype, device: torch.device | str) -> CausalLM:
-    """A model made directly on its device, with the initial weights of `seed`."""
+def empty_model(cfg: ModelConfig, backend: str, dtype: torch.dtype, device: torch.device | str) -> CausalLM:
+    """A model made directly on its device, its weights still to be filled in."""
     with torch.device("meta"):
         model = CausalLM(cfg, backend).to(dtype)
-    return model.to_empty(device=device).init_weights(seed)
+    return model.to_empty(device=device)
+
+
+def init_model(cfg: ModelConfig, seed: int, backend: str, dtype: torch.dtype, device: torch.device | str) -> CausalLM:
+    """A model with the initial weights of `seed`."""
+    return empty_model(cfg, backend, dtype, device).init_weights(seed)
