@@ -11,23 +11,24 @@ import jax.numpy as jnp
 from jax import Array
 
 from jax_llm.kv_cache import LayerCache, update
-from jax_llm.layers import DType, Linear, upcast
+from jax_llm.layers import DType, Linear, RMSNorm, upcast
 from jax_llm.rope import apply_rope
 from llm_common.config import ModelConfig
 from llm_common.errors import UserError
 
 
-def reference_attention(q: Array, k: Array, v: Array, mask: Array | None = None) -> Array:
+def reference_attention(q: Array, k: Array, v: Array, mask: Array | None = None, window: int | None = None) -> Array:
     """softmax(q k^T / sqrt(H)) v for q (B, T, N, H) and k, v (B, S, K, H): (B, T, N, H).
 
     Query head n reads key/value head n // G. `mask` is boolean, True where a query may look, and broadcasts to
-    (B, N, T, S); None is causal (T = S). Scores and softmax are float32, the probabilities are rounded to v's dtype.
+    (B, N, T, S); None is causal (T = S) over the last `window` positions. Scores and softmax are float32, the
+    probabilities are rounded to v's dtype.
     Source: Vaswani et al. 2017; Ainslie et al. 2023, https://arxiv.org/abs/2305.13245.
     """
     b, t, n, h = q.shape
     s, kv_heads = k.shape[1], k.shape[2]
     if mask is None:
-        mask = causal_mask(jnp.arange(t), jnp.arange(s))
+        mask = causal_mask(jnp.arange(t), jnp.arange(s), window)
     q = q.reshape(b, t, kv_heads, n // kv_heads, h)  # (B, T, K, G, H)
     scores = jnp.einsum("btkgh,bskh->bkgts", upcast(q), upcast(k)) * h**-0.5  # (B, K, G, T, S)
     mask = jnp.broadcast_to(mask, (b, n, t, s)).reshape(scores.shape)
@@ -36,7 +37,9 @@ def reference_attention(q: Array, k: Array, v: Array, mask: Array | None = None)
     return jnp.einsum("bkgts,bskh->btkgh", probs, v).reshape(b, t, n, h)
 
 
-def fused_attention(q: Array, k: Array, v: Array, mask: Array | None, implementation: Literal["xla", "cudnn"]) -> Array:
+def fused_attention(
+    q: Array, k: Array, v: Array, mask: Array | None, implementation: Literal["xla", "cudnn"], window: int | None = None
+) -> Array:
     """The same through `jax.nn.dot_product_attention`: "xla" on any device, "cudnn" on a GPU in bfloat16.
 
     With an explicit mask, which is cached decoding, cuDNN has nothing to gain and "xla" is taken.
@@ -46,24 +49,32 @@ def fused_attention(q: Array, k: Array, v: Array, mask: Array | None, implementa
             "JAX's fused attention computes float64 at float32 accuracy; use attention_backend = 'reference'"
         )
     if mask is None:
+        local = None if window is None or window >= q.shape[1] else (window - 1, 0)  # to the left, to the right
+        scale = q.shape[-1] ** -0.5
         return jax.nn.dot_product_attention(
-            q, k, v, scale=q.shape[-1] ** -0.5, is_causal=True, implementation=implementation
+            q, k, v, scale=scale, is_causal=True, local_window_size=local, implementation=implementation
         )
     mask = jnp.broadcast_to(mask, (q.shape[0], q.shape[2], q.shape[1], k.shape[1]))  # (B, N, T, S)
     return jax.nn.dot_product_attention(q, k, v, scale=q.shape[-1] ** -0.5, mask=mask, implementation="xla")
 
 
-def causal_mask(query_positions: Array, key_positions: Array) -> Array:
-    """True where a query may look at a key: (T,) and (S,) to (T, S)."""
-    return key_positions[None, :] <= query_positions[:, None]
+def causal_mask(query_positions: Array, key_positions: Array, window: int | None = None) -> Array:
+    """True where a query may look at a key, which is the query's own or one of those before it: (..., T), (S,) to (..., T, S).
+
+    With a window only the last `window` positions are seen, the query's own included.
+    """
+    distance = query_positions[..., :, None] - key_positions
+    return distance >= 0 if window is None else (distance >= 0) & (distance < window)
 
 
-def dot_product_attention(q: Array, k: Array, v: Array, mask: Array | None, backend: str) -> Array:
-    """Attention by a resolved backend: "reference", "xla" or "cudnn". mask: broadcasts to (B, N, T, S); None is causal."""
+def dot_product_attention(
+    q: Array, k: Array, v: Array, mask: Array | None, backend: str, window: int | None = None
+) -> Array:
+    """Attention by a resolved backend: "reference", "xla" or "cudnn". mask: broadcasts to (B, N, T, S); None is causal, `window` wide."""
     if backend == "reference":
-        return reference_attention(q, k, v, mask)
+        return reference_attention(q, k, v, mask, window)
     if backend in ("xla", "cudnn"):
-        return fused_attention(q, k, v, mask, backend)
+        return fused_attention(q, k, v, mask, backend, window)
     raise UserError(f"attention backend {backend!r} is unknown; known: reference, xla, cudnn (see resolve_backend)")
 
 
@@ -96,15 +107,20 @@ class Attention(nn.Module):
         sin: Array,
         mask: Array | None = None,
         cache: LayerCache | None = None,
-        position: int | Array = 0,
+        positions: Array | None = None,
     ) -> tuple[Array, LayerCache | None]:
-        n, kv_heads, h = self.cfg.num_attention_heads, self.cfg.num_key_value_heads, self.cfg.head_dim
+        cfg, dtype, bias = self.cfg, self.param_dtype, self.cfg.qkv_bias
+        n, kv_heads, h = cfg.num_attention_heads, cfg.num_key_value_heads, cfg.head_dim
         b, t, d = x.shape
-        q = Linear(n * h, self.param_dtype, name="q_proj")(x).reshape(b, t, n, h)
-        k = Linear(kv_heads * h, self.param_dtype, name="k_proj")(x).reshape(b, t, kv_heads, h)
-        v = Linear(kv_heads * h, self.param_dtype, name="v_proj")(x).reshape(b, t, kv_heads, h)
+        q = Linear(n * h, dtype, bias, name="q_proj")(x).reshape(b, t, n, h)
+        k = Linear(kv_heads * h, dtype, bias, name="k_proj")(x).reshape(b, t, kv_heads, h)
+        v = Linear(kv_heads * h, dtype, bias, name="v_proj")(x).reshape(b, t, kv_heads, h)
+        if cfg.qk_norm:
+            q = RMSNorm(cfg.rms_norm_eps, dtype, name="q_norm")(q)
+            k = RMSNorm(cfg.rms_norm_eps, dtype, name="k_norm")(k)
         q, k = apply_rope(q, cos, sin), apply_rope(k, cos, sin)
         if cache is not None:
-            k, v = cache = update(cache, k, v, position)  # (B, S, K, H): all slots, the mask hides the empty ones
-        out = dot_product_attention(q, k, v, mask, self.backend)  # (B, T, N, H)
-        return Linear(d, self.param_dtype, name="o_proj")(out.reshape(b, t, n * h)), cache
+            assert positions is not None, "a cache needs the positions to write at"
+            k, v = cache = update(cache, k, v, positions)  # (B, S, K, H): all slots, the mask hides the empty ones
+        out = dot_product_attention(q, k, v, mask, self.backend, cfg.sliding_window)  # (B, T, N, H)
+        return Linear(d, dtype, name="o_proj")(out.reshape(b, t, n * h)), cache

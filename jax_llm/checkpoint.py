@@ -3,7 +3,7 @@
 Every array that comes in is copied: `jax.device_put` may alias NumPy memory on a CPU.
 """
 
-from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,43 +11,46 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax import Array
 
-from jax_llm.model import Params, build_params
+from jax_llm.model import Params, build_params, get_canonical
 from jax_llm.optim import make_optimizer
-from jax_llm.train import TrainState, fit, init_state, select_device, x64
-from llm_common.checkpoint import (
-    TrainingState,
-    load_checkpoint,
-    load_resumable,
-    run_settings,
-    save_checkpoint,
-)
-from llm_common.config import ModelConfig, OptimizerConfig, TrainConfig
-from llm_common.data import TokenDataset
-from llm_common.tensors import check_tensors, tensor_shapes
-from llm_common.tokenizer import Tokenizer
+from jax_llm.train import TrainState
+from llm_common.checkpoint import AnyTokenizer, TrainingState, load_checkpoint, save_checkpoint
+from llm_common.config import ModelConfig, OptimizerConfig
+from llm_common.tensors import Tensors, check_tensors, tensor_shapes
 
 
-def from_canonical(cfg: ModelConfig, weights: dict[str, np.ndarray], dtype=None) -> Params:
-    """The parameter tree of canonical weights, in their dtype or the given one."""
+def from_canonical(cfg: ModelConfig, weights: Tensors, dtype=None) -> Params:
+    """The parameter tree of canonical weights, in their dtype or the given one.
+
+    Weights that lie in files are read one by one, and written into the stack of the layers where they belong: beside the
+    tree there is never more than one tensor in memory.
+    """
     check_tensors(cfg, weights, "weights")
-    return build_params(cfg, lambda name: jnp.array(weights[name], dtype, copy=True))
+
+    def leaf(name: str) -> Array:
+        return jnp.array(weights[name], dtype, copy=True)
+
+    def stacked(names: list[str]) -> Array:
+        first = leaf(names[0])
+        stack = jnp.zeros((len(names), *first.shape), first.dtype)
+        for i, name in enumerate(names):
+            stack = _put(stack, first if i == 0 else leaf(name), i)
+        return stack
+
+    # `build_params` asks for every tensor of a stack at once: it is given the names
+    return build_params(cfg, lambda name: name if name.startswith("model.layers.") else leaf(name), stacked)
+
+
+@partial(jax.jit, donate_argnums=0)
+def _put(stack: Array, x: Array, i: int | Array) -> Array:
+    return jax.lax.dynamic_update_index_in_dim(stack, x, i, 0)
 
 
 def to_canonical(cfg: ModelConfig, params: Params) -> dict[str, np.ndarray]:
     """Canonical tensors, each a NumPy array of its own, from a parameter tree (or a gradient or moment tree)."""
-    tensors = {}
-    for name in tensor_shapes(cfg):
-        if name.startswith("model.layers."):
-            _, _, index, *path = name.split(".")
-            path = ["model", "layers", *path]
-        else:
-            index, path = None, name.split(".")
-        leaf = params
-        for part in path:
-            leaf = leaf[part]
-        tensors[name] = np.array(leaf if index is None else leaf[int(index)])
-    return tensors
+    return {name: np.array(get_canonical(params, name)) for name in tensor_shapes(cfg)}
 
 
 def to_training_state(cfg: ModelConfig, state: TrainState) -> TrainingState:
@@ -65,7 +68,7 @@ def from_training_state(cfg: ModelConfig, opt: OptimizerConfig, saved: TrainingS
 
 
 def save(
-    run: Path, cfg: ModelConfig, state: TrainState, settings: dict[str, Any], tokenizer: Tokenizer | None = None
+    run: Path, cfg: ModelConfig, state: TrainState, settings: dict[str, Any], tokenizer: AnyTokenizer | None = None
 ) -> Path:
     """Write a checkpoint folder into `run` that either framework can resume from."""
     return save_checkpoint(run, cfg, to_training_state(cfg, state), {"framework": "jax", **settings}, tokenizer)
@@ -75,39 +78,3 @@ def restore(folder: Path, cfg: ModelConfig, opt: OptimizerConfig, dtype=jnp.floa
     """Read a checkpoint folder, written by either framework. Raises UserError if it is damaged or of another model."""
     _, saved, _ = load_checkpoint(folder, cfg)
     return from_training_state(cfg, opt, saved, dtype)
-
-
-def fit_and_save(
-    run: Path,
-    cfg: ModelConfig,
-    train: TrainConfig,
-    opt: OptimizerConfig,
-    dataset: TokenDataset,
-    device: str = "auto",
-    tokenizer: Tokenizer | None = None,
-    save_every: int | None = None,
-    on_step: Callable[[int, dict[str, float]], None] | None = None,
-) -> Path:
-    """Train with checkpoints: go on from the newest one in `run`, save every `save_every` steps and at the end.
-
-    Returns the last checkpoint. Raises UserError if the checkpoint there belongs to another run, or the device is absent.
-    """
-    settings = run_settings(train, opt, dataset, tokenizer)
-    folder, saved = load_resumable(run, cfg, settings)
-    with jax.default_device(select_device(device)), x64(train.master_dtype):
-        if saved is None:
-            state = init_state(cfg, train, opt)
-        else:
-            state = from_training_state(cfg, opt, saved, jnp.dtype(train.master_dtype))
-
-        def hook(step: int, state: TrainState, metrics: dict[str, float]) -> None:
-            if on_step is not None:
-                on_step(step, metrics)
-            if save_every and step % save_every == 0 and step < opt.total_steps:
-                save(run, cfg, state, settings, tokenizer)
-
-        first_step = int(state.step)
-        state = fit(state, cfg, train, opt, dataset, on_step=hook)
-        if folder is not None and int(state.step) == first_step:
-            return folder  # nothing was left to do
-        return save(run, cfg, state, settings, tokenizer)

@@ -1,10 +1,17 @@
-"""Generating text: one pass over the prompt fills the cache, then one token at a time.
+"""Generating text: one pass over the prompts fills the cache, then one token at a time.
 
-B batch, P prompt length, V vocab_size. The whole loop is one compiled program: a `while_loop` over a state that holds
-the cache, where torch's twin is a Python loop over a cache that it writes to.
+    here                                       torch_llm.generate
+    prefill, decode: compiled functions of     the same steps written into a cache
+    a cache, which they return                 that they change
+    generate_stream(model, params, ...)        generate_stream(model, ...)
+
+B batch, P longest prompt, V vocab_size. Prompts may have different lengths: they are padded on the right. A text is decided by
+its prompt, its number in `numbers` and the seed, never by the texts beside it.
 """
 
+import contextlib
 import dataclasses
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
 import jax
@@ -20,92 +27,155 @@ from jax_llm.model import CausalLM, Params
 from jax_llm.sampling import sample
 from jax_llm.train import matmul_precision, select_device, x64
 from llm_common.config import ModelConfig, SamplingConfig
-from llm_common.tensors import check_prompt
+from llm_common.tensors import Tensors, check_prompts
+
+CHUNK = 16  # tokens drawn by one call of the compiled loop, after which the host looks at the texts
 
 
 def decode_step(
-    model: CausalLM, params: Params, cache: KVCache, tokens: Array, key: Array, sampling: SamplingConfig
-) -> tuple[KVCache, Array]:
-    """Feed tokens (B, T) at the cache's next positions and draw the token that follows: the new cache and ids (B,)."""
-    logits, cache = model.apply({"params": params}, tokens, cache)  # pyright: ignore[reportAssignmentType]
-    rows = jnp.arange(tokens.shape[0])
-    positions = jnp.full_like(rows, cache.length)
-    return cache, sample(logits[:, -1], sampling, key, rows, positions)
-
-
-@partial(jax.jit, static_argnames=("model", "max_new_tokens", "sampling", "eos_id"))
-def _generate(
+    model: CausalLM,
     params: Params,
-    prompt: Array,
+    cache: KVCache,
+    tokens: Array,
+    key: Array,
+    numbers: Array,
+    sampling: SamplingConfig,
+    lengths: Array | None = None,
+) -> tuple[KVCache, Array]:
+    """Feed tokens (B, T) at the cache's next positions and draw the token that follows: the new cache and ids (B,).
+
+    lengths (B,): how many of the T tokens are each text's own, if they are padded.
+    """
+    t = tokens.shape[1]
+    last = jnp.full(tokens.shape[0], t - 1) if lengths is None else lengths - 1
+    logits, new_cache = model.apply({"params": params}, tokens, cache, last)  # pyright: ignore[reportAssignmentType]
+    new_cache = KVCache(new_cache.layers, cache.length + last + 1)  # pyright: ignore[reportAttributeAccessIssue]
+    return new_cache, sample(logits[:, 0], sampling, key, numbers, new_cache.length)
+
+
+@partial(jax.jit, static_argnames=("model", "sampling", "slots"))
+def prefill(
+    params: Params,
+    prompts: Array,
+    lengths: Array,
+    numbers: Array,
     seed: Array,
     *,
     model: CausalLM,
+    sampling: SamplingConfig,
+    slots: int,
+) -> tuple[KVCache, Array]:
+    """A cache of `slots` positions with the prompts (B, P) in it, and the first token of each text (B,)."""
+    dtype = params["model"]["embed_tokens"]["weight"].dtype
+    cache = init_cache(model.cfg, prompts.shape[0], slots, dtype)
+    return decode_step(model, params, cache, prompts, random_bits.key(seed), numbers, sampling, lengths)
+
+
+@partial(jax.jit, static_argnames=("model", "sampling"), donate_argnames="cache")
+def decode(
+    params: Params,
+    cache: KVCache,
+    tokens: Array,
+    numbers: Array,
+    seed: Array,
+    n: Array,
+    *,
+    model: CausalLM,
+    sampling: SamplingConfig,
+) -> tuple[KVCache, Array]:
+    """Feed tokens (B,) and draw n <= CHUNK more of each text: the new cache and the ids (B, CHUNK), of which n are drawn."""
+    key = random_bits.key(seed)
+
+    def body(i: Array, loop):
+        cache, tokens, texts = loop
+        cache, tokens = decode_step(model, params, cache, tokens[:, None], key, numbers, sampling)
+        return cache, tokens, texts.at[:, i].set(tokens)
+
+    texts = jnp.zeros((tokens.shape[0], CHUNK), tokens.dtype)
+    cache, _, texts = jax.lax.fori_loop(0, n, body, (cache, tokens, texts))
+    return cache, texts
+
+
+def generate_stream(
+    model: CausalLM,
+    params: Params,
+    prompts: Sequence[Sequence[int]] | np.ndarray,
     max_new_tokens: int,
     sampling: SamplingConfig,
-    eos_id: int | None,
-) -> Array:
-    key = random_bits.key(seed)
-    b, p = prompt.shape
-    dtype = params["model"]["embed_tokens"]["weight"].dtype
-    cache = init_cache(model.cfg, b, p + max_new_tokens, dtype)
-    cache, tokens = decode_step(model, params, cache, prompt, key, sampling)
-    texts = jnp.full((b, max_new_tokens), -1, tokens.dtype).at[:, 0].set(tokens)
+    eos_ids: tuple[int, ...] = (),
+    numbers: Sequence[int] | None = None,
+    finished: Callable[[int, list[int]], bool] | None = None,
+    chunk: int = CHUNK,
+) -> Iterator[list[list[int]]]:
+    """Continue prompts by up to max_new_tokens each; yields the new ids of every text, some at a time.
 
-    def finished(tokens: Array) -> Array:
-        return tokens == eos_id if eos_id is not None else jnp.zeros(tokens.shape, bool)
-
-    def unfinished(loop) -> Array:
-        i, _, _, _, done = loop
-        return (i < max_new_tokens) & ~done.all()
-
-    def body(loop):
-        i, cache, tokens, texts, done = loop
-        cache, tokens = decode_step(model, params, cache, tokens[:, None], key, sampling)
-        texts = texts.at[:, i].set(jnp.where(done, -1, tokens))
-        return i + 1, cache, tokens, texts, done | finished(tokens)
-
-    return jax.lax.while_loop(unfinished, body, (1, cache, tokens, texts, finished(tokens)))[3]
+    A text ends before an id in eos_ids, or once `finished(row, its ids)` says so. numbers: the number of each text, folded
+    into its random bits; default: its row. chunk: ids between two looks of the host, at most CHUNK.
+    Raises UserError for an empty prompt, an id outside the vocabulary or a text longer than the model's positions.
+    """
+    padded, lengths = check_prompts(prompts, model.cfg, max_new_tokens)
+    b = len(padded)
+    row_numbers = jnp.arange(b) if numbers is None else jnp.array(numbers, jnp.int32)
+    seed, sampling = (
+        jnp.uint32(sampling.seed),
+        dataclasses.replace(sampling, seed=0),
+    )  # the seed is a value, not a program
+    settings = {"model": model, "sampling": sampling}
+    cache, tokens = prefill(
+        params,
+        jnp.array(padded),
+        jnp.array(lengths),
+        row_numbers,
+        seed,
+        slots=padded.shape[1] + max_new_tokens,
+        **settings,
+    )
+    drawn, total = np.asarray(tokens)[:, None], 1
+    texts: list[list[int]] = [[] for _ in range(b)]
+    done = [False] * b
+    while True:
+        new: list[list[int]] = [[] for _ in range(b)]
+        for row, ids in enumerate(drawn.tolist()):
+            for token in ids:
+                done[row] = done[row] or token in eos_ids
+                if not done[row]:
+                    new[row].append(token)
+                    texts[row].append(token)
+                    done[row] = finished is not None and finished(row, texts[row])
+        yield new
+        if all(done) or total == max_new_tokens:
+            return
+        n = min(chunk, CHUNK, max_new_tokens - total)
+        last = jnp.array(drawn[:, -1])
+        cache, tokens = decode(params, cache, last, row_numbers, seed, jnp.int32(n), **settings)
+        drawn, total = np.asarray(tokens)[:, :n], total + n
 
 
 def generate(
     model: CausalLM,
     params: Params,
-    prompt: np.ndarray,
+    prompts: Sequence[Sequence[int]] | np.ndarray,
     max_new_tokens: int,
     sampling: SamplingConfig,
-    eos_id: int | None = None,
+    eos_ids: tuple[int, ...] = (),
+    numbers: Sequence[int] | None = None,
+    finished: Callable[[int, list[int]], bool] | None = None,
 ) -> list[list[int]]:
-    """Continue prompts (B, P) of equal length by up to max_new_tokens each; the new ids of each text, without EOS.
-
-    Raises UserError for an empty prompt, an id outside the vocabulary or a text longer than the model's positions.
-    """
-    prompt = check_prompt(prompt, model.cfg, max_new_tokens)
-    texts = _generate(
-        params,
-        jnp.array(prompt, jnp.int32),
-        jnp.uint32(sampling.seed),
-        model=model,
-        max_new_tokens=max_new_tokens,
-        sampling=dataclasses.replace(sampling, seed=0),  # the seed is a value: no new program for it
-        eos_id=eos_id,
-    )
-    return [[int(i) for i in text if i >= 0 and i != eos_id] for text in np.asarray(texts)]
+    """The whole of `generate_stream`: the new ids of each text, without the id that ended it."""
+    texts: list[list[int]] = [[] for _ in prompts]
+    for new in generate_stream(model, params, prompts, max_new_tokens, sampling, eos_ids, numbers, finished):
+        for text, ids in zip(texts, new, strict=True):
+            text += ids
+    return texts
 
 
-def generate_from(
-    cfg: ModelConfig,
-    weights: dict[str, np.ndarray],
-    prompt: np.ndarray,
-    max_new_tokens: int,
-    sampling: SamplingConfig,
-    eos_id: int | None = None,
-    device: str = "auto",
-    compute_dtype: str = "float32",
-) -> list[list[int]]:
-    """`generate` from canonical weights on a device by name."""
+@contextlib.contextmanager
+def generator(
+    cfg: ModelConfig, weights: Tensors, device: str = "auto", compute_dtype: str = "float32"
+) -> Iterator[Callable[..., Iterator[list[list[int]]]]]:
+    """Inside `with`: `generate_stream` of canonical weights on a device by name, its first two arguments filled in."""
     target = select_device(device)
     with jax.default_device(target), x64(compute_dtype), matmul_precision(compute_dtype):
         # decoding passes a mask, which cuDNN has nothing to gain from: the backend of a length that it refuses
         model = CausalLM(cfg, backend=resolve_backend("auto", target.platform, compute_dtype, cfg, seq_len=1))
-        params = from_canonical(cfg, weights, jnp.dtype(compute_dtype))
-        return generate(model, params, prompt, max_new_tokens, sampling, eos_id)
+        yield partial(generate_stream, model, from_canonical(cfg, weights, jnp.dtype(compute_dtype)))

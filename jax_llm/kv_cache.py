@@ -1,5 +1,8 @@
 """The key/value cache as a value: it goes into the model and comes out of it, one position longer.
 
+Every text of a batch has a length of its own: prompts are padded on the right, and what the padding left in the cache is
+hidden by the mask until the text's own tokens replace it.
+
     here                           torch_llm.kv_cache
     KVCache, a tuple of arrays     KVCache, an object that owns its buffers
     init_cache(...)                KVCache(...)
@@ -10,10 +13,8 @@
 B batch, S slots, T new positions, K key/value heads, H head_dim.
 """
 
-from functools import partial
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jax import Array
 
@@ -28,7 +29,7 @@ class LayerCache(NamedTuple):
 
 
 class KVCache(NamedTuple):
-    """The caches of all layers and how many positions are filled (an int32 scalar)."""
+    """The caches of all layers and how many positions of each text are filled, int32 (B,)."""
 
     layers: tuple[LayerCache, ...]
     length: Array
@@ -39,13 +40,13 @@ def init_cache(cfg: ModelConfig, batch_size: int, max_length: int, dtype) -> KVC
     check_length(cfg, max_length, "the KV cache")
     shape = (batch_size, max_length, cfg.num_key_value_heads, cfg.head_dim)
     layers = tuple(LayerCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)) for _ in range(cfg.num_hidden_layers))
-    return KVCache(layers, jnp.zeros((), jnp.int32))
+    return KVCache(layers, jnp.zeros((batch_size,), jnp.int32))
 
 
-def update(cache: LayerCache, k: Array, v: Array, position: int | Array) -> LayerCache:
-    """The cache with k and v (B, T, K, H) written at slots [position, position + T).
+def update(cache: LayerCache, k: Array, v: Array, positions: Array) -> LayerCache:
+    """The cache with k and v (B, T, K, H) written at the slots `positions` (B, T).
 
-    The caller must leave room: past the end `dynamic_update_slice` would move the write back over older entries.
+    The caller must leave room: what would be written past the end is dropped.
     """
-    write = partial(jax.lax.dynamic_update_slice_in_dim, start_index=position, axis=1)
-    return LayerCache(write(cache.k, k), write(cache.v, v))
+    rows = jnp.arange(k.shape[0])[:, None]
+    return LayerCache(cache.k.at[rows, positions].set(k), cache.v.at[rows, positions].set(v))

@@ -55,16 +55,19 @@ def swiglu(gate: Array, up: Array) -> Array:
 
 
 class Linear(nn.Module):
-    """A linear map without bias; its weight is (features, D)."""
+    """A linear map; its weight is (features, D), its bias, if it has one, (features,)."""
 
     features: int
     param_dtype: DType = jnp.float32
+    use_bias: bool = False
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
         init = nn.initializers.normal(INIT_STD)
         weight = self.param("weight", init, (self.features, x.shape[-1]), self.param_dtype)
-        return linear(x, weight)
+        if not self.use_bias:
+            return linear(x, weight)
+        return linear(x, weight) + self.param("bias", nn.initializers.zeros, (self.features,), self.param_dtype)
 
 
 class Embedding(nn.Module):

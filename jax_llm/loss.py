@@ -26,7 +26,11 @@ def cross_entropy_sum(logits: Array, targets: Array) -> tuple[Array, Array]:
     return jnp.where(counted, nll, 0.0).sum(), counted.sum()
 
 
-def cross_entropy(logits: Array, targets: Array) -> Array:
-    """Mean over the counted targets, a scalar in nats; 0 with zero gradients if there is none."""
-    total, count = cross_entropy_sum(logits, targets)
+def cross_entropy(logits: Array, targets: Array, count: Array | None = None) -> Array:
+    """Mean over the counted targets, a scalar in nats; 0 with zero gradients if there is none.
+
+    count: how many targets count in the whole batch, of which these may be a part; the parts' results then add up.
+    """
+    total, own_count = cross_entropy_sum(logits, targets)
+    count = own_count if count is None else count
     return total / jnp.maximum(count, 1)

@@ -4,6 +4,9 @@ B batch, T positions, S cache slots, D hidden_size, V vocab_size, L layers.
 
 Layers live in one tree whose arrays are stacked on a leading L axis. They run as a plain loop that applies one layer's
 slice after the other, or as one `lax.scan`, which compiles faster and runs slower.
+
+`remat` says what a layer's backward pass computes again instead of keeping it from the forward pass: "none"; "dots", all but
+the matrix products; "full", everything but the layer's input.
 """
 
 from collections.abc import Callable
@@ -20,9 +23,10 @@ from jax_llm.kv_cache import KVCache, LayerCache
 from jax_llm.layers import MLP, DType, Embedding, Linear, RMSNorm, upcast
 from jax_llm.rope import rotary_table
 from llm_common.config import ModelConfig, check_length
-from llm_common.tensors import init_range, tensor_shapes
+from llm_common.tensors import init_constant, init_range, tensor_shapes
 
 Params = Any  # a tree of arrays
+REMAT_POLICIES = {"full": None, "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable}
 
 
 class DecoderLayer(nn.Module):
@@ -40,11 +44,11 @@ class DecoderLayer(nn.Module):
         sin: Array,
         mask: Array | None = None,
         cache: LayerCache | None = None,
-        position: int | Array = 0,
+        positions: Array | None = None,
     ) -> tuple[Array, LayerCache | None]:
         eps, dtype = self.cfg.rms_norm_eps, self.param_dtype
         h = RMSNorm(eps, dtype, name="input_layernorm")(x)
-        h, cache = Attention(self.cfg, self.backend, dtype, name="self_attn")(h, cos, sin, mask, cache, position)
+        h, cache = Attention(self.cfg, self.backend, dtype, name="self_attn")(h, cos, sin, mask, cache, positions)
         x = x + h
         h = RMSNorm(eps, dtype, name="post_attention_layernorm")(x)
         return x + MLP(self.cfg.intermediate_size, dtype, name="mlp")(h), cache
@@ -57,6 +61,7 @@ class Transformer(nn.Module):
     backend: str = "reference"
     scan_layers: bool = False
     param_dtype: DType = jnp.float32
+    remat: str = "none"
 
     def setup(self) -> None:
         cfg = self.cfg
@@ -79,16 +84,19 @@ class Transformer(nn.Module):
         if cache is None:
             check_length(self.cfg, t, "the input")
             cos, sin = rotary_table(self.cfg, t, table_dtype)
-            position, mask, caches = 0, None, (None,) * self.cfg.num_hidden_layers
+            positions, mask, caches = None, None, (None,) * self.cfg.num_hidden_layers
         else:
-            slots, position, caches = cache.layers[0].k.shape[1], cache.length, cache.layers
-            cos, sin = rotary_table(self.cfg, slots, table_dtype)
-            cos, sin = (jax.lax.dynamic_slice_in_dim(table, position, t) for table in (cos, sin))
-            mask = causal_mask(position + jnp.arange(t), jnp.arange(slots))  # (T, S)
+            slots, caches = cache.layers[0].k.shape[1], cache.layers
+            positions = cache.length[:, None] + jnp.arange(t)  # (B, T)
+            cos, sin = (table[positions] for table in rotary_table(self.cfg, slots, table_dtype))
+            mask = causal_mask(positions, jnp.arange(slots), self.cfg.sliding_window)[:, None]  # (B, 1, T, S)
 
         def apply_layer(i, params: Params, x: Array, layer_cache: LayerCache | None):
             layer = DecoderLayer(self.cfg, self.backend, self.param_dtype, parent=None, name=f"layers_{i}")
-            return layer.apply({"params": params}, x, cos, sin, mask, layer_cache, position)
+            return layer.apply({"params": params}, x, cos, sin, mask, layer_cache, positions)
+
+        if self.remat != "none" and cache is None:
+            apply_layer = jax.checkpoint(apply_layer, policy=REMAT_POLICIES[self.remat], static_argnums=0)
 
         if self.scan_layers and cache is None:
             x, _ = jax.lax.scan(lambda x, params: (apply_layer("all", params, x, None)[0], None), x, self.layers)
@@ -103,20 +111,28 @@ class Transformer(nn.Module):
 
 
 class CausalLM(nn.Module):
-    """The transformer and its head: token ids (B, T) to logits (B, T, V) in the weights' dtype."""
+    """The transformer and its head: token ids (B, T) to logits (B, T, V) in the weights' dtype.
+
+    With `last` (B,), an index of a position of each text, only the logits there are computed: (B, 1, V).
+    """
 
     cfg: ModelConfig
     backend: str = "reference"
     scan_layers: bool = False
     param_dtype: DType = jnp.float32
+    remat: str = "none"
 
     def setup(self) -> None:
-        self.model = Transformer(self.cfg, self.backend, self.scan_layers, self.param_dtype)
+        self.model = Transformer(self.cfg, self.backend, self.scan_layers, self.param_dtype, self.remat)
         if not self.cfg.tie_word_embeddings:
             self.lm_head = Linear(self.cfg.vocab_size, self.param_dtype)
 
-    def __call__(self, input_ids: Array, cache: KVCache | None = None) -> tuple[Array, KVCache | None]:
+    def __call__(
+        self, input_ids: Array, cache: KVCache | None = None, last: Array | None = None
+    ) -> tuple[Array, KVCache | None]:
         x, cache = self.model(input_ids, cache)
+        if last is not None:
+            x = jnp.take_along_axis(x, last[:, None, None], axis=1)  # (B, 1, D)
         logits = self.model.embed_tokens.attend(x) if self.cfg.tie_word_embeddings else self.lm_head(x)
         return logits, cache
 
@@ -153,6 +169,17 @@ def build_params(cfg: ModelConfig, tensor: Callable[[str], Any], stack: Callable
     return tree
 
 
+def get_canonical(params: Params, name: str) -> Array:
+    """The tensor of a parameter tree (or a gradient or moment tree) that has a canonical name."""
+    path, index = name.split("."), None
+    if name.startswith("model.layers."):
+        index = int(path.pop(2))
+    leaf = params
+    for part in path:
+        leaf = leaf[part]
+    return leaf if index is None else leaf[index]
+
+
 def init_params(cfg: ModelConfig, seed: int, dtype=jnp.float32) -> Params:
     """Initial weights, bit-identical to torch's from the same seed: uniform, keyed by the canonical name's index."""
     shapes = tensor_shapes(cfg)
@@ -161,7 +188,7 @@ def init_params(cfg: ModelConfig, seed: int, dtype=jnp.float32) -> Params:
     def tensor(name: str) -> Array:
         width = init_range(cfg, name)
         if width is None:
-            return jnp.ones(shapes[name], dtype)
+            return jnp.full(shapes[name], init_constant(name), dtype)
         size = shapes[name][0] * shapes[name][1]
         u = random_bits.uniform(random_bits.random_bits(keys[name], size), dtype)
         return ((u - 0.5) * jnp.asarray(width, dtype)).reshape(shapes[name])

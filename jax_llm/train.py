@@ -10,10 +10,12 @@ B batch, T positions.
 """
 
 import contextlib
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -21,14 +23,16 @@ import optax
 from jax import Array
 
 from jax_llm.attention import resolve_backend
-from jax_llm.loss import cross_entropy
-from jax_llm.model import CausalLM, Params, init_params, slice_layers, stack_layers
+from jax_llm.layers import upcast
+from jax_llm.loss import IGNORE_INDEX, cross_entropy
+from jax_llm.model import CausalLM, Params, get_canonical, init_params, slice_layers, stack_layers
 from jax_llm.optim import global_norm, make_optimizer
+from llm_common.budget import host_memory, host_memory_used
 from llm_common.config import ModelConfig, OptimizerConfig, TrainConfig, check_length
-from llm_common.data import TokenDataset
+from llm_common.data import Dataset
 from llm_common.errors import UserError
 from llm_common.schedule import StepScalars, step_scalars
-from llm_common.tensors import check_batch
+from llm_common.tensors import check_batch, tensor_shapes
 
 
 class TrainState(NamedTuple):
@@ -62,21 +66,36 @@ def restack(params: Params) -> Params:
     return {**params, "model": {**model, "layers": stack_layers(model["layers"])}}
 
 
-def loss_and_grads(model: CausalLM, params: Params, inputs: Array, targets: Array) -> tuple[Array, Params]:
+def loss_and_grads(
+    model: CausalLM, params: Params, inputs: Array, targets: Array, accumulation_steps: int = 1
+) -> tuple[Array, Params]:
     """Mean loss of a batch and its gradient, in the dtype of `params`. inputs, targets: (B, T).
 
     The layers are sliced before differentiating and the gradients stacked after: the gradient of a slice would be a
-    whole stack of zeros with one slice filled, once for every layer.
+    whole stack of zeros with one slice filled, once for every layer. With accumulation the batch is cut into
+    `accumulation_steps` micro-batches, one after the other; the gradients are added up in float32, and the mean is over all
+    counted tokens of the batch.
     """
+    count = (targets != IGNORE_INDEX).sum()
+    sliced = params if model.scan_layers else unstack(params, model.cfg.num_hidden_layers)
 
-    def loss_fn(params: Params) -> Array:
+    def loss_fn(params: Params, inputs: Array, targets: Array) -> Array:
         logits, _ = model.apply({"params": params}, inputs)  # (B, T, V)
-        return cross_entropy(logits, targets)
+        return cross_entropy(logits, targets, count)
 
-    if model.scan_layers:
-        return jax.value_and_grad(loss_fn)(params)
-    loss, grads = jax.value_and_grad(loss_fn)(unstack(params, model.cfg.num_hidden_layers))
-    return loss, restack(grads)
+    loss_and_grad = jax.value_and_grad(loss_fn)
+    if accumulation_steps == 1:
+        loss, grads = loss_and_grad(sliced, inputs, targets)
+        return loss, grads if model.scan_layers else restack(grads)
+
+    def add(total: tuple[Array, Params], micro_batch: tuple[Array, Array]):
+        return jax.tree.map(lambda a, x: a + x.astype(a.dtype), total, loss_and_grad(sliced, *micro_batch)), None
+
+    zero = jax.tree.map(lambda p: jnp.zeros(p.shape, upcast(p[:0]).dtype), sliced)
+    zero_loss = jnp.zeros((), upcast(params["model"]["norm"]["weight"]).dtype)
+    cut = lambda x: x.reshape(accumulation_steps, -1, x.shape[1])  # (A, B / A, T)
+    (loss, grads), _ = jax.lax.scan(add, (zero_loss, zero), (cut(inputs), cut(targets)))
+    return loss, grads if model.scan_layers else restack(grads)
 
 
 def matmul_precision(compute_dtype: str):
@@ -104,11 +123,32 @@ def describe(cfg: ModelConfig, train: TrainConfig, device: str) -> str:
     """What a run on a device (by name) will use, in a line for people. Raises UserError if the device is absent."""
     target = select_device(device)
     backend = make_model(cfg, train, target.platform).backend
-    return f"{target.device_kind}, {train.compute_dtype}, {backend} attention"
+    layers = "scanned" if train.scan_layers else "unrolled"
+    jit = "not compiled" if train.compile == "off" else f"jit, layers {layers}"
+    deterministic = ", deterministic" if train.deterministic else ""
+    return (
+        f"{target.device_kind}, {train.compute_dtype}, {backend} attention, {jit}, remat {train.remat}{deterministic}"
+    )
+
+
+def memory_limit(device: str) -> int | None:
+    """How many bytes an array may take on a device (by name) now, or None if it does not say."""
+    stats = select_device(device).memory_stats() or {}
+    return stats.get("bytes_limit") if stats else host_memory()
+
+
+def memory_used(device: str) -> int:
+    """The most bytes that were in use on a device (by name)."""
+    return (select_device(device).memory_stats() or {}).get("peak_bytes_in_use") or host_memory_used()
+
+
+def device_kind(device: str) -> str:
+    """What a device (by name) calls itself."""
+    return select_device(device).device_kind
 
 
 def make_train_step(
-    model: CausalLM, optimizer: optax.GradientTransformation, compute_dtype: str
+    model: CausalLM, optimizer: optax.GradientTransformation, compute_dtype: str, accumulation_steps: int = 1
 ) -> Callable[[TrainState, Array, Array, StepScalars], tuple[TrainState, Metrics]]:
     """The function of one step: gradients, global norm, clip, AdamW. Pure, to be jitted with its state donated.
 
@@ -120,7 +160,8 @@ def make_train_step(
         state: TrainState, inputs: Array, targets: Array, scalars: StepScalars
     ) -> tuple[TrainState, Metrics]:
         with matmul_precision(compute_dtype):
-            loss, grads = loss_and_grads(model, cast(state.params, compute_dtype), inputs, targets)
+            params = cast(state.params, compute_dtype)
+            loss, grads = loss_and_grads(model, params, inputs, targets, accumulation_steps)
         grads = jax.tree.map(lambda g, p: g.astype(p.dtype), grads, state.params)
         norm = global_norm(grads)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params, scalars=scalars)
@@ -135,29 +176,31 @@ def make_train_step(
     return train_step
 
 
-def init_state(cfg: ModelConfig, train: TrainConfig, opt: OptimizerConfig) -> TrainState:
-    """The state before the first step, from `train.seed` alone."""
+def init_state(cfg: ModelConfig, train: TrainConfig, opt: OptimizerConfig, params: Params = None) -> TrainState:
+    """The state before the first step, from `train.seed` alone, or from given weights."""
     dtype = jnp.dtype(train.master_dtype)
     if dtype == jnp.float64 and not jax.config.read("jax_enable_x64"):
         raise UserError("compute_dtype = 'float64' needs JAX_ENABLE_X64=1, or `with jax_llm.train.x64('float64'):`")
-    params = jax.jit(lambda: init_params(cfg, train.seed, dtype))()
+    params = jax.jit(lambda: init_params(cfg, train.seed, dtype))() if params is None else params
     optimizer = make_optimizer(opt, cfg)
     return TrainState(params, optimizer.init(params), jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32))
 
 
 def make_model(cfg: ModelConfig, train: TrainConfig, platform: str) -> CausalLM:
     """The model that a run uses on a platform, its attention backend resolved."""
-    return CausalLM(
-        cfg, backend=resolve_backend(train.attention_backend, platform, train.compute_dtype, cfg, train.seq_len)
-    )
+    backend = resolve_backend(train.attention_backend, platform, train.compute_dtype, cfg, train.seq_len)
+    return CausalLM(cfg, backend=backend, scan_layers=train.scan_layers, remat=train.remat)
 
 
 @functools.lru_cache(maxsize=8)
 def compiled_train_step(cfg: ModelConfig, train: TrainConfig, opt: OptimizerConfig, platform: str):
     """The jitted step of a run, its state donated; the same settings give the same function, compiled once."""
-    optimizer = make_optimizer(opt, cfg)
-    step = make_train_step(make_model(cfg, train, platform), optimizer, train.compute_dtype)
-    return jax.jit(step, donate_argnums=0)
+    model, steps = make_model(cfg, train, platform), train.gradient_accumulation_steps
+    step = make_train_step(model, make_optimizer(opt, cfg), train.compute_dtype, steps)
+    if train.compile == "off":
+        return step
+    options = {"xla_gpu_deterministic_ops": True} if train.deterministic and platform == "gpu" else None
+    return jax.jit(step, donate_argnums=0, compiler_options=options)
 
 
 def fit(
@@ -165,14 +208,15 @@ def fit(
     cfg: ModelConfig,
     train: TrainConfig,
     opt: OptimizerConfig,
-    dataset: TokenDataset,
+    dataset: Dataset,
     until_step: int | None = None,
-    on_step: Callable[[int, TrainState, dict[str, float]], None] | None = None,
+    on_step: Callable[[int, TrainState, dict[str, float]], bool | None] | None = None,
 ) -> TrainState:
     """Train from `state.step` to `until_step` (default: opt.total_steps) and return the new state.
 
     The state that comes in is donated: do not use it afterwards. `on_step(step, state, metrics)` is called after each
-    step with loss, grad_norm, lr and skipped. Raises UserError if too many updates in a row were skipped.
+    step with loss, grad_norm, lr and skipped; if it returns True, training ends there. Raises UserError if too many updates in
+    a row were skipped, naming the tensor that is the first to be not finite.
     """
     check_length(cfg, train.seq_len, "seq_len")
     (platform,) = {d.platform for d in state.step.devices()}
@@ -188,10 +232,47 @@ def fit(
         skipped_in_row = skipped_in_row + 1 if metrics.skipped else 0
         if on_step is not None:
             numbers = {"loss": float(metrics.loss), "grad_norm": float(metrics.grad_norm), "lr": scalars.lr}
-            on_step(step, state, numbers | {"skipped": bool(metrics.skipped)})
+            if on_step(step, state, numbers | {"skipped": bool(metrics.skipped)}):
+                break
         if skipped_in_row >= train.max_skipped_steps:
+            params = cast(state.params, train.compute_dtype)
             raise UserError(
-                f"the gradient norm was not finite in {skipped_in_row} steps in a row (to step {step}); "
+                f"the gradient norm was not finite in {skipped_in_row} steps in a row (to step {step}): "
+                f"{first_not_finite(make_model(cfg, train, platform), params, inputs, targets)}; "
                 "lower lr_max, lengthen warmup_steps, or look for bad tokens in the data"
             )
     return state
+
+
+def first_not_finite(model: CausalLM, params: Params, inputs: Array, targets: Array) -> str:
+    """Which tensor is the first that is not finite: a weight, else a module's output in the order in which they are computed,
+    else the loss, else a gradient in the order of the backward pass. For people; runs the model once more, uncompiled.
+    """
+    finite = lambda x: bool(jnp.isfinite(x).all())
+    names, found, path = list(tensor_shapes(model.cfg)), [], []
+    for name in names:
+        if not finite(get_canonical(params, name)):
+            return f"the weight {name} is the first tensor that is not finite"
+
+    def look(next_fun, args, kwargs, context):
+        if context.method_name != "__call__":
+            return next_fun(*args, **kwargs)
+        path.append((context.module.name or "").replace("layers_", "layers."))
+        out = next_fun(*args, **kwargs)
+        tensor = out[0] if isinstance(out, tuple) else out
+        if not finite(tensor) and not found:
+            found.append(".".join(part for part in path if part) or "the model")
+        path.pop()
+        return out
+
+    with nn.intercept_methods(look):
+        logits, _ = dataclasses.replace(model, remat="none", scan_layers=False).apply({"params": params}, inputs)
+    if found:
+        return f"the output of {found[0]} is the first tensor that is not finite; all weights are finite"
+    if not finite(cross_entropy(logits, targets)):
+        return "the loss is the first tensor that is not finite; all logits are finite"
+    _, grads = loss_and_grads(model, params, inputs, targets)
+    for name in reversed(names):
+        if not finite(get_canonical(grads, name)):
+            return f"the gradient of {name} is the first tensor that is not finite; the loss is finite"
+    return "weights, activations, loss and gradients are finite now: the norm overflowed"

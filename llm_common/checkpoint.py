@@ -4,11 +4,11 @@
       config.json            the model, as transformers reads it
       model.safetensors      master weights under their canonical names
       optimizer.safetensors  mu.<name> and nu.<name>
-      bpe.json               the tokenizer, if the run has one
+      bpe.json, tokenizer.json, ...   the tokenizer, if the run has one, as this program and as transformers load it
       state.json             counters, seed, settings, sha256 of every other file; written last, as the commit mark
 
 The folder is written under a temporary name and renamed when it is complete, so an interrupted save leaves the previous
-checkpoint as it was. There is no pickle anywhere.
+checkpoint as it was. There is no pickle anywhere. The folder is also one that transformers loads.
 """
 
 import hashlib
@@ -23,29 +23,39 @@ from typing import Any
 import numpy as np
 
 from llm_common.config import ModelConfig, OptimizerConfig, TrainConfig
-from llm_common.data import TokenDataset
-from llm_common.errors import UserError
-from llm_common.tensors import check_tensors, read_tensors, sync, write_tensors
-from llm_common.tokenizer import FILE_NAME as TOKENIZER_FILE
+from llm_common.data import Dataset
+from llm_common.errors import UserError, read_json
+from llm_common.hf_tokenizer import HfTokenizer, companions, token_ids
+from llm_common.tensor_files import MODEL_FILE, TensorFiles, check_plain_file, open_model_files, sync, write_tensors
+from llm_common.tensors import Tensors, check_tensors
 from llm_common.tokenizer import Tokenizer
 
 FORMAT = 1
 ASIDE = ".old"  # with a leading dot, the name of a checkpoint that is about to be replaced
-CONFIG_FILE, MODEL_FILE, OPTIMIZER_FILE, STATE_FILE = (
-    "config.json",
-    "model.safetensors",
-    "optimizer.safetensors",
-    "state.json",
+CONFIG_FILE, OPTIMIZER_FILE, STATE_FILE = "config.json", "optimizer.safetensors", "state.json"
+AnyTokenizer = Tokenizer | HfTokenizer
+# Settings of TrainConfig that change no result, or only its rounding: a run may go on with others.
+MAY_CHANGE = (
+    "attention_backend",
+    "max_skipped_steps",
+    "gradient_accumulation_steps",
+    "remat",
+    "compile",
+    "scan_layers",
+    "deterministic",
 )
 
 
 @dataclass
 class TrainingState:
-    """Everything a run needs to go on, in either framework. Arrays are canonical tensors in the master dtype."""
+    """Everything a run needs to go on, in either framework. Arrays are canonical tensors in the master dtype.
 
-    weights: dict[str, np.ndarray]
-    mu: dict[str, np.ndarray]
-    nu: dict[str, np.ndarray]
+    Those of a loaded checkpoint are read when they are asked for.
+    """
+
+    weights: Tensors
+    mu: Tensors
+    nu: Tensors
     step: int  # steps made, which decides the data and the learning rate
     adam_count: int  # updates made: fewer than `step` if some were skipped
 
@@ -55,21 +65,51 @@ def save_checkpoint(
     cfg: ModelConfig,
     state: TrainingState,
     settings: dict[str, Any],
-    tokenizer: Tokenizer | None = None,
+    tokenizer: AnyTokenizer | None = None,
 ) -> Path:
-    """Write `run/step-XXXXXXXX`; returns it. `settings` is any JSON: hyper-parameters, data fingerprint, framework."""
+    """Write `run/step-XXXXXXXX`; returns it. `settings` is any JSON: hyper-parameters, data fingerprint, framework.
+
+    Raises UserError if the disk is full or cannot be written; what was saved before is not touched.
+    """
     folder = run / f"step-{state.step:08d}"
     partial = run / f".{folder.name}.partial"
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    _write_text(partial / CONFIG_FILE, json.dumps(cfg.to_hf(), indent=2) + "\n")
-    write_tensors(partial / MODEL_FILE, state.weights)
+    need = sum(x.nbytes for tensors in (state.weights, state.mu, state.nu) for x in tensors.values())
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        _write_files(partial, cfg, state, settings, tokenizer)
+        if folder.exists():  # the same step saved again: the old one steps aside and goes when the new one is in place
+            aside = run / f".{folder.name}{ASIDE}"
+            shutil.rmtree(aside, ignore_errors=True)
+            os.rename(folder, aside)
+            os.rename(partial, folder)
+            shutil.rmtree(aside)
+        else:
+            os.rename(partial, folder)
+        sync(run)
+    except OSError as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        newest = latest_checkpoint(run)
+        free = shutil.disk_usage(run).free if run.is_dir() else 0
+        raise UserError(
+            f"{folder}: cannot be written ({error.strerror or error}); it needs {need / 2**20:,.0f} MiB, {free / 2**20:,.0f} "
+            f"are free. Make room and start again; {'nothing was saved before' if newest is None else f'{newest} is complete'}"
+        ) from None
+    return folder
+
+
+def _write_files(folder: Path, cfg: ModelConfig, state: TrainingState, settings: dict[str, Any], tokenizer) -> None:
+    config = cfg.to_hf() | ({} if tokenizer is None else token_ids(tokenizer))
+    dtype = next(iter(state.weights.values())).dtype.name
+    _write(
+        folder / CONFIG_FILE, (json.dumps(config | {"dtype": dtype, "torch_dtype": dtype}, indent=2) + "\n").encode()
+    )
+    write_tensors(folder / MODEL_FILE, state.weights)
     moments = {f"mu.{name}": x for name, x in state.mu.items()} | {f"nu.{name}": x for name, x in state.nu.items()}
-    write_tensors(partial / OPTIMIZER_FILE, moments)
-    if tokenizer is not None:
-        tokenizer.save(partial / TOKENIZER_FILE)
-        sync(partial / TOKENIZER_FILE)
-    files = {path.name: {"size": path.stat().st_size, "sha256": _sha256(path)} for path in sorted(partial.iterdir())}
+    write_tensors(folder / OPTIMIZER_FILE, moments)
+    for name, content in (companions(tokenizer) if tokenizer is not None else {}).items():
+        _write(folder / name, content)
+    files = {path.name: {"size": path.stat().st_size, "sha256": _sha256(path)} for path in sorted(folder.iterdir())}
     content = {
         "format": FORMAT,
         "step": state.step,
@@ -77,29 +117,50 @@ def save_checkpoint(
         "files": files,
         "settings": settings,
     }
-    _write_text(partial / STATE_FILE, json.dumps(content, indent=2) + "\n")
-    sync(partial)
-    if folder.exists():  # the same step saved again: the old one steps aside and goes only when the new one is in place
-        aside = run / f".{folder.name}{ASIDE}"
-        shutil.rmtree(aside, ignore_errors=True)
-        os.rename(folder, aside)
-        os.rename(partial, folder)
-        shutil.rmtree(aside)
-    else:
-        os.rename(partial, folder)
-    sync(run)
-    return folder
+    _write(folder / STATE_FILE, (json.dumps(content, indent=2) + "\n").encode())
+    sync(folder)
 
 
-def latest_checkpoint(run: Path) -> Path | None:
-    """The newest complete checkpoint of a run, or None. One that had stepped aside when a save was cut off is put back."""
+def checkpoints(run: Path) -> list[Path]:
+    """The complete checkpoints of a run, the oldest first. One that had stepped aside when a save was cut off is put back."""
     folders = sorted(run.iterdir()) if run.is_dir() else []
     for aside in folders:
         if aside.name.endswith(ASIDE) and not (original := run / aside.name[1 : -len(ASIDE)]).exists():
             os.rename(aside, original)
             folders.append(original)
     steps = [x for x in folders if re.fullmatch(r"step-\d{8,}", x.name) and (x / STATE_FILE).is_file()]
-    return max(steps, key=lambda folder: int(folder.name[5:]), default=None)
+    return sorted(steps, key=lambda folder: int(folder.name[5:]))
+
+
+def latest_checkpoint(run: Path) -> Path | None:
+    """The newest complete checkpoint of a run, or None."""
+    return max(checkpoints(run), key=lambda folder: int(folder.name[5:]), default=None)
+
+
+def prune_checkpoints(run: Path, keep_last: int, keep_best: int) -> list[Path]:
+    """Delete all checkpoints but the newest `keep_last` and the `keep_best` with the lowest held-out loss; returns those.
+
+    keep_last 0 keeps all. What a cut-off save or deletion left behind goes too.
+    """
+    for leftover in [*run.glob(".step-*.partial"), *run.glob(".step-*.deleted")]:
+        shutil.rmtree(leftover, ignore_errors=True)
+    found = checkpoints(run)
+    losses = {folder: loss for folder in found if (loss := held_out_loss(folder)) is not None}
+    best = sorted(losses, key=lambda folder: losses[folder])[:keep_best]
+    deleted = [folder for folder in found[: -keep_last or None] if folder not in best] if keep_last else []
+    for folder in deleted:
+        aside = run / f".{folder.name}.deleted"  # at once no checkpoint any more, however long deleting takes
+        os.rename(folder, aside)
+        shutil.rmtree(aside, ignore_errors=True)
+    return deleted
+
+
+def held_out_loss(folder: Path) -> float | None:
+    """The loss that a checkpoint recorded of itself, or None."""
+    try:
+        return read_json(folder / STATE_FILE)["settings"]["evaluation"]["loss"]
+    except (UserError, KeyError, TypeError):
+        return None
 
 
 def load_config(folder: Path) -> ModelConfig:
@@ -107,19 +168,26 @@ def load_config(folder: Path) -> ModelConfig:
     return ModelConfig.from_file(folder / CONFIG_FILE)
 
 
-def load_weights(folder: Path) -> tuple[ModelConfig, dict[str, np.ndarray]]:
-    """Config and weights alone: of a training checkpoint, whose sha256 are checked, or of any folder that has the files
-    config.json and model.safetensors.
+def load_weights(folder: Path) -> tuple[ModelConfig, TensorFiles]:
+    """Config and weights alone, read when they are asked for: of a training checkpoint, whose sha256 are checked, or of a
+    Hugging Face folder, in one file or in shards.
     """
     if (folder / STATE_FILE).is_file():
         _read_state(folder, (CONFIG_FILE, MODEL_FILE))
-    return _read_weights(folder)
+    return _open_weights(folder)
 
 
-def _read_weights(folder: Path) -> tuple[ModelConfig, dict[str, np.ndarray]]:
+def _open_weights(folder: Path) -> tuple[ModelConfig, TensorFiles]:
     cfg = load_config(folder)
-    weights = read_tensors(folder / MODEL_FILE)
-    check_tensors(cfg, weights, str(folder / MODEL_FILE))
+    weights = open_model_files(folder)
+    for name in [name for name in weights if name.endswith("rotary_emb.inv_freq")]:
+        weights.without(name)  # old files hold this table, which follows from the config
+    if cfg.tie_word_embeddings and "lm_head.weight" in weights and "model.embed_tokens.weight" in weights:
+        head, embedding = weights["lm_head.weight"], weights["model.embed_tokens.weight"]
+        if not np.array_equal(head, embedding):
+            raise UserError(f"{folder}: lm_head.weight differs from the embedding, but the config ties the two")
+        weights.without("lm_head.weight")
+    check_tensors(cfg, weights, str(folder))
     return cfg, weights
 
 
@@ -130,43 +198,59 @@ def load_checkpoint(folder: Path, cfg: ModelConfig | None = None) -> tuple[Model
     `cfg` given, of another model.
     """
     content = _read_state(folder)
-    saved_cfg, weights = _read_weights(folder)
+    saved_cfg, weights = _open_weights(folder)
     if cfg is not None and cfg != saved_cfg:
         saved, asked = asdict(saved_cfg), asdict(cfg)
         differing = [
             f"{key} = {saved[key]!r} here, {asked[key]!r} asked for" for key in saved if saved[key] != asked[key]
         ]
         raise UserError(f"{folder}: checkpoint of another model: {'; '.join(differing)}")
-    moments = read_tensors(folder / OPTIMIZER_FILE)
-    mu, nu = ({name[3:]: x for name, x in moments.items() if name.startswith(prefix)} for prefix in ("mu.", "nu."))
-    for moment, label in ((mu, "mu"), (nu, "nu")):
+    moments = []
+    for label in ("mu", "nu"):
+        moment = TensorFiles(folder / OPTIMIZER_FILE)
+        entries = moment.entries.items()
+        moment.entries = {name[3:]: entry for name, entry in entries if name.startswith(label + ".")}
         check_tensors(saved_cfg, moment, f"{folder / OPTIMIZER_FILE} ({label})")
+        moments.append(moment)
+    mu, nu = moments
     state = TrainingState(weights, mu, nu, content["step"], content["adam_count"])
     return saved_cfg, state, content["settings"]
 
 
 def _read_state(folder: Path, only: tuple[str, ...] = ()) -> dict[str, Any]:
     """The contents of state.json, after checking size and sha256 of all files that it lists (or of `only` some)."""
-    content = _read_json(folder / STATE_FILE)
+    content = read_json(folder / STATE_FILE, "is this a checkpoint folder?")
     version = content.get("format") if isinstance(content, dict) else None
     if version != FORMAT:
         raise UserError(f"{folder}: checkpoint format {version!r}, but this version reads {FORMAT}")
     missing = {"step", "adam_count", "files", "settings"} - set(content)
     if missing:
         raise UserError(f"{folder / STATE_FILE}: {min(missing)!r} is missing; use an earlier checkpoint")
-    for name, expected in content["files"].items():
+    counters = [content["step"], content["adam_count"]]
+    files, settings = content["files"], content["settings"]
+    well_formed = all(isinstance(x, int) and not isinstance(x, bool) and x >= 0 for x in counters)
+    if not (well_formed and isinstance(files, dict) and isinstance(settings, dict)):
+        raise UserError(f"{folder / STATE_FILE}: damaged; use an earlier checkpoint")
+    for name in {CONFIG_FILE, MODEL_FILE, OPTIMIZER_FILE} - set(files):
+        raise UserError(f"{folder / STATE_FILE}: does not list {name}; use an earlier checkpoint")
+    for name, expected in files.items():
+        if name != os.path.basename(name) or not isinstance(expected, dict) or not {"size", "sha256"} <= set(expected):
+            raise UserError(f"{folder / STATE_FILE}: {name!r} is not the entry of a file of this checkpoint")
         path = folder / name
         if only and name not in only:
             continue
         if not path.is_file():
             raise UserError(f"{path}: missing; the checkpoint is incomplete, use an earlier one")
+        if path.is_symlink():
+            raise UserError(f"{path}: a link; a checkpoint holds its own files")
+        check_plain_file(path)
         if path.stat().st_size != expected["size"] or _sha256(path) != expected["sha256"]:
             raise UserError(f"{path}: damaged (its sha256 is not the recorded one); use an earlier checkpoint")
     return content
 
 
 def run_settings(
-    train: TrainConfig, opt: OptimizerConfig, dataset: TokenDataset, tokenizer: Tokenizer | None = None
+    train: TrainConfig, opt: OptimizerConfig, dataset: Dataset, tokenizer: AnyTokenizer | None = None
 ) -> dict[str, Any]:
     """What a checkpoint records of its run, as JSON. Raises UserError if the dataset was made for other settings."""
     data = dataset.fingerprint()
@@ -183,14 +267,13 @@ def run_settings(
 def check_resumable(folder: Path, saved: dict[str, Any], asked: dict[str, Any]) -> None:
     """Raise UserError, naming every differing field, unless a run may go on from the checkpoint `folder`.
 
-    The framework, the attention backend and the patience with skipped steps may change: they do not decide the results.
-    Everything else would silently be another run.
+    The framework and what `MAY_CHANGE` lists may differ; everything else would silently be another run.
     """
     differing = []
     for part, values in asked.items():
         for key, value in values.items():
             old = saved.get(part, {}).get(key)
-            if old != value and key not in ("attention_backend", "max_skipped_steps"):
+            if old != value and key not in MAY_CHANGE:
                 differing.append(f"{part}.{key} = {old!r} here, {value!r} asked for")
     if differing:
         raise UserError(f"{folder}: the run was started with other settings: {'; '.join(differing)}; use another --out")
@@ -208,24 +291,9 @@ def load_resumable(
     return folder, state
 
 
-def load_tokenizer(folder: Path) -> Tokenizer | None:
-    """The tokenizer saved with a checkpoint, or None if it has none."""
-    path = folder / TOKENIZER_FILE
-    return Tokenizer.load(path) if path.is_file() else None
-
-
-def _write_text(path: Path, text: str) -> None:
-    path.write_text(text, encoding="utf-8")
+def _write(path: Path, content: bytes) -> None:
+    path.write_bytes(content)
     sync(path)
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        raise UserError(f"{path}: no such file; is this a checkpoint folder?")
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{path}: not JSON ({error})") from None
 
 
 def _sha256(path: Path) -> str:

@@ -5,14 +5,16 @@ the environment: scripts do that. A wrong value raises `UserError` with the fiel
 """
 
 import dataclasses
-import json
 import math
 from pathlib import Path
 from typing import Any
 
-from llm_common.errors import UserError
+from llm_common.errors import UserError, read_json
 
 DTYPES = ("float32", "bfloat16", "float64")
+MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
+REMAT = ("none", "dots", "full")
+COMPILE = ("auto", "on", "off")
 ATTENTION_BACKENDS = ("auto", "reference", "fused")
 
 
@@ -41,8 +43,31 @@ def _from_dict(cls, values: dict[str, Any]):
 
 
 @dataclasses.dataclass(frozen=True)
+class RopeScaling:
+    """Llama 3's stretching of the slow rotary frequencies; the names are those of Hugging Face's `rope_type: llama3`."""
+
+    factor: float
+    low_freq_factor: float
+    high_freq_factor: float
+    original_max_position_embeddings: int
+
+    def __post_init__(self) -> None:
+        for field in ("factor", "low_freq_factor", "high_freq_factor"):
+            value = getattr(self, field)
+            _check(_is_finite(value) and value > 0, self, field, "must be a positive number")
+        low = self.low_freq_factor
+        _check(self.high_freq_factor > low, self, "high_freq_factor", f"must exceed low_freq_factor = {low}")
+        length = self.original_max_position_embeddings
+        _check(_is_int(length, 1), self, "original_max_position_embeddings", "must be an integer of at least 1")
+
+
+@dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    """The architecture: a Llama-style decoder. Keys and meanings are Hugging Face's `LlamaConfig`."""
+    """The architecture: a Llama-style decoder. Keys and meanings are those of Hugging Face's configs.
+
+    `model_type` is the family: "llama"; "mistral", which may have a sliding window; "qwen2" with biases on q, k and v;
+    "qwen3" with a norm for each head of q and k.
+    """
 
     vocab_size: int
     hidden_size: int
@@ -55,6 +80,9 @@ class ModelConfig:
     rope_theta: float = 10_000.0
     rms_norm_eps: float = 1e-5
     tie_word_embeddings: bool = False
+    model_type: str = "llama"
+    rope_scaling: RopeScaling | None = None
+    sliding_window: int | None = None  # a query sees this many positions, its own included; None: all before it
 
     def __post_init__(self) -> None:
         for field in (
@@ -87,63 +115,52 @@ class ModelConfig:
         _check(_is_finite(self.rope_theta) and self.rope_theta > 0, self, "rope_theta", "must be a positive number")
         _check(_is_finite(self.rms_norm_eps) and self.rms_norm_eps > 0, self, "rms_norm_eps", "must be positive")
         _check(isinstance(self.tie_word_embeddings, bool), self, "tie_word_embeddings", "must be true or false")
+        _check(self.model_type in MODEL_TYPES, self, "model_type", f"must be one of {', '.join(MODEL_TYPES)}")
+        scaling = self.rope_scaling
+        _check(
+            scaling is None or isinstance(scaling, RopeScaling), self, "rope_scaling", "must be a RopeScaling or None"
+        )
+        window = self.sliding_window
+        _check(window is None or _is_int(window, 1), self, "sliding_window", "must be an integer of at least 1 or None")
+        _check(
+            window is None or self.model_type == "mistral", self, "sliding_window", "only model_type 'mistral' has one"
+        )
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "ModelConfig":
         return _from_dict(cls, values)
 
+    @property
+    def qkv_bias(self) -> bool:
+        """Whether q, k and v add a bias."""
+        return self.model_type == "qwen2"
+
+    @property
+    def qk_norm(self) -> bool:
+        """Whether every head of q and k passes an RMSNorm of its own before the rotation."""
+        return self.model_type == "qwen3"
+
     @classmethod
     def from_hf(cls, config: dict[str, Any]) -> "ModelConfig":
-        """Read the contents of a Hugging Face `config.json` of a Llama (versions 4 and 5 of transformers).
+        """Read the contents of a Hugging Face `config.json`; see `llm_common.hf_config`."""
+        from llm_common.hf_config import from_hf  # here, because it builds this class
 
-        Keys that do not change the mathematics are passed over; any other unknown key, and any value of a known key
-        that this model does not implement, is refused by name.
-        """
-        config = {key: value for key, value in config.items() if key not in _HF_IGNORED}
-        for key, allowed in _HF_FIXED.items():
-            value = config.pop(key, allowed[0])
-            if value not in allowed:
-                raise UserError(f"config.json: {key} = {value!r} is not implemented; it must be {allowed[0]!r}")
-        # transformers 4 writes rope_theta + rope_scaling, version 5 rope_parameters = {rope_type, rope_theta, ...}.
-        for key in ("rope_parameters", "rope_scaling"):
-            rope = dict(config.pop(key, None) or {})
-            rope_type = rope.pop("rope_type", rope.pop("type", "default"))
-            if rope_type != "default":
-                raise UserError(f"config.json: rope type {rope_type!r} is not implemented; only 'default' is")
-            if "rope_theta" in rope:
-                config["rope_theta"] = rope.pop("rope_theta")
-            if rope:
-                raise UserError(f"config.json: unknown key {sorted(rope)[0]!r} in {key}")
-        if config.get("num_key_value_heads") is None:
-            config["num_key_value_heads"] = config.get("num_attention_heads")
-        config.setdefault("rms_norm_eps", 1e-6)  # LlamaConfig's own default, which differs from ours
-        config["head_dim"] = config.get("head_dim") or 0
-        return _from_dict(cls, config)
+        return from_hf(config)
 
     @classmethod
     def from_file(cls, path: Path | str) -> "ModelConfig":
         """Read a `config.json`. Raises UserError if it is missing, not JSON, or not a config of this model."""
-        try:
-            config = json.loads(Path(path).read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            raise UserError(f"{path}: no such file; a folder with a model has a config.json") from None
-        except (OSError, ValueError) as error:
-            raise UserError(f"{path}: cannot be read as JSON ({error})") from None
+        path = Path(path)
+        config = read_json(path, "a folder with a model has a config.json")
         if not isinstance(config, dict):
             raise UserError(f"{path}: holds a {type(config).__name__}, but a config is an object with keys")
         return cls.from_hf(config)
 
     def to_hf(self) -> dict[str, Any]:
         """The contents of a `config.json` that `transformers` 4 and 5 both read."""
-        return {
-            "architectures": ["LlamaForCausalLM"],
-            "model_type": "llama",
-            **dataclasses.asdict(self),
-            "rope_parameters": {"rope_type": "default", "rope_theta": self.rope_theta},
-            "hidden_act": "silu",
-            "attention_bias": False,
-            "mlp_bias": False,
-        }
+        from llm_common.hf_config import to_hf
+
+        return to_hf(self)
 
     def num_parameters(self) -> int:
         """Number of weights; a tied head counts once."""
@@ -155,41 +172,9 @@ class ModelConfig:
             self.intermediate_size,
         )
         layer = 2 * d * n * h + 2 * d * k * h + 3 * d * f + 2 * d
+        layer += ((n + 2 * k) * h if self.qkv_bias else 0) + (2 * h if self.qk_norm else 0)
         embeddings = self.vocab_size * d * (1 if self.tie_word_embeddings else 2)
         return self.num_hidden_layers * layer + embeddings + d
-
-
-_HF_FIXED: dict[str, tuple[Any, ...]] = {
-    "model_type": ("llama",),
-    "hidden_act": ("silu",),
-    "attention_bias": (False,),
-    "mlp_bias": (False,),
-    "attention_dropout": (0.0,),
-    "pretraining_tp": (1,),
-}
-_HF_IGNORED = frozenset(
-    [
-        "_name_or_path",
-        "architectures",
-        "auto_map",
-        "bos_token_id",
-        "eos_token_id",
-        "pad_token_id",
-        "use_cache",
-        "initializer_range",
-        "dtype",
-        "torch_dtype",
-        "transformers_version",
-        "output_attentions",
-        "output_hidden_states",
-        "return_dict",
-        "is_encoder_decoder",
-        "chunk_size_feed_forward",
-        "id2label",
-        "label2id",
-        "problem_type",
-    ]
-)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -240,11 +225,24 @@ class TrainConfig:
     compute_dtype: str = "float32"  # activations and the cast weights; the masters are float32 (float64 for float64)
     attention_backend: str = "auto"  # resolved once from the device: fused on accelerators, reference on a CPU
     max_skipped_steps: int = 10  # updates skipped in a row, for a non-finite gradient norm, that stop the run
+    gradient_accumulation_steps: int = 1  # micro-batches that a batch is cut into: the same gradient in less memory
+    remat: str = (
+        "none"  # what the backward pass computes again: nothing, all but matrix products ("dots"), or all ("full")
+    )
+    compile: str = "auto"  # torch.compile and jax.jit: "on", "off", or what is faster on the device
+    scan_layers: bool = False  # JAX: all layers as one scan, which compiles faster and runs slower
+    deterministic: bool = False  # on a GPU: the same bits in every run, slower; a CPU gives them anyway
 
     def __post_init__(self) -> None:
         _check(_is_int(self.seed, 0) and self.seed < 2**32, self, "seed", "must be an integer in [0, 2^32)")
-        for field in ("batch_size", "seq_len", "max_skipped_steps"):
+        for field in ("batch_size", "seq_len", "max_skipped_steps", "gradient_accumulation_steps"):
             _check(_is_int(getattr(self, field), 1), self, field, "must be an integer of at least 1")
+        batch, steps = self.batch_size, self.gradient_accumulation_steps
+        _check(batch % steps == 0, self, "gradient_accumulation_steps", f"must divide batch_size = {batch}")
+        for field, known in (("remat", REMAT), ("compile", COMPILE)):
+            _check(getattr(self, field) in known, self, field, f"must be one of {', '.join(known)}")
+        for field in ("scan_layers", "deterministic"):
+            _check(isinstance(getattr(self, field), bool), self, field, "must be true or false")
         _check(self.compute_dtype in DTYPES, self, "compute_dtype", f"must be one of {', '.join(DTYPES)}")
         _check(
             self.attention_backend in ATTENTION_BACKENDS,
@@ -261,6 +259,34 @@ class TrainConfig:
     def master_dtype(self) -> str:
         """dtype of the weights and moments that the optimizer keeps."""
         return "float64" if self.compute_dtype == "float64" else "float32"
+
+
+@dataclasses.dataclass(frozen=True)
+class RunConfig:
+    """What a run keeps and shows on its way. Nothing here changes its results."""
+
+    save_every: int | None = None  # steps between checkpoints; None: none but by time and at the end
+    save_minutes: float | None = None  # minutes between checkpoints
+    keep_last: int = 3  # the newest checkpoints that are kept; 0: all
+    keep_best: int = 1  # those with the lowest held-out loss that are kept besides
+    eval_every: int | None = None  # steps between evaluations; None: with each checkpoint
+    eval_batches: int | None = None  # batches of an evaluation; None: all held-out tokens
+    log_every: int = 10  # steps between the lines on the terminal
+
+    def __post_init__(self) -> None:
+        for field in ("save_every", "eval_every", "eval_batches"):
+            value = getattr(self, field)
+            _check(value is None or _is_int(value, 1), self, field, "must be an integer of at least 1 or none")
+        minutes = self.save_minutes
+        _check(
+            minutes is None or (_is_finite(minutes) and minutes > 0), self, "save_minutes", "must be positive or none"
+        )
+        for field, low in (("keep_last", 0), ("keep_best", 0), ("log_every", 1)):
+            _check(_is_int(getattr(self, field), low), self, field, f"must be an integer of at least {low}")
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "RunConfig":
+        return _from_dict(cls, values)
 
 
 @dataclasses.dataclass(frozen=True)

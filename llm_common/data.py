@@ -8,25 +8,26 @@ import hashlib
 import json
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
 from llm_common import random_bits
-from llm_common.errors import UserError
+from llm_common.errors import UserError, read_json
+from llm_common.hf_tokenizer import HfTokenizer
 from llm_common.tokenizer import Tokenizer
 
 ORDER = 0x6F726465  # folded into the seed's key for the order of the windows: initial weights have keys of their own
 
 
-def write_tokens(path: Path, documents: Iterable[str], tokenizer: Tokenizer) -> dict[str, Any]:
+def write_tokens(path: Path, documents: Iterable[str], tokenizer: Tokenizer | HfTokenizer) -> dict[str, Any]:
     """Encode documents, each followed by the end-of-text token, to a `.npy` file with a `.json` beside it.
 
     Returns the description that the `.json` holds. The smallest unsigned dtype that fits the vocabulary is used.
     """
     if path.suffix != ".npy":
         raise UserError(f"{path}: a token file must end in .npy")
-    dtype = np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32
+    dtype = id_dtype(tokenizer)
     end = [] if tokenizer.end_of_text is None else [tokenizer.end_of_text]
     parts, n_documents, n_bytes = [], 0, 0
     for document in documents:
@@ -38,22 +39,28 @@ def write_tokens(path: Path, documents: Iterable[str], tokenizer: Tokenizer) -> 
         raise UserError("the corpus is empty: nothing to write")
     path.parent.mkdir(parents=True, exist_ok=True)
     np.save(path, tokens, allow_pickle=False)
-    description = {
-        "tokens": int(tokens.size),
-        "documents": n_documents,
-        "bytes": n_bytes,
-        "vocab_size": tokenizer.vocab_size,
-        "tokenizer": tokenizer.fingerprint(),
-    }
+    counts = {"tokens": int(tokens.size), "documents": n_documents, "bytes": n_bytes}
+    return write_description(path, tokenizer, counts)
+
+
+def id_dtype(tokenizer: Tokenizer | HfTokenizer) -> type:
+    """The smallest unsigned dtype for a tokenizer's ids."""
+    return np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32
+
+
+def write_description(path: Path, tokenizer: Tokenizer | HfTokenizer, counts: dict[str, Any]) -> dict[str, Any]:
+    """Write the `.json` beside a data file: its counts, and the tokenizer that made it. Returns its contents."""
+    description = {**counts, "vocab_size": tokenizer.vocab_size, "tokenizer": tokenizer.fingerprint()}
     path.with_suffix(".json").write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
     return description
 
 
-def check_tokenizer(path: Path | str, tokenizer: Tokenizer) -> None:
+def check_tokenizer(path: Path | str, tokenizer: Tokenizer | HfTokenizer) -> None:
     """Raise UserError if a token file says, in the `.json` beside it, that another tokenizer made it."""
     description = Path(path).with_suffix(".json")
     if description.is_file():
-        made_by = json.loads(description.read_text(encoding="utf-8")).get("tokenizer")
+        content = read_json(description)
+        made_by = content.get("tokenizer") if isinstance(content, dict) else None
         if made_by not in (None, tokenizer.fingerprint()):
             raise UserError(
                 f"{path}: made by another tokenizer; run scripts/prepare_data.py again, or pass its --tokenizer"
@@ -65,6 +72,47 @@ def unigram_entropy(tokens: np.ndarray) -> float:
     counts = np.bincount(np.asarray(tokens, np.int64))
     p = counts[counts > 0] / counts.sum()
     return float(-(p * np.log(p)).sum())
+
+
+class Dataset(Protocol):
+    """What training needs of its data: batches as a pure function of the step."""
+
+    def batch(self, step: int, host: int = 0, n_hosts: int = 1) -> tuple[np.ndarray, np.ndarray]:
+        """Inputs and targets of a step, each (B / n_hosts, T): a host's rows of the global batch."""
+        ...
+
+    def fingerprint(self) -> dict[str, Any]:
+        """What a checkpoint records, so that a run cannot be resumed on other data unseen."""
+        ...
+
+
+class Order:
+    """A new keyed permutation of n samples every epoch; samples are numbered over all epochs."""
+
+    def __init__(self, n: int, seed: int) -> None:
+        self.n, self.seed = n, seed
+        self._orders: dict[int, np.ndarray] = {}
+
+    def __call__(self, number: int) -> int:
+        """Which of the n samples is the one with this number."""
+        epoch, offset = divmod(number, self.n)
+        if epoch not in self._orders:  # the samples are sorted by random bits
+            key = random_bits.fold_in(random_bits.fold_in(random_bits.key(self.seed), ORDER), epoch)
+            while len(self._orders) >= 2:  # a batch touches at most the end of one epoch and the start of the next
+                del self._orders[min(self._orders)]
+            self._orders[epoch] = np.argsort(random_bits.random_bits(key, self.n), kind="stable")
+        return int(self._orders[epoch][offset])
+
+
+def host_rows(step: int, batch_size: int, host: int, n_hosts: int) -> range:
+    """The numbers of the samples in a host's rows of a step's global batch."""
+    if step < 0 or not 0 <= host < n_hosts:
+        raise UserError(f"batch(step={step}, host={host}, n_hosts={n_hosts}): step and host must lie in range")
+    if batch_size % n_hosts:
+        raise UserError(f"batch_size = {batch_size} is not divisible by {n_hosts} hosts")
+    rows = batch_size // n_hosts
+    first = step * batch_size + host * rows
+    return range(first, first + rows)
 
 
 class TokenDataset:
@@ -103,7 +151,7 @@ class TokenDataset:
             if low < 0 or high >= vocab_size:
                 bad = low if low < 0 else high
                 raise UserError(f"{path}: token id {bad} is outside the model's vocabulary [0, {vocab_size})")
-        self._orders: dict[int, np.ndarray] = {}
+        self._order = Order(self.n_windows, seed)
 
     def fingerprint(self) -> dict[str, Any]:
         """What a checkpoint records, so that a run cannot be resumed on other data unseen. Reads every token."""
@@ -118,26 +166,11 @@ class TokenDataset:
             "seed": self.seed,
         }
 
-    def _order(self, epoch: int) -> np.ndarray:
-        """The epoch's permutation of the windows: they are sorted by random bits."""
-        if epoch not in self._orders:
-            key = random_bits.fold_in(random_bits.fold_in(random_bits.key(self.seed), ORDER), epoch)
-            while len(self._orders) >= 2:  # a batch touches at most the end of one epoch and the start of the next
-                del self._orders[min(self._orders)]
-            self._orders[epoch] = np.argsort(random_bits.random_bits(key, self.n_windows), kind="stable")
-        return self._orders[epoch]
-
     def batch(self, step: int, host: int = 0, n_hosts: int = 1) -> tuple[np.ndarray, np.ndarray]:
         """Inputs and targets of a step, each int32 (B / n_hosts, T): this host's rows of the global batch."""
-        if step < 0 or not 0 <= host < n_hosts:
-            raise UserError(f"batch(step={step}, host={host}, n_hosts={n_hosts}): step and host must lie in range")
-        if self.batch_size % n_hosts:
-            raise UserError(f"batch_size = {self.batch_size} is not divisible by {n_hosts} hosts")
-        rows = self.batch_size // n_hosts
-        first = step * self.batch_size + host * rows
-        windows = np.empty((rows, self.seq_len + 1), np.int32)
-        for row in range(rows):
-            epoch, offset = divmod(first + row, self.n_windows)
-            start = int(self._order(epoch)[offset]) * self.seq_len
+        numbers = host_rows(step, self.batch_size, host, n_hosts)
+        windows = np.empty((len(numbers), self.seq_len + 1), np.int32)
+        for row, number in enumerate(numbers):
+            start = self._order(number) * self.seq_len
             windows[row] = self.tokens[start : start + self.seq_len + 1]
         return windows[:, :-1], windows[:, 1:]

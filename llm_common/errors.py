@@ -2,12 +2,31 @@
 
 import importlib
 import importlib.util
+import json
 import sys
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+LARGEST_JSON = 256 << 20  # bytes; the largest tokenizer.json in use is some 35 MB
 
 
 class UserError(ValueError):
     """A config, file, flag, text or device that cannot be used. The message names the value and the fix."""
+
+
+def read_json(path: Path, hint: str = "") -> Any:
+    """The contents of a JSON file. Raises UserError if it is missing, not a plain file, huge, or not JSON."""
+    if not path.is_file():
+        raise UserError(f"{path}: no such file" + (f"; {hint}" if hint else ""))
+    size = path.stat().st_size
+    if size > LARGEST_JSON:
+        raise UserError(f"{path}: {size:,} bytes of JSON; at most {LARGEST_JSON:,} are read")
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        reason = "nested too deeply" if isinstance(error, RecursionError) else str(error)
+        raise UserError(f"{path}: cannot be read as JSON ({reason})") from None
 
 
 def require_framework(name: str) -> None:
@@ -15,6 +34,24 @@ def require_framework(name: str) -> None:
     for package in {"jax": ("jax", "flax", "optax"), "torch": ("torch",)}[name]:
         if importlib.util.find_spec(package) is None:
             raise UserError(f"{package} is not installed; run: pip install '.[{name}]'")
+
+
+def require_package(package: str, extra: str) -> None:
+    """Raise UserError unless an optional package is installed."""
+    if importlib.util.find_spec(package) is None:
+        raise UserError(f"{package} is not installed; run: pip install '.[{extra}]'")
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an exception of any framework says that memory ran out."""
+    names = {cls.__name__ for cls in type(error).__mro__}
+    text = str(error)
+    return (
+        bool(names & {"MemoryError", "OutOfMemoryError"})
+        or "RESOURCE_EXHAUSTED" in text
+        or "Out of memory" in text
+        or "can't allocate memory" in text
+    )
 
 
 def import_side(framework: str, module: str):

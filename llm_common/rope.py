@@ -9,13 +9,28 @@ import numpy as np
 from llm_common.config import ModelConfig
 
 
+def inverse_frequencies(cfg: ModelConfig) -> np.ndarray:
+    """theta^(-2i/H) for i < H/2, float64, stretched as `cfg.rope_scaling` says.
+
+    Llama 3's scaling leaves frequencies alone that turn often within the original length, divides by `factor` those that
+    turn rarely, and interpolates between. Source: The Llama 3 Herd of Models, 2024, https://arxiv.org/abs/2407.21783.
+    """
+    exponents = np.arange(0, cfg.head_dim, 2, dtype=np.float64) / cfg.head_dim
+    frequencies = 1.0 / np.float64(cfg.rope_theta) ** exponents
+    scaling = cfg.rope_scaling
+    if scaling is None:
+        return frequencies
+    turns = scaling.original_max_position_embeddings * frequencies / (2 * np.pi)
+    kept = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
+    kept = np.clip(kept, 0.0, 1.0)
+    return kept * frequencies + (1.0 - kept) * frequencies / scaling.factor
+
+
 def rope_table(cfg: ModelConfig, length: int | None = None) -> tuple[np.ndarray, np.ndarray]:
-    """cos and sin of position * theta^(-2i/H), each float64 of shape (length, H/2); default length: the whole table.
+    """cos and sin of position * inverse frequency, each float64 of shape (length, H/2); default: the whole table.
 
     Source: Su et al. 2021, https://arxiv.org/abs/2104.09864, section 3.4.2.
     """
     length = cfg.max_position_embeddings if length is None else length
-    exponents = np.arange(0, cfg.head_dim, 2, dtype=np.float64) / cfg.head_dim
-    inverse_frequencies = 1.0 / np.float64(cfg.rope_theta) ** exponents
-    angles = np.arange(length, dtype=np.float64)[:, None] * inverse_frequencies
+    angles = np.arange(length, dtype=np.float64)[:, None] * inverse_frequencies(cfg)
     return np.cos(angles), np.sin(angles)

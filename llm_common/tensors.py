@@ -5,17 +5,16 @@ its weights inside (JAX: layers stacked on a leading axis) never leaves that fra
 """
 
 import math
-import os
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-import safetensors
-from safetensors.numpy import save_file
 
 from llm_common.config import ModelConfig, check_length
 from llm_common.errors import UserError
+from llm_common.tensor_files import TensorFiles
 
+Tensors = Mapping[str, np.ndarray]
 INIT_STD = 0.02
 
 
@@ -24,18 +23,20 @@ def tensor_shapes(cfg: ModelConfig) -> dict[str, tuple[int, ...]]:
     d, n, k, h = cfg.hidden_size, cfg.num_attention_heads, cfg.num_key_value_heads, cfg.head_dim
     shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (cfg.vocab_size, d)}
     for i in range(cfg.num_hidden_layers):
-        for name, shape in {
-            "input_layernorm": (d,),
-            "self_attn.q_proj": (n * h, d),
-            "self_attn.k_proj": (k * h, d),
-            "self_attn.v_proj": (k * h, d),
-            "self_attn.o_proj": (d, n * h),
-            "post_attention_layernorm": (d,),
-            "mlp.gate_proj": (cfg.intermediate_size, d),
-            "mlp.up_proj": (cfg.intermediate_size, d),
-            "mlp.down_proj": (d, cfg.intermediate_size),
-        }.items():
-            shapes[f"model.layers.{i}.{name}.weight"] = shape
+        prefix = f"model.layers.{i}."
+        shapes[prefix + "input_layernorm.weight"] = (d,)
+        for name, size in (("q", n * h), ("k", k * h), ("v", k * h)):
+            shapes[f"{prefix}self_attn.{name}_proj.weight"] = (size, d)
+            if cfg.qkv_bias:
+                shapes[f"{prefix}self_attn.{name}_proj.bias"] = (size,)
+        shapes[prefix + "self_attn.o_proj.weight"] = (d, n * h)
+        if cfg.qk_norm:
+            shapes[prefix + "self_attn.q_norm.weight"] = (h,)
+            shapes[prefix + "self_attn.k_norm.weight"] = (h,)
+        shapes[prefix + "post_attention_layernorm.weight"] = (d,)
+        shapes[prefix + "mlp.gate_proj.weight"] = (cfg.intermediate_size, d)
+        shapes[prefix + "mlp.up_proj.weight"] = (cfg.intermediate_size, d)
+        shapes[prefix + "mlp.down_proj.weight"] = (d, cfg.intermediate_size)
     shapes["model.norm.weight"] = (d,)
     if not cfg.tie_word_embeddings:
         shapes["lm_head.weight"] = (cfg.vocab_size, d)
@@ -43,16 +44,21 @@ def tensor_shapes(cfg: ModelConfig) -> dict[str, tuple[int, ...]]:
 
 
 def init_range(cfg: ModelConfig, name: str) -> float | None:
-    """Width c of a weight's initial uniform distribution (u - 0.5) * c, or None for a norm weight, which starts at 1.
+    """Width c of a weight's initial uniform distribution (u - 0.5) * c, or None if it starts at `init_constant`.
 
     The standard deviation c / sqrt(12) is 0.02; the two projections that write to the residual stream get
     0.02 / sqrt(2L), so that the stream's variance does not grow with depth (GPT-2, section 2.3).
     """
-    if name.endswith("norm.weight"):
+    if name.endswith(("norm.weight", ".bias")):
         return None
     residual = name.endswith(("o_proj.weight", "down_proj.weight"))
     std = INIT_STD / math.sqrt(2 * cfg.num_hidden_layers) if residual else INIT_STD
     return std * math.sqrt(12.0)
+
+
+def init_constant(name: str) -> float:
+    """What a weight without an `init_range` starts at: a gain at 1, a bias at 0."""
+    return 0.0 if name.endswith(".bias") else 1.0
 
 
 def decays(shape: tuple[int, ...]) -> bool:
@@ -60,13 +66,14 @@ def decays(shape: tuple[int, ...]) -> bool:
     return len(shape) >= 2
 
 
-def check_tensors(cfg: ModelConfig, tensors: dict[str, np.ndarray], source: str) -> None:
-    """Raise UserError unless `tensors` holds exactly the weights of `cfg`, with their shapes."""
+def check_tensors(cfg: ModelConfig, tensors: Tensors, source: str) -> None:
+    """Raise UserError unless `tensors` holds exactly the weights of `cfg`, with their shapes. Reads none of a file's."""
     shapes = tensor_shapes(cfg)
     for name in shapes:
         if name not in tensors:
             raise UserError(f"{source}: tensor {name!r} is missing")
-    for name, tensor in tensors.items():
+    known = tensors.entries if isinstance(tensors, TensorFiles) else tensors
+    for name, tensor in known.items():
         if name not in shapes:
             raise UserError(f"{source}: tensor {name!r} does not belong to this config")
         if not np.issubdtype(tensor.dtype, np.floating):
@@ -93,55 +100,23 @@ def check_batch(inputs: np.ndarray, targets: np.ndarray, vocab_size: int, what: 
     check_token_ids(targets[targets != -100], vocab_size, f"{what}, targets")
 
 
-def check_prompt(prompt: Any, cfg: ModelConfig, max_new_tokens: int) -> np.ndarray:
-    """The prompts as an integer array (B, P). Raises UserError if a model cannot continue them by max_new_tokens."""
-    try:
-        prompt = np.asarray(prompt)
-    except ValueError:
-        raise UserError(
-            "the prompts have different lengths; generate them one by one or cut them to one length"
-        ) from None
-    if prompt.ndim != 2 or prompt.size == 0:
-        raise UserError(f"prompts must be token ids of shape (B, P) with B and P at least 1, got {prompt.shape}")
+def check_prompts(prompts: Any, cfg: ModelConfig, max_new_tokens: int) -> tuple[np.ndarray, np.ndarray]:
+    """Prompts of any lengths as one array (B, P), padded with 0 on the right, and their lengths (B,).
+
+    Raises UserError if there is none, one is empty or not of token ids, or cannot be continued by max_new_tokens.
+    """
+    rows = [np.asarray(prompt) for prompt in prompts]
+    if not rows:
+        raise UserError("no prompt: give at least one")
+    for i, row in enumerate(rows):
+        if row.ndim != 1 or row.size == 0:
+            raise UserError(f"prompt {i} must be a list of at least one token id, got shape {row.shape}")
+        check_token_ids(row, cfg.vocab_size, f"prompt {i}")
     if max_new_tokens < 1:
         raise UserError(f"max_new_tokens = {max_new_tokens} must be at least 1")
-    check_token_ids(prompt, cfg.vocab_size, "prompt")
-    check_length(cfg, prompt.shape[1] + max_new_tokens, "prompt + max_new_tokens")
-    return prompt
-
-
-def write_tensors(path: Path, tensors: dict[str, np.ndarray]) -> None:
-    """Write a safetensors file, durable and readable by others, and read it back to be sure.
-
-    `safetensors.numpy.save_file` writes a non-contiguous array (a transposed view) wrong without an error.
-    """
-    tensors = {name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}
-    save_file(tensors, path, metadata={"format": "pt"})  # transformers refuses a file without this key
-    path.chmod(0o644)  # the library creates the file with mode 0600
-    sync(path)
-    written = read_tensors(path)
-    for name, tensor in tensors.items():
-        if not np.array_equal(tensor.view(np.uint8), written[name].view(np.uint8)):
-            raise OSError(f"{path}: tensor {name!r} was not written as it is in memory")
-
-
-def read_tensors(path: Path) -> dict[str, np.ndarray]:
-    """All tensors of a safetensors file. Raises UserError if there is no such file or it is damaged."""
-    if not path.is_file():
-        raise UserError(f"{path}: no such file")
-    try:
-        with safetensors.safe_open(path, framework="numpy") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-    except TypeError as error:
-        raise UserError(f"{path}: {error}; convert the tensors to float32") from error
-    except safetensors.SafetensorError as error:
-        raise UserError(f"{path}: not a readable safetensors file ({error})") from error
-
-
-def sync(path: Path) -> None:
-    """Ask the operating system to put a file or folder on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    lengths = np.array([len(row) for row in rows], np.int32)
+    check_length(cfg, int(lengths.max()) + max_new_tokens, "prompt + max_new_tokens")
+    padded = np.zeros((len(rows), lengths.max()), np.int32)
+    for i, row in enumerate(rows):
+        padded[i, : len(row)] = row
+    return padded, lengths

@@ -14,7 +14,9 @@ import json
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Protocol
 
+import numpy as np
 import regex
 
 from llm_common.errors import UserError
@@ -83,6 +85,11 @@ class Tokenizer:
     def end_of_text(self) -> int | None:
         """The id of <|endoftext|>, which separates documents, or None."""
         return self.special_tokens.get(END_OF_TEXT)
+
+    @property
+    def eos_ids(self) -> tuple[int, ...]:
+        """The ids that end a text."""
+        return () if self.end_of_text is None else (self.end_of_text,)
 
     # --- encode and decode
 
@@ -177,9 +184,22 @@ class Tokenizer:
         replacement = "\ufffd".encode()
         return b"".join(self.vocab.get(int(i), replacement) for i in ids).decode("utf-8", errors="replace")
 
+    def encode_prompt(self, text: str) -> list[int]:
+        """The ids from which a model continues a text; this tokenizer puts nothing before it."""
+        return self.encode(text)
+
+    def byte_lengths(self) -> np.ndarray:
+        """How many bytes of text each id stands for, int32 (vocab_size,); 0 for special tokens."""
+        lengths = np.zeros(self.vocab_size, np.int32)
+        for i, token in self.vocab.items():
+            lengths[i] = len(token)
+        lengths[list(self.special_tokens.values())] = 0
+        return lengths
+
     # --- files
 
-    def _to_json(self) -> str:
+    def to_json(self) -> str:
+        """The contents of the file that `save` writes."""
         content = {
             "format": FORMAT,
             "pattern": self.pattern,
@@ -191,11 +211,11 @@ class Tokenizer:
 
     def fingerprint(self) -> str:
         """sha256 of what `save` writes: by it token files and checkpoints recognise their tokenizer."""
-        return hashlib.sha256(self._to_json().encode()).hexdigest()
+        return hashlib.sha256(self.to_json().encode()).hexdigest()
 
     def save(self, path: Path | str) -> None:
         """Write one JSON file; bytes are written as hexadecimal digits."""
-        Path(path).write_text(self._to_json(), encoding="utf-8")
+        Path(path).write_text(self.to_json(), encoding="utf-8")
 
     @classmethod
     def load(cls, path: Path | str) -> "Tokenizer":
@@ -216,7 +236,12 @@ class Tokenizer:
             raise UserError(f"{path}: not a tokenizer file ({type(error).__name__}: {error})") from error
 
 
-def check_vocabulary(tokenizer: Tokenizer, vocab_size: int) -> None:
+class HasVocabulary(Protocol):
+    @property
+    def vocab_size(self) -> int: ...
+
+
+def check_vocabulary(tokenizer: HasVocabulary, vocab_size: int) -> None:
     """Raise UserError if a model with `vocab_size` embeddings has none for some of the tokenizer's ids."""
     if tokenizer.vocab_size > vocab_size:
         raise UserError(

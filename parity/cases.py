@@ -6,7 +6,7 @@ import math
 import numpy as np
 
 from llm_common.checkpoint import TrainingState
-from llm_common.config import ModelConfig
+from llm_common.config import ModelConfig, RopeScaling
 from llm_common.tensors import tensor_shapes
 from parity.compare import Tensors, round_to
 
@@ -15,7 +15,23 @@ def variants(cfg: ModelConfig) -> dict[str, ModelConfig]:
     """The config, and what it leaves untested: the other kind of head, one key/value head, no grouping."""
     tied = dataclasses.replace(cfg, tie_word_embeddings=not cfg.tie_word_embeddings, num_key_value_heads=1)
     grouped = dataclasses.replace(cfg, num_key_value_heads=cfg.num_attention_heads, rope_theta=500.0, rms_norm_eps=1e-3)
-    return {"as given": cfg, "other head, one kv head": tied, "no grouping, other theta and eps": grouped}
+    return {"as given": cfg, "other head, one kv head": tied, "no grouping, other theta and eps": grouped} | families(
+        cfg
+    )
+
+
+def families(cfg: ModelConfig) -> dict[str, ModelConfig]:
+    """The config as each of the other families has it: biases, norms of q and k, a window, stretched frequencies."""
+    llama = dataclasses.replace(cfg, sliding_window=None, model_type="llama")
+    longest = math.floor(2 * math.pi * cfg.rope_theta ** (1 - 2 / cfg.head_dim))  # the wavelength of the slowest pair
+    # kept, interpolated and divided frequencies at any theta: the borders lie within the range of wavelengths
+    scaling = RopeScaling(4.0, 1.0, 3.0, max(2, math.isqrt(7 * longest)))
+    return {
+        "Qwen2: biases": dataclasses.replace(llama, model_type="qwen2"),
+        "Qwen3: norms of q and k": dataclasses.replace(llama, model_type="qwen3"),
+        "Mistral: window of 4": dataclasses.replace(llama, model_type="mistral", sliding_window=4),
+        "Llama 3: scaled RoPE": dataclasses.replace(llama, rope_scaling=scaling),
+    }
 
 
 def shapes_of_logits(cfg: ModelConfig, batch: int, length: int) -> dict[str, tuple[ModelConfig, int, int]]:
@@ -38,7 +54,9 @@ def random_weights(cfg: ModelConfig, seed: int, dtype: str = "float64") -> Tenso
     rng = np.random.default_rng((seed, 1))
     weights = {}
     for name, shape in tensor_shapes(cfg).items():
-        if len(shape) == 1:
+        if name.endswith(".bias"):
+            x = 0.5 * rng.standard_normal(shape)
+        elif len(shape) == 1:
             x = 1.0 + 0.3 * rng.standard_normal(shape)
         elif name == "model.embed_tokens.weight" and not cfg.tie_word_embeddings:
             x = rng.standard_normal(shape)

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-Tensors = dict[str, np.ndarray]
+from llm_common.tensors import Tensors
 
 # A gradient that is exactly zero, as that of q behind a softmax over one key, comes out as rounding noise: in float64 up to
 # 6e-17 of the global norm (measured over random configs), which must stay below 1e-12 after the division. A bug that changes

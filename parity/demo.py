@@ -3,6 +3,7 @@
 import shutil
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from rich.console import Console
@@ -13,7 +14,7 @@ from llm_common.config import OptimizerConfig, SamplingConfig, TrainConfig, pres
 from llm_common.corpus import documents
 from llm_common.data import TokenDataset, unigram_entropy, write_tokens
 from llm_common.errors import import_side
-from llm_common.run_log import RunLog
+from llm_common.run import Run
 from llm_common.tokenizer import FILE_NAME, Tokenizer, train_bpe
 from parity.cases import start_state
 from parity.compare import JAX, TORCH, Row
@@ -112,17 +113,16 @@ def _train(console, name, out, cfg, train, opt, dataset, tokenizer) -> tuple[lis
         TimeRemainingColumn(),
     )
     bar = Progress(*columns, TextColumn("loss {task.fields[loss]:.3f}"), console=console, transient=True)
-    with bar as progress, RunLog(run / "log.jsonl", framework=framework) as log:
+    with bar as progress:
         task = progress.add_task("", total=opt.total_steps, loss=float("nan"))
 
-        def on_step(step: int, metrics: dict[str, float]) -> None:
-            losses.append(metrics["loss"])
-            log.write({"step": step, **metrics})
-            progress.update(task, advance=1, loss=metrics["loss"])
+        def on_event(row: dict[str, Any]) -> None:
+            if "event" not in row:
+                losses.append(row["loss"])
+                progress.update(task, advance=1, loss=row["loss"])
 
-        folder = import_side(framework, "checkpoint").fit_and_save(
-            run, cfg, train, opt, dataset, "cpu", tokenizer, on_step=on_step
-        )
+        training = Run(run, cfg, train, opt, dataset, framework, tokenizer=tokenizer, on_event=on_event)
+        folder = import_side(framework, "run").fit_and_save(training, "cpu")
     seconds = time.perf_counter() - start
     tokens = len(losses) * train.batch_size * train.seq_len
     console.print(
@@ -168,9 +168,9 @@ def _generate(console: Console, folders: dict[str, Path], tokenizer: Tokenizer) 
     for name, side in (("jax", JaxSide), ("torch", TorchSide)):
         cfg, state, _ = load_checkpoint(folders[name])  # the sha256 of every file
         weights[name] = state.weights
-        texts[name] = side(cfg, "float32").generate(weights[name], prompt, 60, sampling, tokenizer.end_of_text)[0]
+        texts[name] = side(cfg, "float32").generate(weights[name], prompt, 60, sampling, tokenizer.eos_ids)[0]
         lines.append(f"{name:5}  {PROMPT + tokenizer.decode(texts[name])!r}")
-    crossed = TorchSide(cfg, "float32").generate(weights["jax"], prompt, 60, sampling, tokenizer.end_of_text)[0]
+    crossed = TorchSide(cfg, "float32").generate(weights["jax"], prompt, 60, sampling, tokenizer.eos_ids)[0]
     same = next(
         (i for i, (a, b) in enumerate(zip(*texts.values(), strict=False)) if a != b), min(map(len, texts.values()))
     )

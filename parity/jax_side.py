@@ -154,6 +154,7 @@ class JaxSide:
             args = random_bits.key(seed), jnp.array(rows), jnp.array(positions)
             return np.asarray(sampling.gumbel_noise(*args, self.cfg.vocab_size, dtype)).astype(np.float64)
 
-    def generate(self, weights: Tensors, prompt: np.ndarray, n_new: int, cfg: SamplingConfig, eos_id: int | None):
+    def generate(self, weights: Tensors, prompts, n_new: int, cfg: SamplingConfig, eos_ids: tuple[int, ...] = ()):
         with self.scope():
-            return generate(self._model(prompt), self._params(weights), prompt, n_new, cfg, eos_id)
+            backend = resolve_backend(self.attention, self.device.platform, self.dtype, self.cfg, 1)
+            return generate(CausalLM(self.cfg, backend), self._params(weights), prompts, n_new, cfg, eos_ids)

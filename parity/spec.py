@@ -28,8 +28,20 @@ def rms_norm(x, weight, eps):
 
 
 def rope_angles(cfg, t):
-    pairs = np.arange(cfg.head_dim // 2)
-    return np.outer(np.arange(t), cfg.rope_theta ** (-2.0 * pairs / cfg.head_dim))  # (T, H/2)
+    """Position times frequency, (T, H/2). Llama 3 slows down what turns less than `high` times in the original length."""
+    frequencies = []
+    for pair in range(cfg.head_dim // 2):
+        f = cfg.rope_theta ** (-2.0 * pair / cfg.head_dim)
+        if cfg.rope_scaling is not None:
+            low, high = cfg.rope_scaling.low_freq_factor, cfg.rope_scaling.high_freq_factor
+            turns = cfg.rope_scaling.original_max_position_embeddings * f / (2 * math.pi)
+            if turns < low:
+                f = f / cfg.rope_scaling.factor
+            elif turns <= high:
+                share = (turns - low) / (high - low)
+                f = (1 - share) * f / cfg.rope_scaling.factor + share * f
+        frequencies.append(f)
+    return np.outer(np.arange(t), frequencies)
 
 
 def rotate(x, angles):
@@ -45,15 +57,22 @@ def softmax(x):
     return e / e.sum(axis=-1, keepdims=True)
 
 
-def attention_weights(q, k):
-    """Causal softmax(q k^T / sqrt(H)) for q, k (B, T, N, H): (B, N, T, T)."""
+def attention_weights(q, k, window=None):
+    """Causal softmax(q k^T / sqrt(H)) for q, k (B, T, N, H), over the last `window` positions: (B, N, T, T)."""
     t, h = q.shape[1], q.shape[3]
     scores = np.einsum("btnh,bsnh->bnts", q, k) / math.sqrt(h)
-    return softmax(np.where(np.tril(np.ones((t, t), bool)), scores, -np.inf))
+    distance = np.arange(t)[:, None] - np.arange(t)
+    return softmax(np.where((distance >= 0) & (distance < (window or t)), scores, -np.inf))
 
 
 def silu(x):
     return x / (1.0 + np.exp(-x))
+
+
+def linear(w, name, x, rnd=exact):
+    """x @ weight.T, plus the bias if there is one."""
+    y = rnd(x @ w[name + ".weight"].T)
+    return rnd(y + w[name + ".bias"]) if name + ".bias" in w else y
 
 
 def forward(w, ids, cfg, rnd=exact):
@@ -66,18 +85,23 @@ def forward(w, ids, cfg, rnd=exact):
         p = f"model.layers.{i}."
         x_in = x
         h1 = rnd(rms_norm(x, w[p + "input_layernorm.weight"], cfg.rms_norm_eps))
-        q = rnd(rotate(rnd(h1 @ w[p + "self_attn.q_proj.weight"].T).reshape(b, t, n, h), angles))
-        k = rnd(rotate(rnd(h1 @ w[p + "self_attn.k_proj.weight"].T).reshape(b, t, kv, h), angles))
-        v = rnd(h1 @ w[p + "self_attn.v_proj.weight"].T).reshape(b, t, kv, h)
+        q = linear(w, p + "self_attn.q_proj", h1, rnd).reshape(b, t, n, h)
+        k = linear(w, p + "self_attn.k_proj", h1, rnd).reshape(b, t, kv, h)
+        v = linear(w, p + "self_attn.v_proj", h1, rnd).reshape(b, t, kv, h)
+        q_raw, k_raw = q, k
+        if cfg.qk_norm:
+            q = rnd(rms_norm(q, w[p + "self_attn.q_norm.weight"], cfg.rms_norm_eps))
+            k = rnd(rms_norm(k, w[p + "self_attn.k_norm.weight"], cfg.rms_norm_eps))
+        q, k = rnd(rotate(q, angles)), rnd(rotate(k, angles))
         k, v = np.repeat(k, n // kv, axis=2), np.repeat(v, n // kv, axis=2)  # query head n reads head n // (N/K)
-        probs = rnd(attention_weights(q, k))
+        probs = rnd(attention_weights(q, k, cfg.sliding_window))
         attended = rnd(np.einsum("bnts,bsnh->btnh", probs, v)).reshape(b, t, n * h)
         x_mid = x = rnd(x + rnd(attended @ w[p + "self_attn.o_proj.weight"].T))
         h2 = rnd(rms_norm(x, w[p + "post_attention_layernorm.weight"], cfg.rms_norm_eps))
         gate, up = rnd(h2 @ w[p + "mlp.gate_proj.weight"].T), rnd(h2 @ w[p + "mlp.up_proj.weight"].T)
         hidden = rnd(silu(gate) * up)
         x = rnd(x + rnd(hidden @ w[p + "mlp.down_proj.weight"].T))
-        tape.append((x_in, h1, q, k, v, probs, attended, x_mid, h2, gate, up, hidden))
+        tape.append((x_in, h1, q_raw, k_raw, q, k, v, probs, attended, x_mid, h2, gate, up, hidden))
     final = rnd(rms_norm(x, w["model.norm.weight"], cfg.rms_norm_eps))
     return rnd(final @ w[head_name(cfg)].T), (angles, tape, x, final)
 
@@ -125,7 +149,7 @@ def loss_and_grads(w, ids, targets, cfg, rnd=exact):
     dx = norm_grad(linear_grad(dlogits, final, head_name(cfg)), x, "model.norm.weight")
     for i in reversed(range(cfg.num_hidden_layers)):
         p = f"model.layers.{i}."
-        x_in, h1, q, k, v, probs, attended, x_mid, h2, gate, up, hidden = tape[i]
+        x_in, h1, q_raw, k_raw, q, k, v, probs, attended, x_mid, h2, gate, up, hidden = tape[i]
         dhidden = linear_grad(dx, hidden, p + "mlp.down_proj.weight")
         sigmoid = 1.0 / (1.0 + np.exp(-gate))
         dgate = rnd(dhidden * up * sigmoid * (1.0 + gate * (1.0 - sigmoid)))
@@ -139,6 +163,14 @@ def loss_and_grads(w, ids, targets, cfg, rnd=exact):
         dk = rotate(rnd(np.einsum("bnts,btnh->bsnh", dscores, q)), -angles)
         dv = rnd(np.einsum("bnts,btnh->bsnh", probs, dattended))
         dk, dv = (d.reshape(b, t, kv, n // kv, h).sum(axis=3) for d in (dk, dv))
+        if cfg.qk_norm:
+            dq, dk = (
+                norm_grad(dq, q_raw, p + "self_attn.q_norm.weight"),
+                norm_grad(dk, k_raw, p + "self_attn.k_norm.weight"),
+            )
+        if cfg.qkv_bias:
+            for name, d in (("q", dq), ("k", dk), ("v", dv)):
+                grads[f"{p}self_attn.{name}_proj.bias"] = d.sum(axis=(0, 1)).reshape(-1)
         dh1 = linear_grad(dq.reshape(b, t, -1), h1, p + "self_attn.q_proj.weight")
         dh1 = dh1 + linear_grad(dk.reshape(b, t, -1), h1, p + "self_attn.k_proj.weight")
         dh1 = dh1 + linear_grad(dv.reshape(b, t, -1), h1, p + "self_attn.v_proj.weight")
@@ -222,10 +254,13 @@ def weight_shapes(cfg):
     for i in range(cfg.num_hidden_layers):
         p = f"model.layers.{i}."
         shapes[p + "input_layernorm.weight"] = (d,)
-        shapes[p + "self_attn.q_proj.weight"] = (q, d)
-        shapes[p + "self_attn.k_proj.weight"] = (kv, d)
-        shapes[p + "self_attn.v_proj.weight"] = (kv, d)
+        for name, size in (("q", q), ("k", kv), ("v", kv)):
+            shapes[f"{p}self_attn.{name}_proj.weight"] = (size, d)
+            if cfg.qkv_bias:
+                shapes[f"{p}self_attn.{name}_proj.bias"] = (size,)
         shapes[p + "self_attn.o_proj.weight"] = (d, q)
+        if cfg.qk_norm:
+            shapes[p + "self_attn.q_norm.weight"] = shapes[p + "self_attn.k_norm.weight"] = (cfg.head_dim,)
         shapes[p + "post_attention_layernorm.weight"] = (d,)
         shapes[p + "mlp.gate_proj.weight"] = (f, d)
         shapes[p + "mlp.up_proj.weight"] = (f, d)
@@ -243,7 +278,7 @@ def initial_width(name, num_layers):
 def initial_weight(seed, index, name, shape, num_layers):
     """A weight before training; index is its place in the canonical order."""
     if len(shape) == 1:
-        return np.ones(shape)
+        return np.zeros(shape) if name.endswith("bias") else np.ones(shape)
     u = uniform(fold_in((0, seed), index), math.prod(shape))
     return ((u - 0.5) * initial_width(name, num_layers)).reshape(shape)
 
@@ -275,10 +310,10 @@ def sample(logits, sampling, row, position):
     return int(np.argmax(filtered(logits, sampling) - np.log(-np.log(u))))
 
 
-def generate(w, prompt, cfg, sampling, n_new, eos_id=None):
-    """New tokens for each prompt of prompt (B, P), by a full forward pass a token; EOS ends a text and is not in it."""
+def generate(w, prompts, cfg, sampling, n_new, eos_id=None):
+    """New tokens for each of some prompts, by a full forward pass a token; EOS ends a text and is not in it."""
     texts = []
-    for row, ids in enumerate(prompt):
+    for row, ids in enumerate(prompts):
         ids, text = list(ids), []
         while len(text) < n_new:
             logits, _ = forward(w, np.array([ids]), cfg)

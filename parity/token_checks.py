@@ -51,18 +51,21 @@ def _noise(s: Settings) -> Row:
 def _texts(s: Settings) -> Row:
     """Prefill, cache, sampler and end of text together, in float64: every text must be the specification's.
 
+    The prompts have different lengths, and the texts are longer than what one call of JAX's loop draws.
     The token that ends a text is one that a free text holds, so that it is sure to be drawn.
     """
     weights = random_weights(s.cfg, s.seed)
-    prompt, _ = random_batch(s.cfg, s.seed, 3, min(5, s.cfg.max_position_embeddings // 4 or 1))
-    n_new = min(16, s.cfg.max_position_embeddings - prompt.shape[1])
+    length = min(5, s.cfg.max_position_embeddings // 4 or 1)
+    ids, _ = random_batch(s.cfg, s.seed, 3, length)
+    prompts = [ids[0].tolist(), ids[1, : max(1, length - 3)].tolist(), ids[2, : max(1, length - 1)].tolist()]
+    n_new = min(20, s.cfg.max_position_embeddings - length)
     sides = s.sides("float64")
     differing, total = [0, 0, 0], 0
     for sampling in settings(s.seed % 2**31).values():
-        free = spec.generate(weights, prompt, s.cfg, sampling, n_new)
+        free = spec.generate(weights, prompts, s.cfg, sampling, n_new)
         eos_id = free[0][min(3, n_new - 1)]
         expected = [text[: text.index(eos_id)] if eos_id in text else text for text in free]
-        texts = [side.generate(weights, prompt, n_new, sampling, eos_id) for side in sides]
+        texts = [side.generate(weights, prompts, n_new, sampling, (eos_id,)) for side in sides]
         for k, pair in enumerate(((texts[0], expected), (texts[1], expected), (texts[0], texts[1]))):
             differing[k] += sum(a != b for a, b in zip(*pair, strict=True))
         total += len(expected)

@@ -125,9 +125,9 @@ class TorchSide:
         args = random_bits.key(seed, self.device), self._tensor(rows), self._tensor(positions)
         return sampling.gumbel_noise(*args, self.cfg.vocab_size, getattr(torch, self.master)).double().cpu().numpy()
 
-    def generate(self, weights: Tensors, prompt: np.ndarray, n_new: int, cfg: SamplingConfig, eos_id: int | None):
+    def generate(self, weights: Tensors, prompts, n_new: int, cfg: SamplingConfig, eos_ids: tuple[int, ...] = ()):
         with self.scope():
-            return generate(self._model(weights), prompt, n_new, cfg, eos_id)
+            return generate(self._model(weights), prompts, n_new, cfg, eos_ids)
 
 
 def _float64(tensors: Tensors) -> Tensors:

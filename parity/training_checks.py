@@ -79,7 +79,7 @@ def _float64_steps(s: Settings) -> Iterator[Row]:
     sides = s.sides("float64")
     opt = clipping_config(s, data, weights)
     kept: list[dict[int, TrainingState]] = []
-    norms: list[Tensors] = []
+    norms: list[dict[str, np.ndarray]] = []
     for side in sides:
         states: dict[int, TrainingState] = {}
         norms.append({})

@@ -13,9 +13,10 @@ from pathlib import Path
 import numpy as np
 from flags import add_flags, from_flags
 
-from llm_common.checkpoint import latest_checkpoint, load_tokenizer, load_weights
+from llm_common.checkpoint import latest_checkpoint, load_weights
 from llm_common.config import DTYPES, SamplingConfig
 from llm_common.errors import UserError, import_side, run_main
+from llm_common.hf_tokenizer import load_tokenizer
 from llm_common.tokenizer import Tokenizer, check_vocabulary
 
 

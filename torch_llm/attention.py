@@ -10,21 +10,24 @@ from torch import Tensor, nn
 from llm_common.config import ModelConfig
 from llm_common.errors import UserError
 from torch_llm.kv_cache import KVCache
-from torch_llm.layers import Linear, upcast
+from torch_llm.layers import Linear, RMSNorm, upcast
 from torch_llm.rope import apply_rope
 
 
-def reference_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+def reference_attention(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, window: int | None = None
+) -> Tensor:
     """softmax(q k^T / sqrt(H)) v for q (B, T, N, H) and k, v (B, S, K, H): (B, T, N, H).
 
     Query head n reads key/value head n // G. `mask` is boolean, True where a query may look, and broadcasts to
-    (B, N, T, S); None is causal (T = S). Scores and softmax are float32, the probabilities are rounded to v's dtype.
+    (B, N, T, S); None is causal (T = S) over the last `window` positions. Scores and softmax are float32, the
+    probabilities are rounded to v's dtype.
     Source: Vaswani et al. 2017; Ainslie et al. 2023, https://arxiv.org/abs/2305.13245.
     """
     b, t, n, h = q.shape
     s, kv_heads = k.shape[1], k.shape[2]
     if mask is None:
-        mask = causal_mask(torch.arange(t, device=q.device), torch.arange(s, device=q.device))
+        mask = causal_mask(torch.arange(t, device=q.device), torch.arange(s, device=q.device), window)
     q = q.reshape(b, t, kv_heads, n // kv_heads, h)  # (B, T, K, G, H)
     scores = torch.einsum("btkgh,bskh->bkgts", upcast(q), upcast(k)) * h**-0.5  # (B, K, G, T, S)
     mask = torch.broadcast_to(mask, (b, n, t, s)).reshape(scores.shape)
@@ -33,8 +36,11 @@ def reference_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = N
     return torch.einsum("bkgts,bskh->btkgh", probs, v).reshape(b, t, n, h)
 
 
-def fused_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+def fused_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, window: int | None = None) -> Tensor:
     """The same through `F.scaled_dot_product_attention`, which picks the fastest kernel of the device."""
+    if mask is None and window is not None and window < q.shape[1]:  # the function knows no window
+        positions = torch.arange(q.shape[1], device=q.device)
+        mask = causal_mask(positions, positions, window)
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # (B, heads, T, H)
     out = F.scaled_dot_product_attention(
         q, k, v, attn_mask=mask, is_causal=mask is None, scale=q.shape[-1] ** -0.5, enable_gqa=True
@@ -42,17 +48,23 @@ def fused_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Ten
     return out.transpose(1, 2)
 
 
-def causal_mask(query_positions: Tensor, key_positions: Tensor) -> Tensor:
-    """True where a query may look at a key: (T,) and (S,) to (T, S)."""
-    return key_positions[None, :] <= query_positions[:, None]
+def causal_mask(query_positions: Tensor, key_positions: Tensor, window: int | None = None) -> Tensor:
+    """True where a query may look at a key, which is the query's own or one of those before it: (..., T), (S,) to (..., T, S).
+
+    With a window only the last `window` positions are seen, the query's own included.
+    """
+    distance = query_positions[..., :, None] - key_positions
+    return distance >= 0 if window is None else (distance >= 0) & (distance < window)
 
 
-def dot_product_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, backend: str) -> Tensor:
-    """Attention by a resolved backend: "reference" or "sdpa". mask: broadcasts to (B, N, T, S); None is causal."""
+def dot_product_attention(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, backend: str, window: int | None = None
+) -> Tensor:
+    """Attention by a resolved backend: "reference" or "sdpa". mask: broadcasts to (B, N, T, S); None is causal, `window` wide."""
     if backend == "reference":
-        return reference_attention(q, k, v, mask)
+        return reference_attention(q, k, v, mask, window)
     if backend == "sdpa":
-        return fused_attention(q, k, v, mask)
+        return fused_attention(q, k, v, mask, window)
     raise UserError(f"attention backend {backend!r} is unknown; known: reference, sdpa (see resolve_backend)")
 
 
@@ -73,10 +85,12 @@ class Attention(nn.Module):
     def __init__(self, cfg: ModelConfig, backend: str = "reference") -> None:
         super().__init__()
         n, kv_heads, h, d = cfg.num_attention_heads, cfg.num_key_value_heads, cfg.head_dim, cfg.hidden_size
-        self.n, self.kv_heads, self.h, self.backend = n, kv_heads, h, backend
-        self.q_proj = Linear(d, n * h)
-        self.k_proj = Linear(d, kv_heads * h)
-        self.v_proj = Linear(d, kv_heads * h)
+        self.n, self.kv_heads, self.h, self.backend, self.window = n, kv_heads, h, backend, cfg.sliding_window
+        self.q_proj = Linear(d, n * h, cfg.qkv_bias)
+        self.k_proj = Linear(d, kv_heads * h, cfg.qkv_bias)
+        self.v_proj = Linear(d, kv_heads * h, cfg.qkv_bias)
+        self.q_norm = RMSNorm(h, cfg.rms_norm_eps) if cfg.qk_norm else None
+        self.k_norm = RMSNorm(h, cfg.rms_norm_eps) if cfg.qk_norm else None
         self.o_proj = Linear(n * h, d)
 
     def forward(
@@ -92,8 +106,10 @@ class Attention(nn.Module):
         q = self.q_proj(x).reshape(b, t, self.n, self.h)
         k = self.k_proj(x).reshape(b, t, self.kv_heads, self.h)
         v = self.v_proj(x).reshape(b, t, self.kv_heads, self.h)
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
         q, k = apply_rope(q, cos, sin), apply_rope(k, cos, sin)
         if cache is not None:
             k, v = cache.update(layer, k, v)  # (B, S, K, H): the filled slots
-        out = dot_product_attention(q, k, v, mask, self.backend)  # (B, T, N, H)
+        out = dot_product_attention(q, k, v, mask, self.backend, self.window)  # (B, T, N, H)
         return self.o_proj(out.reshape(b, t, self.n * self.h))

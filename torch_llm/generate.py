@@ -1,15 +1,24 @@
-"""Generating text: one pass over the prompt fills the cache, then one token at a time.
+"""Generating text: one pass over the prompts fills the cache, then one token at a time.
 
-B batch, P prompt length, V vocab_size. A Python loop over a cache that it writes to, where JAX's twin is one compiled
-`while_loop` over a state that holds the cache.
+    here                                       jax_llm.generate
+    steps written into a cache that            prefill, decode: compiled functions of
+    they change                                a cache, which they return
+    generate_stream(model, ...)                generate_stream(model, params, ...)
+
+B batch, P longest prompt, V vocab_size. Prompts may have different lengths: they are padded on the right. A text is decided by
+its prompt, its number in `numbers` and the seed, never by the texts beside it.
 """
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from llm_common.config import ModelConfig, SamplingConfig
-from llm_common.tensors import check_prompt
+from llm_common.tensors import Tensors, check_prompts
 from torch_llm import random_bits
 from torch_llm.attention import resolve_backend
 from torch_llm.checkpoint import from_canonical
@@ -18,60 +27,100 @@ from torch_llm.model import CausalLM, empty_model
 from torch_llm.sampling import sample
 from torch_llm.train import matmul_precision, select_device
 
-
-def decode_step(model: CausalLM, cache: KVCache, tokens: Tensor, key: Tensor, sampling: SamplingConfig) -> Tensor:
-    """Feed tokens (B, T) at the cache's next positions and draw the token that follows: ids (B,)."""
-    logits = model(tokens, cache)
-    rows = torch.arange(tokens.shape[0], device=tokens.device)
-    positions = torch.full_like(rows, cache.length)
-    return sample(logits[:, -1], sampling, key, rows, positions)
+CHUNK = 16  # tokens drawn between two looks of the host at the texts
 
 
 @torch.inference_mode()
-def generate(
+def decode_step(
     model: CausalLM,
-    prompt: np.ndarray,
+    cache: KVCache,
+    tokens: Tensor,
+    key: Tensor,
+    numbers: Tensor,
+    sampling: SamplingConfig,
+    lengths: Tensor | None = None,
+) -> Tensor:
+    """Feed tokens (B, T) at the cache's next positions and draw the token that follows: ids (B,).
+
+    lengths (B,): how many of the T tokens are each text's own, if they are padded.
+    """
+    start, t = cache.length, tokens.shape[1]
+    last = torch.full_like(start, t - 1) if lengths is None else lengths - 1
+    logits = model(tokens, cache, last)
+    cache.set_length(start + last + 1)
+    return sample(logits[:, 0], sampling, key, numbers, cache.length)
+
+
+def generate_stream(
+    model: CausalLM,
+    prompts: Sequence[Sequence[int]] | np.ndarray,
     max_new_tokens: int,
     sampling: SamplingConfig,
-    eos_id: int | None = None,
-) -> list[list[int]]:
-    """Continue prompts (B, P) of equal length by up to max_new_tokens each; the new ids of each text, without EOS.
+    eos_ids: tuple[int, ...] = (),
+    numbers: Sequence[int] | None = None,
+    finished: Callable[[int, list[int]], bool] | None = None,
+    chunk: int = CHUNK,
+) -> Iterator[list[list[int]]]:
+    """Continue prompts by up to max_new_tokens each; yields the new ids of every text, some at a time.
 
+    A text ends before an id in eos_ids, or once `finished(row, its ids)` says so. numbers: the number of each text, folded
+    into its random bits; default: its row. chunk: ids between two looks of the host, at most CHUNK.
     Raises UserError for an empty prompt, an id outside the vocabulary or a text longer than the model's positions.
     """
-    prompt = check_prompt(prompt, model.cfg, max_new_tokens)
-    weight = model.model.embed_tokens.weight
-    b, p = prompt.shape
-    cache = KVCache(model.cfg, b, p + max_new_tokens, weight.dtype, weight.device)
-    key = random_bits.key(sampling.seed, weight.device)
-    tokens = torch.tensor(prompt, device=weight.device).long()
+    padded, lengths = check_prompts(prompts, model.cfg, max_new_tokens)
+    b, weight = len(padded), model.model.embed_tokens.weight
+    device = weight.device
+    row_numbers = torch.arange(b, device=device) if numbers is None else torch.tensor(numbers, device=device)
+    cache = KVCache(model.cfg, b, padded.shape[1] + max_new_tokens, weight.dtype, device)
+    key = random_bits.key(sampling.seed, device)
+    tokens = torch.tensor(padded, device=device).long()
+    tokens = decode_step(model, cache, tokens, key, row_numbers, sampling, torch.tensor(lengths, device=device).long())
+    drawn, total = tokens[:, None], 1
     texts: list[list[int]] = [[] for _ in range(b)]
     done = [False] * b
-    for _ in range(max_new_tokens):
-        drawn = decode_step(model, cache, tokens, key, sampling)
-        for row, token in enumerate(drawn.tolist()):
-            done[row] = done[row] or token == eos_id
-            if not done[row]:
-                texts[row].append(token)
-        if all(done):
-            break
-        tokens = drawn[:, None]
+    while True:
+        new: list[list[int]] = [[] for _ in range(b)]
+        for row, ids in enumerate(drawn.tolist()):
+            for token in ids:
+                done[row] = done[row] or token in eos_ids
+                if not done[row]:
+                    new[row].append(token)
+                    texts[row].append(token)
+                    done[row] = finished is not None and finished(row, texts[row])
+        yield new
+        if all(done) or total == max_new_tokens:
+            return
+        columns = []
+        for _ in range(min(chunk, CHUNK, max_new_tokens - total)):
+            tokens = decode_step(model, cache, tokens[:, None], key, row_numbers, sampling)
+            columns.append(tokens)
+        drawn, total = torch.stack(columns, dim=1), total + len(columns)
+
+
+def generate(
+    model: CausalLM,
+    prompts: Sequence[Sequence[int]] | np.ndarray,
+    max_new_tokens: int,
+    sampling: SamplingConfig,
+    eos_ids: tuple[int, ...] = (),
+    numbers: Sequence[int] | None = None,
+    finished: Callable[[int, list[int]], bool] | None = None,
+) -> list[list[int]]:
+    """The whole of `generate_stream`: the new ids of each text, without the id that ended it."""
+    texts: list[list[int]] = [[] for _ in prompts]
+    for new in generate_stream(model, prompts, max_new_tokens, sampling, eos_ids, numbers, finished):
+        for text, ids in zip(texts, new, strict=True):
+            text += ids
     return texts
 
 
-def generate_from(
-    cfg: ModelConfig,
-    weights: dict[str, np.ndarray],
-    prompt: np.ndarray,
-    max_new_tokens: int,
-    sampling: SamplingConfig,
-    eos_id: int | None = None,
-    device: str = "auto",
-    compute_dtype: str = "float32",
-) -> list[list[int]]:
-    """`generate` from canonical weights on a device by name."""
+@contextlib.contextmanager
+def generator(
+    cfg: ModelConfig, weights: Tensors, device: str = "auto", compute_dtype: str = "float32"
+) -> Iterator[Callable[..., Iterator[list[list[int]]]]]:
+    """Inside `with`: `generate_stream` of canonical weights on a device by name, its first argument filled in."""
     target = select_device(device)
     backend = resolve_backend("auto", target.type, compute_dtype)
     model = from_canonical(empty_model(cfg, backend, getattr(torch, compute_dtype), target), weights)
     with matmul_precision(compute_dtype):
-        return generate(model, prompt, max_new_tokens, sampling, eos_id)
+        yield partial(generate_stream, model)

@@ -1,5 +1,8 @@
 """The key/value cache as an object that owns its buffers and is written in place.
 
+Every text of a batch has a length of its own: prompts are padded on the right, and what the padding left in the cache is
+hidden by the mask until the text's own tokens replace it.
+
     here                           jax_llm.kv_cache
     KVCache, an object             KVCache, a tuple of arrays
     KVCache(...)                   init_cache(...)
@@ -17,9 +20,9 @@ from llm_common.config import ModelConfig, check_length
 
 
 class KVCache:
-    """Keys and values of all layers, and how many positions are filled.
+    """Keys and values of all layers, each (L, B, S, K, H), and how many positions of each text are filled, (B,).
 
-    Raises UserError if max_length is more than the RoPE table holds; writing past the end raises IndexError.
+    `filled` is the largest of the lengths, on the host. Raises UserError for more slots than the RoPE table holds.
     """
 
     def __init__(
@@ -29,17 +32,29 @@ class KVCache:
         shape = (cfg.num_hidden_layers, batch_size, max_length, cfg.num_key_value_heads, cfg.head_dim)
         self.k = torch.zeros(shape, dtype=dtype, device=device)
         self.v = torch.zeros(shape, dtype=dtype, device=device)
-        self.length = 0
+        self.length = torch.zeros(batch_size, dtype=torch.int64, device=device)
+        self.filled = 0
+
+    def positions(self, t: int) -> Tensor:
+        """Where the next t tokens of each text go: (B, T)."""
+        if self.filled + t > self.k.shape[2]:
+            raise IndexError(f"the KV cache has {self.k.shape[2]} slots, position {self.filled + t - 1} does not fit")
+        return self.length[:, None] + torch.arange(t, device=self.length.device)
 
     def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Write k and v (B, T, K, H) after the filled positions; returns the filled slots (B, length + T, K, H)."""
-        end = self.length + k.shape[1]
-        if end > self.k.shape[2]:
-            raise IndexError(f"the KV cache has {self.k.shape[2]} slots, position {end - 1} does not fit")
-        self.k[layer, :, self.length : end] = k
-        self.v[layer, :, self.length : end] = v
+        """Write k and v (B, T, K, H) after the filled positions; returns the slots in use (B, filled + T, K, H)."""
+        positions = self.positions(k.shape[1])
+        rows = torch.arange(k.shape[0], device=k.device)[:, None]
+        self.k[layer, rows, positions] = k
+        self.v[layer, rows, positions] = v
+        end = self.filled + k.shape[1]
         return self.k[layer, :, :end], self.v[layer, :, :end]
 
     def advance(self, t: int) -> None:
-        """Count t positions as filled, once all layers have written them."""
-        self.length += t
+        """Count t positions of each text as filled, once all layers have written them."""
+        self.length = self.length + t
+        self.filled += t
+
+    def set_length(self, length: Tensor) -> None:
+        """Say how many positions (B,) of each text are its own, after a padded prompt."""
+        self.length = length

@@ -52,15 +52,18 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
 
 
 class Linear(nn.Module):
-    """A linear map without bias; its weight is (out_features, in_features)."""
+    """A linear map; its weight is (out_features, in_features), its bias, if it has one, (out_features,)."""
 
-    def __init__(self, in_features: int, out_features: int) -> None:
+    def __init__(self, in_features: int, out_features: int, bias: bool = False) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(out_features, in_features))
         nn.init.normal_(self.weight, std=INIT_STD)
+        self.bias = nn.Parameter(torch.zeros(out_features)) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
-        return linear(x, self.weight)
+        if self.bias is None:
+            return linear(x, self.weight)
+        return linear(x, self.weight) + self.bias  # not F.linear's own bias, which is added before the rounding
 
 
 class Embedding(nn.Module):

@@ -2,19 +2,31 @@
 
 B batch, T positions, S cache slots, D hidden_size, V vocab_size, L layers.
 
+`remat` says what a layer's backward pass computes again instead of keeping it from the forward pass: "none"; "dots", all but
+the matrix products; "full", everything but the layer's input.
+
 `state_dict()` holds exactly the canonical tensors: tables and caches are not parameters, a tied head has no weight.
 """
 
+from functools import partial
+
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from llm_common.config import ModelConfig, check_length
-from llm_common.tensors import init_range, tensor_shapes
+from llm_common.tensors import init_constant, init_range, tensor_shapes
 from torch_llm import random_bits
 from torch_llm.attention import Attention, causal_mask
 from torch_llm.kv_cache import KVCache
 from torch_llm.layers import MLP, Embedding, Linear, RMSNorm, upcast
 from torch_llm.rope import RotaryTable
+
+MATRIX_PRODUCTS = [torch.ops.aten.mm.default, torch.ops.aten.addmm.default]  # those without a batch axis
+REMAT_OPTIONS = {
+    "full": {},
+    "dots": {"context_fn": partial(create_selective_checkpoint_contexts, MATRIX_PRODUCTS)},
+}
 
 
 class DecoderLayer(nn.Module):
@@ -43,9 +55,9 @@ class DecoderLayer(nn.Module):
 class Transformer(nn.Module):
     """Embedding, L decoder layers and the final norm: token ids (B, T) to hidden states (B, T, D)."""
 
-    def __init__(self, cfg: ModelConfig, backend: str = "reference") -> None:
+    def __init__(self, cfg: ModelConfig, backend: str = "reference", remat: str = "none") -> None:
         super().__init__()
-        self.cfg = cfg
+        self.cfg, self.remat = cfg, remat
         self.embed_tokens = Embedding(cfg.vocab_size, cfg.hidden_size)
         self.layers = nn.ModuleList(DecoderLayer(cfg, backend) for _ in range(cfg.num_hidden_layers))
         self.norm = RMSNorm(cfg.hidden_size, cfg.rms_norm_eps)
@@ -53,31 +65,41 @@ class Transformer(nn.Module):
 
     def forward(self, input_ids: Tensor, cache: KVCache | None = None) -> Tensor:
         x = self.embed_tokens(input_ids)  # (B, T, D)
-        t, position = input_ids.shape[1], 0 if cache is None else cache.length
-        check_length(self.cfg, position + t, "the input")
-        cos, sin = self.rotary_table(position, t, x.device, upcast(x[:0]).dtype)
-        mask = None
-        if cache is not None:
-            positions = torch.arange(position + t, device=x.device)
-            mask = causal_mask(positions[position:], positions)  # (T, S)
+        t, table_dtype = input_ids.shape[1], upcast(x[:0]).dtype
+        if cache is None:
+            check_length(self.cfg, t, "the input")
+            positions, mask = torch.arange(t, device=x.device), None
+        else:
+            positions = cache.positions(t)  # (B, T)
+            slots = torch.arange(cache.filled + t, device=x.device)
+            mask = causal_mask(positions, slots, self.cfg.sliding_window)[:, None]  # (B, 1, T, S)
+        cos, sin = self.rotary_table(positions, table_dtype)
         for i, layer in enumerate(self.layers):
-            x = layer(x, cos, sin, mask, cache, i)
+            if self.remat != "none" and cache is None and torch.is_grad_enabled():
+                x = checkpoint(layer, x, cos, sin, use_reentrant=False, **REMAT_OPTIONS[self.remat])
+            else:
+                x = layer(x, cos, sin, mask, cache, i)
         if cache is not None:
             cache.advance(t)
         return self.norm(x)
 
 
 class CausalLM(nn.Module):
-    """The transformer and its head: token ids (B, T) to logits (B, T, V) in the weights' dtype."""
+    """The transformer and its head: token ids (B, T) to logits (B, T, V) in the weights' dtype.
 
-    def __init__(self, cfg: ModelConfig, backend: str = "reference") -> None:
+    With `last` (B,), an index of a position of each text, only the logits there are computed: (B, 1, V).
+    """
+
+    def __init__(self, cfg: ModelConfig, backend: str = "reference", remat: str = "none") -> None:
         super().__init__()
         self.cfg = cfg
-        self.model = Transformer(cfg, backend)
+        self.model = Transformer(cfg, backend, remat)
         self.lm_head = None if cfg.tie_word_embeddings else Linear(cfg.hidden_size, cfg.vocab_size)
 
-    def forward(self, input_ids: Tensor, cache: KVCache | None = None) -> Tensor:
+    def forward(self, input_ids: Tensor, cache: KVCache | None = None, last: Tensor | None = None) -> Tensor:
         x = self.model(input_ids, cache)
+        if last is not None:
+            x = torch.take_along_dim(x, last[:, None, None], dim=1)  # (B, 1, D)
         return self.model.embed_tokens.attend(x) if self.lm_head is None else self.lm_head(x)
 
     @torch.no_grad()
@@ -87,7 +109,7 @@ class CausalLM(nn.Module):
         for i, name in enumerate(tensor_shapes(self.cfg)):
             p, width = parameters[name], init_range(self.cfg, name)
             if width is None:
-                p.fill_(1.0)
+                p.fill_(init_constant(name))
                 continue
             key = random_bits.fold_in(random_bits.key(seed, p.device), i)
             u = random_bits.uniform(random_bits.random_bits(key, p.numel()), p.dtype)
@@ -95,13 +117,17 @@ class CausalLM(nn.Module):
         return self
 
 
-def empty_model(cfg: ModelConfig, backend: str, dtype: torch.dtype, device: torch.device | str) -> CausalLM:
+def empty_model(
+    cfg: ModelConfig, backend: str, dtype: torch.dtype, device: torch.device | str, remat: str = "none"
+) -> CausalLM:
     """A model made directly on its device, its weights still to be filled in."""
     with torch.device("meta"):
-        model = CausalLM(cfg, backend).to(dtype)
+        model = CausalLM(cfg, backend, remat).to(dtype)
     return model.to_empty(device=device)
 
 
-def init_model(cfg: ModelConfig, seed: int, backend: str, dtype: torch.dtype, device: torch.device | str) -> CausalLM:
+def init_model(
+    cfg: ModelConfig, seed: int, backend: str, dtype: torch.dtype, device: torch.device | str, remat: str = "none"
+) -> CausalLM:
     """A model with the initial weights of `seed`."""
-    return empty_model(cfg, backend, dtype, device).init_weights(seed)
+    return empty_model(cfg, backend, dtype, device, remat).init_weights(seed)

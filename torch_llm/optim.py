@@ -36,6 +36,27 @@ def clip_by_global_norm(parameters: Iterable[nn.Parameter], max_norm: float | No
     return norm
 
 
+@torch.no_grad()
+def adamw_update(
+    parameters: list[Tensor],
+    mus: list[Tensor],
+    nus: list[Tensor],
+    grads: list[Tensor],
+    scalars: tuple[float, float, float] | list[Tensor],
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+) -> None:
+    """The update of some parameters and their moments, in place. scalars: learning rate and the two bias corrections."""
+    lr, correction1, correction2 = scalars
+    for p, mu, nu, g in zip(parameters, mus, nus, grads, strict=True):
+        mu.mul_(beta1).add_((1.0 - beta1) * g)
+        nu.mul_(beta2).add_((1.0 - beta2) * g * g)
+        direction = (mu / correction1) / (torch.sqrt(nu / correction2) + eps)
+        p.sub_(lr * (direction + weight_decay * p))
+
+
 class AdamW(torch.optim.Optimizer):
     """p <- p - lr * (m_hat / (sqrt(v_hat) + eps) + weight_decay * p), the decay on the old p.
 
@@ -57,20 +78,27 @@ class AdamW(torch.optim.Optimizer):
         for group in self.param_groups:
             group["count"] = value
 
+    _compiled = None  # set by `compile_update`; not part of the state
+
+    def compile_update(self) -> None:
+        """Let torch.compile fuse the update: worth it on a GPU. The scalars become values: no new program for each step."""
+        self._compiled = torch.compile(adamw_update)
+
     @torch.no_grad()
     def step(self, closure=None) -> None:
         assert closure is None, "AdamW needs no closure"
         self.count += 1
         for group in self.param_groups:
-            lr, beta1, beta2 = group["lr"], group["beta1"], group["beta2"]
-            correction1, correction2 = bias_corrections(beta1, beta2, self.count)
-            for p in group["params"]:
-                mu, nu = self.moments(p)
-                g = torch.zeros_like(p) if p.grad is None else p.grad
-                mu.mul_(beta1).add_((1.0 - beta1) * g)
-                nu.mul_(beta2).add_((1.0 - beta2) * g * g)
-                direction = (mu / correction1) / (torch.sqrt(nu / correction2) + group["eps"])
-                p.sub_(lr * (direction + group["weight_decay"] * p))
+            beta1, beta2 = group["beta1"], group["beta2"]
+            scalars = (group["lr"], *bias_corrections(beta1, beta2, self.count))
+            mus, nus = zip(*(self.moments(p) for p in group["params"]), strict=True)
+            grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in group["params"]]
+            tensors = (group["params"], list(mus), list(nus), grads)
+            settings = (beta1, beta2, group["eps"], group["weight_decay"])
+            if self._compiled is None:
+                adamw_update(*tensors, scalars, *settings)
+            else:
+                self._compiled(*tensors, [torch.tensor(x, dtype=torch.float64) for x in scalars], *settings)
 
     def moments(self, p: nn.Parameter) -> tuple[Tensor, Tensor]:
         """Running means of a parameter's gradients and of their squares, zero at the start."""

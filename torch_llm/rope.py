@@ -21,13 +21,14 @@ class RotaryTable:
         self.float64 = [torch.from_numpy(table) for table in rope_table(cfg)]
         self._cast: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
 
-    def __call__(self, start: int, length: int, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """The rows of positions [start, start + length)."""
+    def __call__(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """The rows of some positions, (T,) or (B, T): (..., T, H/2) each, on their device."""
+        device = positions.device
         if (device, dtype) not in self._cast:
             with torch.inference_mode(False):  # a table made while generating must serve training afterwards
                 self._cast[device, dtype] = [table.to(dtype).to(device) for table in self.float64]
         cos, sin = self._cast[device, dtype]
-        return cos[start : start + length], sin[start : start + length]
+        return cos[positions], sin[positions]
 
 
 def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

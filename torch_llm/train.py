@@ -18,14 +18,15 @@ import torch
 from torch import Tensor
 from torch.func import functional_call
 
+from llm_common.budget import host_memory, host_memory_used
 from llm_common.config import ModelConfig, OptimizerConfig, TrainConfig, check_length
-from llm_common.data import TokenDataset
+from llm_common.data import Dataset
 from llm_common.errors import UserError
 from llm_common.schedule import learning_rate
-from llm_common.tensors import check_batch
+from llm_common.tensors import check_batch, tensor_shapes
 from torch_llm.attention import resolve_backend
-from torch_llm.loss import cross_entropy
-from torch_llm.model import CausalLM, init_model
+from torch_llm.loss import IGNORE_INDEX, cross_entropy
+from torch_llm.model import CausalLM, empty_model
 from torch_llm.optim import clip_by_global_norm, make_optimizer
 
 
@@ -35,17 +36,43 @@ class Metrics(NamedTuple):
     skipped: bool  # the update was skipped
 
 
-def loss_and_grads(model: CausalLM, inputs: Tensor, targets: Tensor, compute_dtype: torch.dtype) -> Tensor:
+def cast(model: CausalLM, dtype: torch.dtype) -> dict[str, Tensor]:
+    """A model's weights by name, in a dtype, as leaves of their own; in the model's dtype they share its memory."""
+    return {name: p.detach().to(dtype) for name, p in model.named_parameters()}
+
+
+def batch_loss(model: CausalLM, weights: dict[str, Tensor], inputs: Tensor, targets: Tensor, count: Tensor) -> Tensor:
+    """Sum of the losses of inputs and targets (B, T) over `count`, with weights in the place of the model's own."""
+    return cross_entropy(functional_call(model, weights, (inputs,)), targets, count)
+
+
+def loss_and_grads(
+    model: CausalLM,
+    inputs: Tensor,
+    targets: Tensor,
+    compute_dtype: torch.dtype,
+    accumulation_steps: int = 1,
+    batch_loss: Callable[..., Tensor] = batch_loss,
+) -> Tensor:
     """Mean loss of a batch; its gradient is left in the `.grad` of the master weights. inputs, targets: (B, T).
 
-    The masters are cast to compute_dtype once, here; autograd casts their gradients back.
+    The masters are cast to compute_dtype once, here. With accumulation the batch is cut into `accumulation_steps`
+    micro-batches, one after the other; the gradients are added up in float32, and the mean is over all counted tokens of the
+    batch. batch_loss: that function, or a compiled form of it.
     """
+    masters = dict(model.named_parameters())
+    weights = {name: p.requires_grad_() for name, p in cast(model, compute_dtype).items()}
+    count = (targets != IGNORE_INDEX).sum()
     model.zero_grad()
-    weights = {name: p.to(compute_dtype) for name, p in model.named_parameters()}
-    logits = functional_call(model, weights, (inputs,))  # (B, T, V)
-    loss = cross_entropy(logits, targets)
-    loss.backward()
-    return loss.detach()
+    losses = []
+    for micro_batch in zip(inputs.chunk(accumulation_steps), targets.chunk(accumulation_steps), strict=True):
+        loss = batch_loss(model, weights, *micro_batch, count)
+        losses.append(loss.detach())
+        grads = torch.autograd.grad(loss, list(weights.values()), allow_unused=True)
+        for p, g in zip(masters.values(), grads, strict=True):
+            if g is not None:
+                p.grad = g.to(p.dtype) if p.grad is None else p.grad.add_(g)
+    return torch.stack(losses).sum()
 
 
 @contextlib.contextmanager
@@ -80,29 +107,79 @@ def select_device(name: str) -> torch.device:
 def describe(cfg: ModelConfig, train: TrainConfig, device: str) -> str:
     """What a run on a device (by name) will use, in a line for people. Raises UserError if the device is absent."""
     target = select_device(device)
-    name = torch.cuda.get_device_name(target) if target.type == "cuda" else target.type
+    name = device_kind(device)
     backend = resolve_backend(train.attention_backend, target.type, train.compute_dtype)
-    return f"{name}, {train.compute_dtype}, {backend} attention"
+    compiled = "torch.compile" if compiles(train, target) else "not compiled"
+    deterministic = ", deterministic" if train.deterministic else ""
+    return f"{name}, {train.compute_dtype}, {backend} attention, {compiled}, remat {train.remat}{deterministic}"
+
+
+def compiles(train: TrainConfig, device: torch.device) -> bool:
+    """Whether a run uses torch.compile: by itself on a GPU, where it is worth its half minute."""
+    return train.compile == "on" or (train.compile == "auto" and device.type == "cuda")
+
+
+@contextlib.contextmanager
+def deterministic_algorithms(train: TrainConfig) -> Iterator[None]:
+    """While this is open torch takes, if the run asks for it, only algorithms that give the same bits every time."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(before or train.deterministic)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
+
+
+def memory_limit(device: str) -> int | None:
+    """How many bytes a device (by name) can give now, or None if it does not say."""
+    target = select_device(device)
+    return torch.cuda.mem_get_info(target)[0] if target.type == "cuda" else host_memory()
+
+
+def memory_used(device: str) -> int:
+    """The most bytes that were in use on a device (by name)."""
+    target = select_device(device)
+    return torch.cuda.max_memory_allocated(target) if target.type == "cuda" else host_memory_used()
+
+
+def device_kind(device: str) -> str:
+    """What a device (by name) calls itself."""
+    target = select_device(device)
+    return torch.cuda.get_device_name(target) if target.type == "cuda" else target.type
 
 
 class Trainer:
     """A training run. `model` holds the masters; `step` counts steps and `optimizer.count` the updates made."""
 
     def __init__(
-        self, cfg: ModelConfig, train: TrainConfig, opt: OptimizerConfig, device: torch.device | str = "cpu"
+        self,
+        cfg: ModelConfig,
+        train: TrainConfig,
+        opt: OptimizerConfig,
+        device: torch.device | str = "cpu",
+        init_weights: bool = True,
     ) -> None:
+        """init_weights: with the weights of `train.seed`; otherwise they are still to be filled in."""
         check_length(cfg, train.seq_len, "seq_len")
         self.cfg, self.train, self.opt, self.device = cfg, train, opt, torch.device(device)
         self.compute_dtype = getattr(torch, train.compute_dtype)
         backend = resolve_backend(train.attention_backend, self.device.type, train.compute_dtype)
-        self.model = init_model(cfg, train.seed, backend, getattr(torch, train.master_dtype), self.device)
+        master_dtype = getattr(torch, train.master_dtype)
+        self.model = empty_model(cfg, backend, master_dtype, self.device, train.remat)
+        if init_weights:
+            self.model.init_weights(train.seed)
         self.optimizer = make_optimizer(opt, self.model)
         self.step = 0
+        self._batch_loss = batch_loss
+        if compiles(train, self.device):
+            self._batch_loss = torch.compile(batch_loss)
+            self.optimizer.compile_update()
 
     def train_step(self, inputs: Tensor, targets: Tensor) -> Metrics:
         """One step: gradients, global norm, clip, AdamW."""
-        with matmul_precision(self.train.compute_dtype):
-            loss = loss_and_grads(self.model, inputs, targets, self.compute_dtype)
+        steps = self.train.gradient_accumulation_steps
+        with matmul_precision(self.train.compute_dtype), deterministic_algorithms(self.train):
+            loss = loss_and_grads(self.model, inputs, targets, self.compute_dtype, steps, self._batch_loss)
         norm = clip_by_global_norm(self.model.parameters(), self.opt.max_grad_norm)
         finite = bool(torch.isfinite(norm))
         if finite:
@@ -114,14 +191,15 @@ class Trainer:
 
     def fit(
         self,
-        dataset: TokenDataset,
+        dataset: Dataset,
         until_step: int | None = None,
-        on_step: Callable[[int, "Trainer", dict[str, float]], None] | None = None,
+        on_step: Callable[[int, "Trainer", dict[str, float]], bool | None] | None = None,
     ) -> None:
         """Train from `self.step` to `until_step` (default: opt.total_steps).
 
-        `on_step(step, trainer, metrics)` is called after each step with loss, grad_norm, lr and skipped. Raises
-        UserError if too many updates in a row were skipped.
+        `on_step(step, trainer, metrics)` is called after each step with loss, grad_norm, lr and skipped; if it returns
+        True, training ends there. Raises UserError if too many updates in a row were skipped, naming the tensor that is the
+        first to be not finite.
         """
         skipped_in_row = 0
         while self.step < (self.opt.total_steps if until_step is None else until_step):
@@ -133,9 +211,48 @@ class Trainer:
             skipped_in_row = skipped_in_row + 1 if metrics.skipped else 0
             if on_step is not None:
                 numbers = {"loss": float(metrics.loss), "grad_norm": float(metrics.grad_norm), "lr": lr}
-                on_step(self.step, self, numbers | {"skipped": metrics.skipped})
+                if on_step(self.step, self, numbers | {"skipped": metrics.skipped}):
+                    break
             if skipped_in_row >= self.train.max_skipped_steps:
                 raise UserError(
-                    f"the gradient norm was not finite in {skipped_in_row} steps in a row (to step {self.step}); "
+                    f"the gradient norm was not finite in {skipped_in_row} steps in a row (to step {self.step}): "
+                    f"{first_not_finite(self.model, inputs, targets, self.compute_dtype)}; "
                     "lower lr_max, lengthen warmup_steps, or look for bad tokens in the data"
                 )
+
+
+@torch.no_grad()
+def first_not_finite(model: CausalLM, inputs: Tensor, targets: Tensor, compute_dtype: torch.dtype) -> str:
+    """Which tensor is the first that is not finite: a weight, else a module's output in the order in which they are computed,
+    else the loss, else a gradient in the order of the backward pass. For people; runs the model once more, uncompiled.
+    """
+    finite = lambda x: bool(torch.isfinite(x).all())
+    weights, names, found = cast(model, compute_dtype), list(tensor_shapes(model.cfg)), []
+    for name in names:
+        if not finite(weights[name]):
+            return f"the weight {name} is the first tensor that is not finite"
+
+    def look(name: str):
+        def hook(module, args, out):
+            if not finite(out) and not found:
+                found.append(name or "the model")
+
+        return hook
+
+    hooks = [module.register_forward_hook(look(name)) for name, module in model.named_modules()]
+    try:
+        logits = functional_call(model, weights, (inputs,))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    if found:
+        return f"the output of {found[0]} is the first tensor that is not finite; all weights are finite"
+    if not finite(cross_entropy(logits, targets)):
+        return "the loss is the first tensor that is not finite; all logits are finite"
+    with torch.enable_grad():
+        loss_and_grads(model, inputs, targets, compute_dtype)
+    grads = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    for name in reversed(names):
+        if name in grads and not finite(grads[name]):
+            return f"the gradient of {name} is the first tensor that is not finite; the loss is finite"
+    return "weights, activations, loss and gradients are finite now: the norm overflowed"

@@ -12,13 +12,14 @@ from llm_common.checkpoint import (
     check_resumable,
     latest_checkpoint,
     load_checkpoint,
-    load_tokenizer,
     load_weights,
     save_checkpoint,
 )
 from llm_common.config import preset
 from llm_common.errors import UserError
-from llm_common.tensors import tensor_shapes, write_tensors
+from llm_common.hf_tokenizer import load_tokenizer
+from llm_common.tensor_files import write_tensors
+from llm_common.tensors import tensor_shapes
 from llm_common.tokenizer import Tokenizer
 
 CFG = preset("tiny")
@@ -71,9 +72,8 @@ def test_an_interrupted_save_leaves_the_previous_checkpoint(moment, same_step, t
 
         monkeypatch.setattr(checkpoint.os, "rename", counted)
     elif moment == "state file":
-        monkeypatch.setattr(
-            checkpoint, "_write_text", lambda path, text: killed() if "state" in str(path) else path.write_text(text)
-        )
+        write = lambda path, content: killed() if "state" in str(path) else path.write_bytes(content)
+        monkeypatch.setattr(checkpoint, "_write", write)
     else:
         monkeypatch.setattr(checkpoint, "write_tensors", killed_at(moment.split()[0]))
     with pytest.raises(Killed):

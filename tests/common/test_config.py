@@ -7,6 +7,7 @@ import pytest
 
 from llm_common.config import PRESETS, ModelConfig, OptimizerConfig, SamplingConfig, TrainConfig, check_length, preset
 from llm_common.errors import UserError
+from parity.cases import families
 
 TINY = dataclasses.asdict(preset("tiny"))
 NAN, INF = float("nan"), float("inf")
@@ -67,11 +68,12 @@ def test_configs_are_frozen():
         preset("tiny").vocab_size = 1  # type: ignore[misc]
 
 
-@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize("name", [*PRESETS, *families(preset("tiny"))])
 def test_config_json_round_trip(name, tmp_path):
+    cfg = {**PRESETS, **families(preset("tiny"))}[name]
     file = tmp_path / "config.json"
-    file.write_text(json.dumps(preset(name).to_hf()))
-    assert ModelConfig.from_file(file) == preset(name)
+    file.write_text(json.dumps(cfg.to_hf()))
+    assert ModelConfig.from_file(file) == cfg
 
 
 def test_both_forms_of_rope_settings_are_read():
@@ -93,14 +95,34 @@ def test_both_forms_of_rope_settings_are_read():
     assert old.rms_norm_eps == 1e-6  # Hugging Face's default, not ours
 
 
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
+
+
 @pytest.mark.parametrize(
     ("key", "value", "words"),
     [
-        ("model_type", "qwen2", "model_type = 'qwen2'"),
+        ("model_type", "gemma", "model_type = 'gemma' is not implemented; known: llama, mistral"),
         ("hidden_act", "gelu", "hidden_act = 'gelu'"),
         ("attention_bias", True, "attention_bias = True"),
-        ("rope_scaling", {"rope_type": "llama3", "factor": 8.0}, "rope type 'llama3'"),
-        ("sliding_window", 128, "unknown key 'sliding_window'"),
+        ("rope_scaling", {"rope_type": "yarn", "factor": 8.0}, "rope type 'yarn'"),
+        ("rope_scaling", {"rope_type": "llama3", "factor": 8.0}, "key 'low_freq_factor' is missing in rope_scaling"),
+        ("rope_scaling", LLAMA3 | {"beta": 1}, "unknown key 'beta' in rope_scaling"),
+        ("rope_scaling", LLAMA3, "rope_parameters and rope_scaling contradict each other"),
+        (
+            "rope_parameters",
+            {"rope_type": "default", "rope_theta": 1.0},
+            "rope_theta is 10000.0 and, in rope_parameters, 1.0",
+        ),
+        ("rope_parameters", "default", "must be an object"),
+        ("use_sliding_window", True, "use_sliding_window = True"),
+        ("layer_types", ["full_attention", "sliding_attention"], "all layers must be of one kind"),
+        ("quantization_config", {"bits": 4}, "unknown key 'quantization_config'"),
     ],
 )
 def test_what_the_model_does_not_implement_is_refused_by_name(key, value, words):

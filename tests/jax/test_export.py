@@ -54,7 +54,8 @@ def test_the_train_step_lowers(platform, dtype):
 def test_the_decode_step_lowers(platform):
     model = CausalLM(CFG, backend=resolve_backend("auto", PLATFORMS[platform], "bfloat16", CFG, 1))
     sampling = SamplingConfig(temperature=0.8, top_k=5, top_p=0.9)
-    step = jax.jit(lambda params, cache, tokens, key: decode_step(model, params, cache, tokens, key, sampling))
+    numbers = jnp.arange(2)
+    step = jax.jit(lambda params, cache, tokens, key: decode_step(model, params, cache, tokens, key, numbers, sampling))
     args = (
         abstract(partial(init_params, CFG, 0, jnp.bfloat16)),
         abstract(partial(init_cache, CFG, 2, 32, jnp.bfloat16)),

@@ -7,7 +7,7 @@ import pytest
 
 from jax_llm import random_bits, sampling
 from jax_llm.checkpoint import from_canonical
-from jax_llm.generate import generate, generate_from
+from jax_llm.generate import generate, generate_stream, generator
 from jax_llm.model import CausalLM
 from llm_common.config import SamplingConfig, preset
 from llm_common.errors import UserError
@@ -78,11 +78,30 @@ def test_a_text_does_not_depend_on_its_batch_mates(params):
     assert greedy[0] == greedy[2]
 
 
+def test_prompts_of_different_lengths_in_one_batch(params):
+    """Each text is what its prompt gives alone, with the same number; the texts are longer than a chunk."""
+    prompts, settings = [[1, 2, 3, 4, 5, 6, 7], [8], [9, 10, 11]], SamplingConfig(seed=5)
+    texts = generate(CausalLM(CFG), params, prompts, 40, settings, numbers=[4, 0, 4])
+    for prompt, number, text in zip(prompts, [4, 0, 4], texts, strict=True):
+        assert generate(CausalLM(CFG), params, [prompt], 40, settings, numbers=[number]) == [text]
+    assert len({tuple(text) for text in texts}) == 3
+
+
+def test_a_text_ends_when_the_host_says_so(params):
+    prompts, settings = [[1, 2], [3]], SamplingConfig(seed=5)
+    whole = generate(CausalLM(CFG), params, prompts, 40, settings)
+    cut = generate(CausalLM(CFG), params, prompts, 40, settings, finished=lambda row, ids: row == 1 and len(ids) == 19)
+    assert cut == [whole[0], whole[1][:19]]
+    pieces = list(generate_stream(CausalLM(CFG), params, prompts, 40, settings, chunk=3))
+    assert [[i for piece in pieces for i in piece[row]] for row in (0, 1)] == whole
+    assert [len(piece[0]) for piece in pieces] == [1] + [3] * 13
+
+
 def test_end_of_text_ends_a_text_and_is_not_in_it(params):
     model, settings = CausalLM(CFG), SamplingConfig(seed=3)
     texts = generate(model, params, PROMPT, 12, settings)
     eos = texts[1][4]
-    stopped = generate(model, params, PROMPT, 12, settings, eos_id=eos)
+    stopped = generate(model, params, PROMPT, 12, settings, eos_ids=(eos,))
     assert stopped[1] == texts[1][: texts[1].index(eos)]
     assert all(eos not in text for text in stopped)
     assert all(a == b[: len(a)] for a, b in zip(stopped, texts, strict=True))
@@ -91,21 +110,23 @@ def test_end_of_text_ends_a_text_and_is_not_in_it(params):
 def test_a_new_seed_needs_no_new_program(params):
     from jax_llm import generate as module
 
+    sizes = lambda: (module.prefill._cache_size(), module.decode._cache_size())
     generate(CausalLM(CFG), params, PROMPT, 4, SamplingConfig(seed=1))
-    size = module._generate._cache_size()
+    before = sizes()
     generate(CausalLM(CFG), params, PROMPT, 4, SamplingConfig(seed=2))
-    assert module._generate._cache_size() == size
+    assert sizes() == before
 
 
 @pytest.mark.parametrize(
     ("prompt", "n", "words"),
     [
-        (np.zeros((1, 0), int), 4, "of shape \\(B, P\\)"),
-        (np.zeros(3, int), 4, "of shape \\(B, P\\)"),
-        ([[1, 2], [3]], 4, "different lengths"),
+        (np.zeros((1, 0), int), 4, "prompt 0 must be a list of at least one token id"),
+        (np.zeros(3, int), 4, "prompt 0 must be a list of at least one token id"),
+        ([[1, 2], []], 4, "prompt 1 must be a list of at least one token id"),
+        ([], 4, "no prompt"),
         (np.zeros((1, 3), int), 0, "max_new_tokens = 0 must be at least 1"),
-        (np.array([[96]]), 4, "prompt: token id 96 is outside the vocabulary"),
-        (np.array([[-1]]), 4, "prompt: token id -1"),
+        (np.array([[96]]), 4, "prompt 0: token id 96 is outside the vocabulary"),
+        (np.array([[-1]]), 4, "prompt 0: token id -1"),
         (np.array([[1.5]]), 4, "must be integers"),
         (np.zeros((1, 60), int), 5, "prompt \\+ max_new_tokens needs 65 positions"),
     ],
@@ -117,11 +138,12 @@ def test_bad_prompts_are_refused(prompt, n, words, params):
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float64"])
 def test_generation_from_canonical_weights(dtype):
-    texts = generate_from(CFG, random_weights(CFG, 0), PROMPT, 5, SamplingConfig(), device="cpu", compute_dtype=dtype)
-    assert [len(text) for text in texts] == [5, 5, 5]
+    with generator(CFG, random_weights(CFG, 0), "cpu", dtype) as stream:
+        pieces = list(stream(PROMPT, 5, SamplingConfig()))
+    assert [sum(len(piece[row]) for piece in pieces) for row in range(3)] == [5, 5, 5]
     assert jnp.zeros(()).dtype == jnp.float32  # x64 is as it was
-    with pytest.raises(UserError, match="JAX sees no tpu here"):
-        generate_from(CFG, random_weights(CFG, 0), PROMPT, 5, SamplingConfig(), device="tpu")
+    with pytest.raises(UserError, match="JAX sees no tpu here"), generator(CFG, random_weights(CFG, 0), "tpu"):
+        pass
 
 
 def test_random_bits_are_those_of_jax_random():

@@ -3,18 +3,19 @@
 import numpy as np
 import pytest
 
-import jax_llm.checkpoint
-import torch_llm.checkpoint
+import jax_llm.run
+import torch_llm.run
 from llm_common.checkpoint import load_checkpoint
-from llm_common.config import OptimizerConfig, TrainConfig, preset
+from llm_common.config import OptimizerConfig, RunConfig, TrainConfig, preset
 from llm_common.data import TokenDataset
 from llm_common.errors import UserError
+from llm_common.run import Run
 from llm_common.tokenizer import Tokenizer
 from parity.compare import tensor_errors
 
 CFG = preset("tiny")
 OPT = OptimizerConfig(lr_max=1e-3, warmup_steps=3, total_steps=30)
-SIDES = {"jax": jax_llm.checkpoint, "torch": torch_llm.checkpoint}
+SIDES = {"jax": jax_llm.run, "torch": torch_llm.run}
 
 
 @pytest.fixture
@@ -31,12 +32,13 @@ class Stop(Exception):
 def train(side: str, run, data, dtype: str, until: int):
     """Train with a checkpoint every 5 steps and be interrupted after step `until`."""
 
-    def on_step(step, metrics):
-        if step > until:
+    def on_event(row):
+        if "event" not in row and row["step"] > until:
             raise Stop
 
     config = TrainConfig(batch_size=4, seq_len=12, compute_dtype=dtype)
-    return SIDES[side].fit_and_save(run, CFG, config, OPT, data, "cpu", save_every=5, on_step=on_step)
+    saves = RunConfig(save_every=5, keep_last=0)
+    return SIDES[side].fit_and_save(Run(run, CFG, config, OPT, data, side, config=saves, on_event=on_event), "cpu")
 
 
 @pytest.mark.parametrize(("dtype", "allowed"), [("float64", 1e-10), ("float32", 1e-3)])
@@ -61,11 +63,14 @@ def test_a_checkpoint_of_another_model_is_refused(side, data, tmp_path):
     train("jax", tmp_path / "run", data, "float32", 30)
     other = dataclasses.replace(CFG, num_hidden_layers=3)
     with pytest.raises(UserError, match="another model: num_hidden_layers = 2 here, 3 asked for"):
-        SIDES[side].fit_and_save(tmp_path / "run", other, TrainConfig(batch_size=4, seq_len=12), OPT, data, "cpu")
+        SIDES[side].fit_and_save(
+            Run(tmp_path / "run", other, TrainConfig(batch_size=4, seq_len=12), OPT, data, side), "cpu"
+        )
 
 
 @pytest.mark.parametrize("side", SIDES)
 def test_the_tokenizer_travels_with_the_checkpoint(side, data, tmp_path):
     config, opt = TrainConfig(batch_size=4, seq_len=12), OptimizerConfig(total_steps=1)
-    folder = SIDES[side].fit_and_save(tmp_path / "run", CFG, config, opt, data, "cpu", Tokenizer([]))
+    run = Run(tmp_path / "run", CFG, config, opt, data, side, tokenizer=Tokenizer([]))
+    folder = SIDES[side].fit_and_save(run, "cpu")
     assert Tokenizer.load(folder / "bpe.json").vocab_size == 257

@@ -8,7 +8,8 @@ import pytest
 from llm_common.config import OptimizerConfig, SamplingConfig, TrainConfig, preset
 from llm_common.data import TokenDataset
 from llm_common.errors import import_side
-from llm_common.run_log import RunLog, read_log
+from llm_common.run import Run
+from llm_common.run_log import read_log
 from parity.cases import random_weights
 from parity.ladder import run_checks
 from parity.settings import Settings
@@ -36,11 +37,10 @@ def test_both_frameworks_train_alike_in_bfloat16(tmp_path):
     opt = OptimizerConfig(lr_max=2e-3, warmup_steps=10, total_steps=60)
     data, curves = TokenDataset(tmp_path / "tokens.npy", 128, 8, 0, 2048), {}
     for framework in ("jax", "torch"):
-        with RunLog(tmp_path / f"{framework}.jsonl") as log:
-            side = import_side(framework, "checkpoint")
-            hook = lambda step, m, log=log: log.write({"step": step, **m})
-            side.fit_and_save(tmp_path / framework, preset("demo"), train, opt, data, "gpu", on_step=hook)
-        curves[framework] = np.array([row["loss"] for row in read_log(tmp_path / f"{framework}.jsonl")[1:]])
+        run = Run(tmp_path / framework, preset("demo"), train, opt, data, framework)
+        import_side(framework, "run").fit_and_save(run, "gpu")
+        rows = read_log(tmp_path / framework / "log.jsonl")
+        curves[framework] = np.array([row["loss"] for row in rows if "event" not in row])
     assert curves["jax"][-1] < curves["jax"][0] - 1
     # bfloat16 runs of one framework differ by some 1e-2 when their sums are reordered
     assert np.sqrt(np.mean((curves["jax"] - curves["torch"]) ** 2)) < 3e-2
@@ -49,11 +49,9 @@ def test_both_frameworks_train_alike_in_bfloat16(tmp_path):
 def test_the_same_text_from_both_on_a_gpu_and_on_the_cpu():
     cfg, weights = preset("tiny"), random_weights(preset("tiny"), 0)
     prompt = np.array([[1, 2, 3], [4, 5, 6]])
-    texts = [
-        import_side(framework, "generate").generate_from(
-            cfg, weights, prompt, 30, SamplingConfig(seed=4, top_p=0.9), None, device, "float64"
-        )
-        for framework in ("jax", "torch")
-        for device in ("cpu", "gpu")
-    ]
+    texts = []
+    for framework in ("jax", "torch"):
+        for device in ("cpu", "gpu"):
+            with import_side(framework, "generate").generator(cfg, weights, device, "float64") as stream:
+                texts.append(list(stream(prompt, 30, SamplingConfig(seed=4, top_p=0.9))))
     assert texts[0] == texts[1] == texts[2] == texts[3]

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from llm_common.config import preset
-from llm_common.tensors import write_tensors
+from llm_common.tensor_files import write_tensors
 from parity import spec
 from parity.cases import random_batch, random_weights
 from parity.compare import tensor_errors

@@ -4,6 +4,7 @@ Each is a bug that a real port has had. Those at the end are equal by mathematic
 """
 
 import dataclasses
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -41,7 +42,8 @@ CLEAN_JAX_ATTENTION = jax_llm.attention.reference_attention
 CLEAN_JAX_FILTER = jax_llm.sampling.filter_logits
 CLEAN_JAX_NOISE = jax_llm.sampling.gumbel_noise
 CLEAN_TORCH_FILTER = torch_llm.sampling.filter_logits
-CLEAN_TORCH_UPDATE = torch_llm.kv_cache.KVCache.update
+CLEAN_POSITIONS = torch_llm.kv_cache.KVCache.positions
+CLEAN_MASK = torch_llm.attention.causal_mask
 CLEAN_TABLE = llm_common.rope.rope_table
 CLEAN_LEARNING_RATE = llm_common.schedule.learning_rate
 CLEAN_BUILD = jax_llm.model.build_params
@@ -81,29 +83,29 @@ def gelu_for_silu(gate, up):
     return (jax.nn.gelu(jax_llm.layers.upcast(gate)) * jax_llm.layers.upcast(up)).astype(gate.dtype)
 
 
-def scale_one_over_h(q, k, v, mask=None):
-    return CLEAN_JAX_ATTENTION(q * q.shape[-1] ** -0.5, k, v, mask)
+def scale_one_over_h(q, k, v, mask=None, window=None):
+    return CLEAN_JAX_ATTENTION(q * q.shape[-1] ** -0.5, k, v, mask, window)
 
 
-def tiled_heads(q, k, v, mask=None):
+def tiled_heads(q, k, v, mask=None, window=None):
     """Query head n reads key/value head n % K instead of n // G."""
     groups = q.shape[2] // k.shape[2]
     k, v = jnp.tile(k, (1, 1, groups, 1)), jnp.tile(v, (1, 1, groups, 1))
-    return CLEAN_JAX_ATTENTION(q, k, v, mask)
+    return CLEAN_JAX_ATTENTION(q, k, v, mask, window)
 
 
-def bfloat16_softmax(q, k, v, mask=None):
+def bfloat16_softmax(q, k, v, mask=None, window=None):
     b, t, n, h = q.shape
     kv_heads = k.shape[2]
     if mask is None:
-        mask = jax_llm.attention.causal_mask(jnp.arange(t), jnp.arange(t))
+        mask = jax_llm.attention.causal_mask(jnp.arange(t), jnp.arange(t), window)
     q = q.reshape(b, t, kv_heads, n // kv_heads, h)
     scores = jnp.einsum("btkgh,bskh->bkgts", q, k) * h**-0.5
     probs = jax.nn.softmax(jnp.where(mask, scores, -jnp.inf), axis=-1).astype(v.dtype)
     return jnp.einsum("bkgts,bskh->btkgh", probs, v).reshape(b, t, n, h)
 
 
-def sum_for_mean(logits, targets):
+def sum_for_mean(logits, targets, count=None):
     return jax_llm.loss.cross_entropy_sum(logits, targets)[0]
 
 
@@ -133,15 +135,15 @@ def bfloat16_embedding_sums(input_ids, weight):
 # --- torch
 
 
-def mask_one_too_far(query_positions, key_positions):
-    return key_positions[None, :] <= query_positions[:, None] + 1
+def mask_one_too_far(query_positions, key_positions, window=None):
+    return CLEAN_MASK(query_positions + 1, key_positions, window)
 
 
-def minus_ten_mask(q, k, v, mask=None):
+def minus_ten_mask(q, k, v, mask=None, window=None):
     b, t, n, h = q.shape
     s, kv_heads = k.shape[1], k.shape[2]
     if mask is None:
-        mask = torch_llm.attention.causal_mask(torch.arange(t), torch.arange(s))
+        mask = torch_llm.attention.causal_mask(torch.arange(t), torch.arange(s), window)
     q = q.reshape(b, t, kv_heads, n // kv_heads, h)
     scores = torch.einsum("btkgh,bskh->bkgts", q, k) * h**-0.5
     probs = torch.softmax(scores + torch.where(mask, 0.0, -10.0), dim=-1).to(v.dtype)
@@ -152,16 +154,12 @@ def no_bias_correction(beta1, beta2, n):
     return 1.0, 1.0
 
 
-def eps_inside_the_root(self, closure=None):
-    self.count += 1
-    for group in self.param_groups:
-        c1, c2 = torch_llm.optim.bias_corrections(group["beta1"], group["beta2"], self.count)
-        for p in group["params"]:
-            mu, nu = self.moments(p)
-            mu.mul_(group["beta1"]).add_((1 - group["beta1"]) * p.grad)
-            nu.mul_(group["beta2"]).add_((1 - group["beta2"]) * p.grad**2)
-            step = (mu / c1) / torch.sqrt(nu / c2 + group["eps"]) + group["weight_decay"] * p.detach()
-            p.data.sub_(group["lr"] * step)
+def eps_inside_the_root(parameters, mus, nus, grads, scalars, beta1, beta2, eps, weight_decay):
+    lr, c1, c2 = scalars
+    for p, mu, nu, g in zip(parameters, mus, nus, grads, strict=True):
+        mu.mul_(beta1).add_((1 - beta1) * g)
+        nu.mul_(beta2).add_((1 - beta2) * g**2)
+        p.data.sub_(lr * ((mu / c1) / torch.sqrt(nu / c2 + eps) + weight_decay * p.detach()))
 
 
 def no_update(self, closure=None):
@@ -193,16 +191,14 @@ def one_too_many_in_top_k(logits, cfg):
     return CLEAN_TORCH_FILTER(logits, dataclasses.replace(cfg, top_k=cfg.top_k + 1 if cfg.top_k else 0))
 
 
-def cache_one_slot_late(self, layer, k, v):
-    if self.length and k.shape[1] == 1:  # while decoding
-        self.k[layer, :, self.length - 1 : self.length] = k
-        self.v[layer, :, self.length - 1 : self.length] = v
-        return self.k[layer, :, : self.length + 1], self.v[layer, :, : self.length + 1]
-    return CLEAN_TORCH_UPDATE(self, layer, k, v)
+def cache_one_slot_late(self, t):
+    positions = CLEAN_POSITIONS(self, t)
+    return positions - 1 if self.filled and t == 1 and sys._getframe(1).f_code.co_name == "update" else positions
 
 
-def offset_ignored(self, start, length, device, dtype):
-    return tuple(table.to(dtype)[:length] for table in self.float64)
+def offset_ignored(self, positions, dtype):
+    positions = torch.arange(positions.shape[-1]).expand(positions.shape)
+    return tuple(table.to(dtype)[positions] for table in self.float64)
 
 
 def gain_before_rounding(x, weight, eps):
@@ -210,7 +206,7 @@ def gain_before_rounding(x, weight, eps):
     return (h * torch.rsqrt((h * h).mean(-1, keepdim=True) + eps) * weight).to(x.dtype)
 
 
-def ignored_targets_counted(logits, targets):
+def ignored_targets_counted(logits, targets, count=None):
     total, _ = torch_llm.loss.cross_entropy_sum(logits, targets)
     return total / targets.numel()
 
@@ -224,8 +220,8 @@ def rounded_swiglu(gate, up):
     return F.silu(gate) * up
 
 
-def bfloat16_table(self, start, length, device, dtype):
-    return tuple(table.to(torch.bfloat16).to(dtype)[start : start + length] for table in self.float64)
+def bfloat16_table(self, positions, dtype):
+    return tuple(table.to(torch.bfloat16).to(dtype)[positions] for table in self.float64)
 
 
 def last_position_clamped(cfg, length=None):
@@ -272,8 +268,8 @@ def targets_not_shifted(self, step, host=0, n_hosts=1):
     return inputs, inputs
 
 
-def eos_kept(model, params, prompt, max_new_tokens, sampling, eos_id=None):
-    return CLEAN_GENERATE(model, params, prompt, max_new_tokens, sampling, None)
+def eos_kept(model, params, prompts, max_new_tokens, sampling, eos_ids=()):
+    return CLEAN_GENERATE(model, params, prompts, max_new_tokens, sampling)
 
 
 # --- shared code
@@ -304,7 +300,7 @@ def everything_decays(shape):
 
 
 def no_residual_scale(cfg, name):
-    return None if name.endswith("norm.weight") else 0.02 * 12**0.5
+    return None if name.endswith(("norm.weight", ".bias")) else 0.02 * 12**0.5
 
 
 @dataclasses.dataclass(frozen=True)
@@ -370,7 +366,7 @@ BUGS = [
     bug("mask one too far", "torch_llm.attention.causal_mask", mask_one_too_far, "logits", TORCH),
     bug("-10 for -inf", "torch_llm.attention.reference_attention", minus_ten_mask, "logits", TORCH),
     bug("no bias correction", "torch_llm.optim.bias_corrections", no_bias_correction, "adamw", TORCH),
-    bug("eps inside the root", "torch_llm.optim.AdamW.step", eps_inside_the_root, "adamw", TORCH),
+    bug("eps inside the root", "torch_llm.optim.adamw_update", eps_inside_the_root, "adamw", TORCH),
     bug("no update at all", "torch_llm.optim.AdamW.step", no_update, "adamw", TORCH),
     bug("clip with 1e-6 in torch", "torch_llm.train.clip_by_global_norm", torch_clip, "adamw", TORCH),
     bug("moments in bfloat16", "torch_llm.optim.AdamW.moments", bfloat16_moments, "precision", TORCH, dtype="bfloat16"),
@@ -384,7 +380,7 @@ BUGS = [
     bug(
         "top-k off by one", "torch_llm.sampling.filter_logits", one_too_many_in_top_k, "tokens", TORCH, dtype="float32"
     ),
-    bug("cache written one slot late", "torch_llm.kv_cache.KVCache.update", cache_one_slot_late, "cache", TORCH),
+    bug("cache written one slot late", "torch_llm.kv_cache.KVCache.positions", cache_one_slot_late, "cache", TORCH),
     bug("offset ignored with a cache", "torch_llm.rope.RotaryTable.__call__", offset_ignored, "cache", TORCH),
     bug(
         "gain before rounding", "torch_llm.layers.rms_norm", gain_before_rounding, "precision", TORCH, dtype="bfloat16"
@@ -452,7 +448,7 @@ def test_without_a_bug_the_same_checks_hold(check, dtype, fresh):
 # --- equal by mathematics
 
 
-def minus_1e9_mask(q, k, v, mask=None):
+def minus_1e9_mask(q, k, v, mask=None, window=None):
     b, t, n, h = q.shape
     s, kv_heads = k.shape[1], k.shape[2]
     if mask is None:

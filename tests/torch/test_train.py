@@ -8,13 +8,16 @@ import pytest
 import torch
 
 from llm_common.checkpoint import latest_checkpoint, load_checkpoint
-from llm_common.config import OptimizerConfig, SamplingConfig, TrainConfig, preset
+from llm_common.config import OptimizerConfig, RunConfig, SamplingConfig, TrainConfig, preset
 from llm_common.errors import UserError
+from llm_common.run import Run
+from llm_common.run_log import read_log
 from llm_common.tokenizer import Tokenizer
 from parity.cases import RandomBatches
-from torch_llm import checkpoint, optim
+from torch_llm import optim
 from torch_llm.generate import generate
 from torch_llm.loss import cross_entropy
+from torch_llm.run import fit_and_save
 from torch_llm.train import Trainer, matmul_precision, select_device
 
 CFG = preset("tiny")
@@ -25,6 +28,14 @@ OPT = OptimizerConfig(lr_max=1e-2, warmup_steps=2, total_steps=12)
 class Batches(RandomBatches):
     def fingerprint(self):
         return {"tokens": 1}
+
+
+def train(folder, opt=OPT, train=TRAIN, on_step=None, tokenizer=None, **config):
+    """A run on the CPU; `on_step` is given each step's row."""
+    tell = lambda row: on_step(row) if on_step and "event" not in row else None
+    config = RunConfig(**config)
+    run = Run(folder, CFG, train, opt, Batches(CFG, 0), "torch", tokenizer=tokenizer, config=config, on_event=tell)
+    return fit_and_save(run, "cpu")
 
 
 def test_loss_counts_only_real_targets():
@@ -129,24 +140,24 @@ def test_skips_stop_the_run_with_a_diagnosis():
 
 
 def test_resumed_is_bitwise_uninterrupted(tmp_path):
-    data = Batches(CFG, 0)
-    straight = checkpoint.fit_and_save(tmp_path / "a", CFG, TRAIN, OPT, data, "cpu")
+    straight = train(tmp_path / "a")
 
     class Killed(Exception):
         pass
 
-    def kill(step, metrics):
-        if step == 8:
+    def kill(row):
+        if row["step"] == 8:
             raise Killed
 
     with pytest.raises(Killed):
-        checkpoint.fit_and_save(tmp_path / "b", CFG, TRAIN, OPT, data, "cpu", save_every=3, on_step=kill)
+        train(tmp_path / "b", save_every=3, on_step=kill)
     assert latest_checkpoint(tmp_path / "b").name == "step-00000006"
     seen = []
-    resumed = checkpoint.fit_and_save(
-        tmp_path / "b", CFG, TRAIN, OPT, data, "cpu", on_step=lambda step, m: seen.append(step)
-    )
+    resumed = train(tmp_path / "b", on_step=lambda row: seen.append(row["step"]))
     assert seen == list(range(7, 13))
+    rows = read_log(tmp_path / "b" / "log.jsonl")
+    assert [row["step"] for row in rows if "event" not in row] == list(range(1, 13))
+    assert [row["step"] for row in rows if row.get("event") == "start"] == [0, 6]
     states = [load_checkpoint(folder)[1] for folder in (straight, resumed)]
     for part in ("weights", "mu", "nu"):
         for name, x in getattr(states[0], part).items():
@@ -155,12 +166,12 @@ def test_resumed_is_bitwise_uninterrupted(tmp_path):
 
 
 def test_a_finished_run_is_left_as_it_is(tmp_path):
-    folder = checkpoint.fit_and_save(tmp_path, CFG, TRAIN, OPT, Batches(CFG, 0), "cpu", Tokenizer([]))
+    folder = train(tmp_path, tokenizer=Tokenizer([]))
     before = (folder / "state.json").stat().st_mtime_ns
-    assert checkpoint.fit_and_save(tmp_path, CFG, TRAIN, OPT, Batches(CFG, 0), "cpu", Tokenizer([])) == folder
+    assert train(tmp_path, tokenizer=Tokenizer([])) == folder
     assert (folder / "state.json").stat().st_mtime_ns == before
     with pytest.raises(UserError, match="data.tokenizer = "):
-        checkpoint.fit_and_save(tmp_path, CFG, TRAIN, OPT, Batches(CFG, 0), "cpu", Tokenizer([(b"a", b"b")]))
+        train(tmp_path, tokenizer=Tokenizer([(b"a", b"b")]))
 
 
 @pytest.mark.parametrize(("part", "token"), [(0, 96), (1, -1), (1, 96)])
@@ -172,10 +183,10 @@ def test_token_ids_out_of_range_stop_training(part, token):
 
 
 def test_a_run_with_other_settings_is_not_resumed(tmp_path):
-    checkpoint.fit_and_save(tmp_path, CFG, TRAIN, OPT, Batches(CFG, 0), "cpu")
+    train(tmp_path)
     other = OptimizerConfig(lr_max=2e-2, warmup_steps=2, total_steps=12)
     with pytest.raises(UserError, match="optimizer.lr_max = 0.01 here, 0.02 asked for"):
-        checkpoint.fit_and_save(tmp_path, CFG, TRAIN, other, Batches(CFG, 0), "cpu")
+        train(tmp_path, other)
 
 
 def test_bad_settings_are_refused_before_work():

@@ -1,0 +1,50 @@
+"""The loss of a model on held-out tokens.
+
+B batch, T positions.
+"""
+
+import contextlib
+from collections.abc import Iterator
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from jax_llm.checkpoint import from_canonical
+from jax_llm.loss import cross_entropy_sum
+from jax_llm.model import CausalLM, Params
+from jax_llm.train import cast, make_model, matmul_precision, select_device, x64
+from llm_common.config import ModelConfig, TrainConfig
+from llm_common.evaluation import EvaluateLoss, Evaluation
+from llm_common.tensors import Tensors
+
+
+@partial(jax.jit, static_argnames=("model", "compute_dtype"))
+def batch_loss(
+    params: Params, inputs: Array, targets: Array, *, model: CausalLM, compute_dtype: str
+) -> tuple[Array, Array]:
+    """Sum of the losses in nats and number of counted targets, for inputs and targets (B, T)."""
+    logits, _ = model.apply({"params": cast(params, compute_dtype)}, inputs)
+    return cross_entropy_sum(logits, targets)
+
+
+def evaluate(model: CausalLM, params: Params, compute_dtype: str, evaluation: Evaluation) -> tuple[float, int]:
+    """Sum of the losses in nats over all held-out tokens, added up in float64, and how many tokens those are."""
+    total, count = 0.0, 0
+    with matmul_precision(compute_dtype):
+        for inputs, targets in evaluation.batches():
+            loss, n = batch_loss(
+                params, jnp.array(inputs), jnp.array(targets), model=model, compute_dtype=compute_dtype
+            )
+            total, count = total + float(loss), count + int(n)
+    return total, count
+
+
+@contextlib.contextmanager
+def evaluator(cfg: ModelConfig, weights: Tensors, train: TrainConfig, device: str = "auto") -> Iterator[EvaluateLoss]:
+    """Inside `with`: `evaluate` of canonical weights on a device by name, all but its last argument filled in."""
+    target = select_device(device)
+    with jax.default_device(target), x64(train.master_dtype):
+        params = from_canonical(cfg, weights, jnp.dtype(train.compute_dtype))
+        yield partial(evaluate, make_model(cfg, train, target.platform), params, train.compute_dtype)

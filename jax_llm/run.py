@@ -1,0 +1,48 @@
+"""A training run from its folder, in JAX: resume, train, save.
+
+here                                          torch_llm.run
+a state goes into `fit` and comes out         a trainer, which `fit` changes
+"""
+
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+
+from jax_llm.checkpoint import from_canonical, from_training_state, to_training_state
+from jax_llm.evaluate import evaluate
+from jax_llm.train import TrainState, fit, init_state, make_model, select_device, x64
+from llm_common.run import Run
+
+
+def fit_and_save(run: Run, device: str = "auto") -> Path:
+    """Train as `run` says: from its newest checkpoint, from its initial weights or from the seed, to the end or until it is
+    asked to stop. Returns the newest checkpoint.
+
+    Raises UserError if the device is absent, the folder is in use, or the checkpoint there is damaged or of another run.
+    """
+    target, cfg, train, opt = select_device(device), run.cfg, run.train, run.opt
+    dtype = jnp.dtype(train.master_dtype)
+    with run, jax.default_device(target), x64(train.master_dtype):
+        saved = run.resume()
+        if saved is not None:
+            state = from_training_state(cfg, opt, saved, dtype)
+        else:
+            params = None if run.initial is None else from_canonical(cfg, run.initial, dtype)
+            state = init_state(cfg, train, opt, params)
+        model = make_model(cfg, train, target.platform)
+
+        def readers(state: TrainState):
+            """What the run may ask of a state: to be read, and its held-out loss."""
+            snapshot = lambda: to_training_state(cfg, state)
+            return snapshot, lambda evaluation: evaluate(model, state.params, train.compute_dtype, evaluation)
+
+        state = fit(
+            state,
+            cfg,
+            train,
+            opt,
+            run.dataset,
+            on_step=lambda step, state, metrics: run.after_step(step, metrics, *readers(state)),
+        )
+        return run.finish(int(state.step), *readers(state))

@@ -1,0 +1,101 @@
+"""What a training step costs, from the shapes alone: floating-point operations and memory."""
+
+import os
+import resource
+import sys
+
+from llm_common.config import ModelConfig, TrainConfig
+
+# Peak of dense bfloat16 matrix products, FLOP/s, by a part of the device's name. Source: the makers' data sheets.
+PEAKS = {
+    "B200": 2250e12,
+    "H200": 989e12,
+    "H100": 989e12,
+    "A100": 312e12,
+    "L40S": 362e12,
+    "RTX 4090": 165e12,
+    "TPU v4": 275e12,
+    "TPU v5 lite": 197e12,
+    "TPU v5e": 197e12,
+    "TPU v5p": 459e12,
+    "TPU v5": 459e12,
+    "TPU v6 lite": 918e12,
+    "TPU v6e": 918e12,
+}
+GIB = 2**30
+
+
+def peak_flops(device_name: str, compute_dtype: str) -> float | None:
+    """The device's peak in FLOP/s, or None if it, or the peak for this dtype, is not known."""
+    if compute_dtype != "bfloat16":
+        return None
+    return next((peak for name, peak in PEAKS.items() if name.lower() in device_name.lower()), None)
+
+
+def flops_per_step(cfg: ModelConfig, train: TrainConfig) -> float:
+    """Model FLOPs of a training step: 6 for each weight of a matrix product and token, and causal attention.
+
+    The head counts and the look-up of embeddings does not; what rematerialisation computes again is not counted. A query
+    looks at (T + 1) / 2 keys on average, or at its window.
+    """
+    d, h = cfg.hidden_size, cfg.head_dim
+    layer = 2 * d * h * (cfg.num_attention_heads + cfg.num_key_value_heads) + 3 * d * cfg.intermediate_size
+    products = cfg.num_hidden_layers * layer + cfg.vocab_size * d
+    window = min(cfg.sliding_window or train.seq_len, train.seq_len)
+    keys = window - window * (window - 1) / (2 * train.seq_len)  # seen by a query, on average
+    attention = 2 * cfg.num_hidden_layers * cfg.num_attention_heads * h * keys
+    return 6.0 * (products + attention) * train.batch_size * train.seq_len
+
+
+def memory_per_step(cfg: ModelConfig, train: TrainConfig, fused_attention: bool) -> dict[str, int]:
+    """About how many bytes a step needs: exact for what is kept, an estimate for activations.
+
+    Keys: weights, moments, gradients (master dtype, and the cast copies of both), activations (of one micro-batch).
+    """
+    p, master = cfg.num_parameters(), 8 if train.compute_dtype == "float64" else 4
+    c = {"float64": 8, "float32": 4, "bfloat16": 2}[train.compute_dtype]
+    cast = 2 * p * c if c != master else 0
+    tokens = train.batch_size // train.gradient_accumulation_steps * train.seq_len
+    d, f, t = cfg.hidden_size, cfg.intermediate_size, train.seq_len
+    heads = (cfg.num_attention_heads + 2 * cfg.num_key_value_heads) * cfg.head_dim
+    scores = 0 if fused_attention else cfg.num_attention_heads * t * (4 + c)
+    layer = {"none": c * (8 * d + 2 * heads + 5 * f) + scores, "dots": c * (3 * d + heads + 2 * f), "full": c * d}
+    kept = cfg.num_hidden_layers * layer[train.remat]
+    working = c * (8 * d + 2 * heads + 5 * f) + scores if train.remat != "none" else 0
+    logits = cfg.vocab_size * (c + 2 * max(c, 4))
+    return {
+        "weights": p * master,
+        "moments": 2 * p * master,
+        "gradients": p * master + cast,
+        "activations": tokens * (kept + working + logits),
+    }
+
+
+def host_memory() -> int | None:
+    """Bytes of memory that this machine can still give, or None if it does not say."""
+    try:
+        with open("/proc/meminfo", encoding="ascii") as file:
+            fields = dict(line.split(":") for line in file)
+        return int(fields["MemAvailable"].split()[0]) * 1024
+    except (OSError, KeyError, ValueError):
+        try:
+            return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        except (ValueError, OSError):
+            return None
+
+
+def host_memory_used() -> int:
+    """The most bytes that this process has held."""
+    used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return used if sys.platform == "darwin" else used * 1024
+
+
+def memory_advice(cfg: ModelConfig, train: TrainConfig, fused_attention: bool) -> str:
+    """What a step needs and which flags lower it, in a line for an error."""
+    need = memory_per_step(cfg, train, fused_attention)
+    parts = ", ".join(f"{name} {size / GIB:.2f}" for name, size in need.items())
+    flags = [f"--gradient-accumulation-steps {2 * train.gradient_accumulation_steps} (the same result)"]
+    if train.remat != "full":
+        flags.append("--remat full")
+    flags += ["a smaller --seq-len", "a smaller model"]
+    return f"a step needs about {sum(need.values()) / GIB:.2f} GiB ({parts}); lower it with {', '.join(flags)}"

@@ -1,0 +1,195 @@
+"""One training run in its folder: the lock, resuming, the log, evaluations, checkpoints, and requests to stop.
+
+Both frameworks train inside it, so a run that changes frameworks is one run: `jax_llm.checkpoint.fit_and_save` and its twin
+give it the numbers of each step and two functions, which read the training state and compute the held-out loss.
+"""
+
+import fcntl
+import hashlib
+import os
+import signal
+import socket
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from llm_common.checkpoint import (
+    AnyTokenizer,
+    TrainingState,
+    latest_checkpoint,
+    load_resumable,
+    prune_checkpoints,
+    run_settings,
+    save_checkpoint,
+)
+from llm_common.config import ModelConfig, OptimizerConfig, RunConfig, TrainConfig
+from llm_common.data import Dataset
+from llm_common.errors import UserError
+from llm_common.evaluation import EvaluateLoss, Evaluation
+from llm_common.run_log import RunLog, TensorBoard
+from llm_common.tensor_files import TensorFiles
+
+LOCK_FILE, LOG_FILE = ".lock", "log.jsonl"
+
+
+class Run:
+    """A run's folder and everything about a run that is not a framework's.
+
+    initial: weights to start from instead of random ones. evaluation: held-out tokens. on_event: is given every row of the
+    log as it is written: steps, and rows with the key "event" ("resume", "evaluation", "save", "stop", "end").
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        cfg: ModelConfig,
+        train: TrainConfig,
+        opt: OptimizerConfig,
+        dataset: Dataset,
+        framework: str,
+        *,
+        tokenizer: AnyTokenizer | None = None,
+        config: RunConfig | None = None,
+        evaluation: Evaluation | None = None,
+        initial: TensorFiles | None = None,
+        on_event: Callable[[dict[str, Any]], None] | None = None,
+    ) -> None:
+        self.folder, self.cfg, self.train, self.opt, self.dataset = folder, cfg, train, opt, dataset
+        self.framework, self.tokenizer, self.config = framework, tokenizer, config or RunConfig()
+        self.evaluation, self.initial, self.on_event = evaluation, initial, on_event
+        self.settings = run_settings(train, opt, dataset, tokenizer)
+        if initial is not None:
+            self.settings["initial"] = {"weights": fingerprint(initial)}
+        self.stop_signal: int | None = None
+        self._log: RunLog | None = None
+        self._board: TensorBoard | None = None
+        self._evaluated: tuple[int, dict[str, Any]] | None = None  # the last evaluation, and after which step
+        self._saved: tuple[int, Path] | None = None
+        self._handlers: dict[int, Any] = {}
+
+    # --- beginning and end
+
+    def __enter__(self) -> "Run":
+        """Take the folder's lock. Raises UserError if another run has it."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._lock = os.open(self.folder / LOCK_FILE, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the system frees it however the process ends
+        except OSError:
+            owner = os.pread(self._lock, 200, 0).decode(errors="replace") or "another process"
+            os.close(self._lock)
+            raise UserError(
+                f"{self.folder}: {owner} is training in this folder; wait for it, or use another --out"
+            ) from None
+        os.ftruncate(self._lock, 0)
+        os.pwrite(self._lock, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0)
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._handlers[number] = signal.signal(number, self._request_stop)
+        return self
+
+    def _request_stop(self, number: int, frame: object) -> None:
+        """The first signal asks for an end after this step; the second ends the process as if there were no handler."""
+        self.stop_signal = number
+        for again in self._handlers:
+            signal.signal(again, signal.SIG_DFL)
+
+    def __exit__(self, *exception: object) -> None:
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
+        if self._log is not None:
+            self._log.close()
+        if self._board is not None:
+            self._board.close()
+        os.close(self._lock)
+
+    def resume(self) -> TrainingState | None:
+        """The state of the newest checkpoint, or None in a new folder; opens the log. Raises UserError, naming what differs,
+        if the checkpoint is damaged or of another run.
+        """
+        folder, state = load_resumable(self.folder, self.cfg, self.settings)
+        step = 0 if state is None else state.step
+        if folder is not None:
+            self._saved = (step, folder)
+        prune_checkpoints(self.folder, 0, 0)  # what a cut-off save left behind
+        self._log = RunLog(self.folder / LOG_FILE, step, framework=self.framework, settings=self.settings)
+        self._board = TensorBoard(self.folder / "tensorboard")
+        self._start = self._last = self._last_save = time.monotonic()
+        if state is not None:
+            self._tell({"event": "resume", "step": step, "checkpoint": str(folder)}, log=False)
+        return state
+
+    # --- called by `fit` after each step
+
+    def after_step(
+        self, step: int, metrics: dict[str, Any], snapshot: Callable[[], TrainingState], evaluate: EvaluateLoss
+    ) -> bool:
+        """Log a step, evaluate and save when it is time; returns whether the run must stop here.
+
+        metrics: loss, grad_norm, lr, skipped. snapshot: reads the training state. evaluate: computes the held-out loss.
+        """
+        config, now = self.config, time.monotonic()
+        tokens = self.train.batch_size * self.train.seq_len
+        row = {"step": step, **metrics, "tokens_per_second": round(tokens / max(now - self._last, 1e-9), 1)}
+        self._tell(row | {"seconds": round(now - self._start, 3), "framework": self.framework})
+        if self._board is not None:
+            self._board.write(step, {key: row[key] for key in ("loss", "grad_norm", "lr", "tokens_per_second")})
+        last = step >= self.opt.total_steps
+        if config.eval_every and step % config.eval_every == 0 and not last:
+            self._evaluate(step, evaluate)
+        by_steps = config.save_every is not None and step % config.save_every == 0
+        by_time = config.save_minutes is not None and now - self._last_save >= 60 * config.save_minutes
+        if (by_steps or by_time or self.stop_signal is not None) and not last:
+            self._save(step, snapshot, evaluate)
+        self._last = time.monotonic()
+        return self.stop_signal is not None
+
+    def finish(self, step: int, snapshot: Callable[[], TrainingState], evaluate: EvaluateLoss) -> Path:
+        """Save if this step is not saved yet, say how the run ended, and return the newest checkpoint."""
+        if self._saved is None or self._saved[0] != step:
+            self._save(step, snapshot, evaluate)
+        assert self._saved is not None
+        event = "end" if step >= self.opt.total_steps else "stop"
+        self._tell({"event": event, "step": step, "checkpoint": str(self._saved[1]), "framework": self.framework})
+        return self._saved[1]
+
+    def _evaluate(self, step: int, evaluate: EvaluateLoss) -> dict[str, Any] | None:
+        if self.evaluation is None:
+            return None
+        if self._evaluated is None or self._evaluated[0] != step:
+            result = self.evaluation.summary(*evaluate(self.evaluation))
+            self._evaluated = (step, result)
+            self._tell({"event": "evaluation", "step": step, **result, "framework": self.framework})
+            if self._board is not None:
+                self._board.write(step, {f"held_out/{key}": x for key, x in result.items()})
+        return self._evaluated[1]
+
+    def _save(self, step: int, snapshot: Callable[[], TrainingState], evaluate: EvaluateLoss) -> None:
+        result = self._evaluate(step, evaluate)
+        settings = {"framework": self.framework, **self.settings} | ({"evaluation": result} if result else {})
+        folder = save_checkpoint(self.folder, self.cfg, snapshot(), settings, self.tokenizer)
+        self._saved, self._last_save = (step, folder), time.monotonic()
+        self._tell({"event": "save", "step": step, "checkpoint": str(folder)}, log=False)
+        prune_checkpoints(self.folder, self.config.keep_last, self.config.keep_best)
+
+    def _tell(self, row: dict[str, Any], log: bool = True) -> None:
+        if log:
+            assert self._log is not None, "call resume() first"
+            self._log.write(row)
+        if self.on_event is not None:
+            self.on_event(row)
+
+
+def fingerprint(weights: TensorFiles) -> str:
+    """sha256 of the files' headers, which name every tensor, its shape and place: cheap, and enough to notice a mix-up."""
+    digest = hashlib.sha256()
+    for header in weights.headers:
+        digest.update(header)
+    return digest.hexdigest()
+
+
+def newest(path: Path) -> Path:
+    """The newest checkpoint of a run's folder, or the path itself if it is a checkpoint or a model folder already."""
+    return latest_checkpoint(path) or path

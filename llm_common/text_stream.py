@@ -1,0 +1,59 @@
+"""Text out of a stream of token ids: only whole characters, and nothing of a stop string."""
+
+from collections.abc import Sequence
+from typing import Protocol
+
+REPLACEMENT = "\ufffd"  # what an incomplete character decodes to
+
+
+class Decoder(Protocol):
+    def decode(self, ids: Sequence[int], /) -> str: ...
+
+
+class TextStream:
+    """Takes the ids of one text as they are drawn and gives its text as soon as it is certain.
+
+    Held back are the bytes of an unfinished character and what may be the beginning of a stop string. The first stop string
+    ends the text and is not part of it. `text` is what was given out so far; `stopped` says whether a stop string came.
+    """
+
+    def __init__(self, tokenizer: Decoder, stop: Sequence[str] = ()) -> None:
+        self._tokenizer, self._stop = tokenizer, tuple(stop)
+        self._ids: list[int] = []
+        self._start = self._settled = (
+            0  # decoding begins at _start; the text up to _settled is in _pending or given out
+        )
+        self._pending = ""
+        self.text, self.stopped = "", False
+
+    def feed(self, ids: Sequence[int], last: bool = False) -> str:
+        """The text that these ids complete; `last` gives out what was held back."""
+        if self.stopped:
+            return ""
+        for i in ids:
+            self._ids.append(i)
+            # decoded with a few tokens before, since a token's text may depend on its neighbour; never all of the text
+            before = self._tokenizer.decode(self._ids[self._start : self._settled])
+            now = self._tokenizer.decode(self._ids[self._start :])
+            if len(now) > len(before) and not now.endswith(REPLACEMENT):
+                self._pending += now[len(before) :]
+                self._start, self._settled = self._settled, len(self._ids)
+        if last:
+            before = self._tokenizer.decode(self._ids[self._start : self._settled])
+            self._pending += self._tokenizer.decode(self._ids[self._start :])[len(before) :]
+            self._start = self._settled = len(self._ids)
+        found = [self._pending.find(stop) for stop in self._stop if stop in self._pending]
+        if found:
+            out, self._pending, self.stopped = self._pending[: min(found)], "", True
+        else:
+            held = 0 if last else self._held()
+            out, self._pending = self._pending[: len(self._pending) - held], self._pending[len(self._pending) - held :]
+        self.text += out
+        return out
+
+    def _held(self) -> int:
+        """The length of the longest end of the pending text that a stop string begins with."""
+        for n in range(min(len(self._pending), max(map(len, self._stop), default=1) - 1), 0, -1):
+            if any(stop.startswith(self._pending[-n:]) for stop in self._stop):
+                return n
+        return 0

@@ -1,0 +1,48 @@
+"""The loss of a model on held-out tokens.
+
+B batch, T positions.
+"""
+
+import contextlib
+from collections.abc import Iterator
+from functools import partial
+
+import torch
+from torch import Tensor
+from torch.func import functional_call
+
+from llm_common.config import ModelConfig, TrainConfig
+from llm_common.evaluation import EvaluateLoss, Evaluation
+from llm_common.tensors import Tensors
+from torch_llm.attention import resolve_backend
+from torch_llm.checkpoint import from_canonical
+from torch_llm.loss import cross_entropy_sum
+from torch_llm.model import CausalLM, empty_model
+from torch_llm.train import cast, matmul_precision, select_device
+
+
+def batch_loss(model: CausalLM, weights: dict[str, Tensor], inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Sum of the losses in nats and number of counted targets, for inputs and targets (B, T)."""
+    return cross_entropy_sum(functional_call(model, weights, (inputs,)), targets)
+
+
+@torch.no_grad()
+def evaluate(model: CausalLM, compute_dtype: str, evaluation: Evaluation) -> tuple[float, int]:
+    """Sum of the losses in nats over all held-out tokens, added up in float64, and how many tokens those are."""
+    total, count = 0.0, 0
+    device, weights = model.model.norm.weight.device, cast(model, getattr(torch, compute_dtype))
+    with matmul_precision(compute_dtype):
+        for inputs, targets in evaluation.batches():
+            batch = (torch.tensor(x, device=device).long() for x in (inputs, targets))
+            loss, n = batch_loss(model, weights, *batch)
+            total, count = total + float(loss), count + int(n)
+    return total, count
+
+
+@contextlib.contextmanager
+def evaluator(cfg: ModelConfig, weights: Tensors, train: TrainConfig, device: str = "auto") -> Iterator[EvaluateLoss]:
+    """Inside `with`: `evaluate` of canonical weights on a device by name, all but its last argument filled in."""
+    target = select_device(device)
+    backend = resolve_backend(train.attention_backend, target.type, train.compute_dtype)
+    model = from_canonical(empty_model(cfg, backend, getattr(torch, train.compute_dtype), target), weights)
+    yield partial(evaluate, model, train.compute_dtype)
