@@ -16,8 +16,9 @@ from jax import Array
 from jax_llm.model import Params, build_params, get_canonical
 from jax_llm.optim import make_optimizer
 from jax_llm.train import TrainState
-from llm_common.checkpoint import AnyTokenizer, TrainingState, load_checkpoint, save_checkpoint
+from llm_common.checkpoint import TrainingState, load_checkpoint, save_checkpoint
 from llm_common.config import ModelConfig, OptimizerConfig
+from llm_common.hf_tokenizer import AnyTokenizer
 from llm_common.tensors import Tensors, check_tensors, tensor_shapes
 
 

@@ -25,15 +25,13 @@ import numpy as np
 from llm_common.config import ModelConfig, OptimizerConfig, TrainConfig
 from llm_common.data import Dataset
 from llm_common.errors import UserError, read_json
-from llm_common.hf_tokenizer import HfTokenizer, companions, token_ids
+from llm_common.hf_tokenizer import AnyTokenizer, companions, token_ids
 from llm_common.tensor_files import MODEL_FILE, TensorFiles, check_plain_file, open_model_files, sync, write_tensors
 from llm_common.tensors import Tensors, check_tensors
-from llm_common.tokenizer import Tokenizer
 
 FORMAT = 1
 ASIDE = ".old"  # with a leading dot, the name of a checkpoint that is about to be replaced
 CONFIG_FILE, OPTIMIZER_FILE, STATE_FILE = "config.json", "optimizer.safetensors", "state.json"
-AnyTokenizer = Tokenizer | HfTokenizer
 # Settings of TrainConfig that change no result, or only its rounding: a run may go on with others.
 MAY_CHANGE = (
     "attention_backend",

@@ -14,13 +14,12 @@ import numpy as np
 
 from llm_common import random_bits
 from llm_common.errors import UserError, read_json
-from llm_common.hf_tokenizer import HfTokenizer
-from llm_common.tokenizer import Tokenizer
+from llm_common.hf_tokenizer import AnyTokenizer
 
 ORDER = 0x6F726465  # folded into the seed's key for the order of the windows: initial weights have keys of their own
 
 
-def write_tokens(path: Path, documents: Iterable[str], tokenizer: Tokenizer | HfTokenizer) -> dict[str, Any]:
+def write_tokens(path: Path, documents: Iterable[str], tokenizer: AnyTokenizer) -> dict[str, Any]:
     """Encode documents, each followed by the end-of-text token, to a `.npy` file with a `.json` beside it.
 
     Returns the description that the `.json` holds. The smallest unsigned dtype that fits the vocabulary is used.
@@ -43,19 +42,19 @@ def write_tokens(path: Path, documents: Iterable[str], tokenizer: Tokenizer | Hf
     return write_description(path, tokenizer, counts)
 
 
-def id_dtype(tokenizer: Tokenizer | HfTokenizer) -> type:
+def id_dtype(tokenizer: AnyTokenizer) -> type:
     """The smallest unsigned dtype for a tokenizer's ids."""
     return np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32
 
 
-def write_description(path: Path, tokenizer: Tokenizer | HfTokenizer, counts: dict[str, Any]) -> dict[str, Any]:
+def write_description(path: Path, tokenizer: AnyTokenizer, counts: dict[str, Any]) -> dict[str, Any]:
     """Write the `.json` beside a data file: its counts, and the tokenizer that made it. Returns its contents."""
     description = {**counts, "vocab_size": tokenizer.vocab_size, "tokenizer": tokenizer.fingerprint()}
     path.with_suffix(".json").write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
     return description
 
 
-def check_tokenizer(path: Path | str, tokenizer: Tokenizer | HfTokenizer) -> None:
+def check_tokenizer(path: Path | str, tokenizer: AnyTokenizer) -> None:
     """Raise UserError if a token file says, in the `.json` beside it, that another tokenizer made it."""
     description = Path(path).with_suffix(".json")
     if description.is_file():

@@ -13,16 +13,15 @@ import numpy as np
 
 from llm_common.data import Order, TokenDataset, host_rows, id_dtype, write_description
 from llm_common.errors import UserError
-from llm_common.hf_tokenizer import HfTokenizer
+from llm_common.hf_tokenizer import AnyTokenizer, HfTokenizer
 from llm_common.tensors import check_token_ids
-from llm_common.tokenizer import Tokenizer
 
 Example = tuple[list[int], list[int]]  # the ids of the prompt and of the answer
 IGNORED = -100
 
 
 def read_examples(
-    path: Path, prompt_field: str, answer_field: str, tokenizer: Tokenizer | HfTokenizer, chat: bool = False
+    path: Path, prompt_field: str, answer_field: str, tokenizer: AnyTokenizer, chat: bool = False
 ) -> Iterator[Example]:
     """The examples of a JSONL file, by the names of two of its fields; with `chat`, in the tokenizer's chat template.
 
@@ -70,7 +69,7 @@ def _lines(path: Path, file: Iterable[str]) -> Iterator[str]:
 
 
 def write_examples(
-    path: Path, examples: Iterable[Example], tokenizer: Tokenizer | HfTokenizer, max_length: int | None = None
+    path: Path, examples: Iterable[Example], tokenizer: AnyTokenizer, max_length: int | None = None
 ) -> dict[str, Any]:
     """Write examples to an `.npz` file with a `.json` beside it, and return what the `.json` holds.
 

@@ -159,21 +159,34 @@ class HfTokenizer:
             raise UserError(f"the chat template failed: {error}") from None
 
 
-def load_tokenizer(folder: Path) -> "Tokenizer | HfTokenizer | None":
+AnyTokenizer = Tokenizer | HfTokenizer
+
+
+def open_tokenizer(path: Path) -> AnyTokenizer:
+    """The tokenizer of a `bpe.json`, of a `tokenizer.json` or of a folder with one of them."""
+    if path.is_dir():
+        tokenizer = load_tokenizer(path)
+        if tokenizer is None:
+            raise UserError(f"{path}: has neither {FILE_NAME} nor tokenizer.json; give a tokenizer with --tokenizer")
+        return tokenizer
+    return HfTokenizer(path.parent) if path.name == "tokenizer.json" else Tokenizer.load(path)
+
+
+def load_tokenizer(folder: Path) -> AnyTokenizer | None:
     """The tokenizer in a folder, ours if it has one, else Hugging Face's; None if there is neither."""
     if (folder / FILE_NAME).is_file():
         return Tokenizer.load(folder / FILE_NAME)
     return HfTokenizer(folder) if (folder / "tokenizer.json").is_file() else None
 
 
-def companions(tokenizer: "Tokenizer | HfTokenizer") -> dict[str, bytes]:
+def companions(tokenizer: AnyTokenizer) -> dict[str, bytes]:
     """The files that let this program and transformers load the tokenizer from a checkpoint: name -> contents."""
     if isinstance(tokenizer, HfTokenizer):
         return tokenizer.files
     return {FILE_NAME: tokenizer.to_json().encode("utf-8"), **to_hf_files(tokenizer)}
 
 
-def token_ids(tokenizer: "Tokenizer | HfTokenizer") -> dict[str, Any]:
+def token_ids(tokenizer: AnyTokenizer) -> dict[str, Any]:
     """The keys of config.json that name special tokens. Left out, transformers would assume Llama 2's."""
     if isinstance(tokenizer, HfTokenizer):
         return {"bos_token_id": None, "eos_token_id": None, **tokenizer.token_ids}

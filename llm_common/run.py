@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 from llm_common.checkpoint import (
-    AnyTokenizer,
     TrainingState,
     latest_checkpoint,
     load_resumable,
@@ -28,6 +27,7 @@ from llm_common.config import ModelConfig, OptimizerConfig, RunConfig, TrainConf
 from llm_common.data import Dataset
 from llm_common.errors import UserError
 from llm_common.evaluation import EvaluateLoss, Evaluation
+from llm_common.hf_tokenizer import AnyTokenizer
 from llm_common.run_log import RunLog, TensorBoard
 from llm_common.tensor_files import TensorFiles
 

@@ -1,10 +1,25 @@
-"""Command-line flags made from the config dataclasses, so that a setting is written down once."""
+"""Command lines of the scripts: flags made from the config dataclasses, so that a setting is written down once, and a TOML
+file that holds the same settings.
+"""
 
 import argparse
 import dataclasses
+import math
+import os
+import sys
+import tomllib
 import types
 import typing
+from pathlib import Path
 from typing import Any
+
+from llm_common.errors import UserError
+
+
+def make_parser(doc: str | None) -> argparse.ArgumentParser:
+    return argparse.ArgumentParser(
+        description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
 
 
 def add_flags(parser: argparse.ArgumentParser, cls: type, title: str) -> None:
@@ -13,12 +28,16 @@ def add_flags(parser: argparse.ArgumentParser, cls: type, title: str) -> None:
     hints = typing.get_type_hints(cls)
     for field in dataclasses.fields(cls):
         default = None if field.default is dataclasses.MISSING else field.default
+        flag, text = "--" + field.name.replace("_", "-"), f"default: {'none' if default is None else default}"
+        if hints[field.name] is bool:
+            group.add_argument(flag, action=argparse.BooleanOptionalAction, default=default, help=text)
+            continue
         group.add_argument(
-            "--" + field.name.replace("_", "-"),
+            flag,
             type=_parser_of(hints[field.name]),
             default=default,
             metavar=getattr(hints[field.name], "__name__", "number or 'none'").upper(),
-            help=f"default: {default}",
+            help=text,
         )
 
 
@@ -27,8 +46,89 @@ def from_flags(cls: type, args: argparse.Namespace) -> Any:
     return cls(**{field.name: getattr(args, field.name) for field in dataclasses.fields(cls)})
 
 
+def parse_with_toml(parser: argparse.ArgumentParser, argv: list[str] | None = None) -> argparse.Namespace:
+    """The flags, over the settings of the TOML file given as `--config`, over the defaults.
+
+    The file's keys are the flags' names with underscores, at the top or in tables of any name. Raises UserError for a file that
+    is not TOML, a key that no flag has, and a value of the wrong kind.
+    """
+    parser.add_argument("--config", type=Path, metavar="TOML", help="settings in a file; flags given besides go first")
+    argv = sys.argv[1:] if argv is None else argv
+    given, _ = parser.parse_known_args(argv)
+    if given.config is not None:
+        parser.set_defaults(**_read_toml(parser, given.config))
+    return parser.parse_args(argv)
+
+
+def _read_toml(parser: argparse.ArgumentParser, path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise UserError(f"--config {path}: no such file")
+    if path.suffix == ".json":
+        raise UserError(f"--config {path}: a TOML file is expected; a model's config.json goes to --model-config")
+    try:
+        content = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError) as error:
+        raise UserError(f"{path}: not TOML ({error})") from None
+    actions = {action.dest: action for action in parser._actions if action.dest not in ("help", "config")}
+    values: dict[str, Any] = {}
+    for key, value in content.items():
+        for name, x in value.items() if isinstance(value, dict) else [(key, value)]:
+            if name in values:
+                raise UserError(f"{path}: key {name!r} is there twice")
+            if name not in actions:
+                raise UserError(f"{path}: unknown key {name!r}; known keys: {', '.join(sorted(actions))}")
+            values[name] = _toml_value(path, actions[name], x)
+    return values
+
+
+def _toml_value(path: Path, action: argparse.Action, value: Any) -> Any:
+    """A value from TOML as the flag would give it; text goes through the flag's own parser."""
+    wrong = UserError(f"{path}: {action.dest} = {value!r} is not what --{action.dest.replace('_', '-')} takes")
+    if isinstance(action, argparse.BooleanOptionalAction | argparse._StoreTrueAction):
+        if not isinstance(value, bool):
+            raise wrong
+        return value
+    if isinstance(action, argparse._AppendAction):
+        items = value if isinstance(value, list) else [value]
+        if not all(isinstance(x, str) for x in items):
+            raise wrong
+        return [action.type(x) if callable(action.type) else x for x in items]
+    if isinstance(value, bool) or not isinstance(value, (str, int, float)):
+        raise wrong
+    try:
+        parsed = action.type(str(value)) if callable(action.type) else str(value)
+    except (ValueError, TypeError):
+        raise wrong from None
+    if action.choices is not None and parsed not in action.choices:
+        raise UserError(f"{path}: {action.dest} = {value!r}; known: {', '.join(map(str, action.choices))}")
+    if isinstance(value, str) and isinstance(parsed, int | float) and not math.isnan(parsed):
+        raise wrong  # a number in quotation marks
+    return parsed
+
+
+def require(args: argparse.Namespace, *names: str) -> None:
+    """Raise UserError unless these flags were given, on the command line or in the file."""
+    for name in names:
+        if getattr(args, name) is None:
+            raise UserError(f"--{name.replace('_', '-')} is missing")
+
+
+def prepare_environment(cache_dir: Path | None) -> None:
+    """What must be set before a framework is imported: the compilation caches, and how much of a GPU JAX may take."""
+    if cache_dir is not None:
+        os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache_dir / "jax"))
+        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_dir / "torch"))
+    os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.92")
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what torch's deterministic matrix products ask for
+
+
 def _parser_of(hint: Any) -> typing.Callable[[str], Any]:
     if isinstance(hint, types.UnionType):  # float | None
         (inner,) = (x for x in typing.get_args(hint) if x is not types.NoneType)
-        return lambda text: None if text.lower() == "none" else inner(text)
+
+        def parse(text: str) -> Any:
+            return None if text.lower() == "none" else inner(text)
+
+        parse.__name__ = f"{inner.__name__} or none"
+        return parse
     return hint

@@ -1,66 +1,174 @@
-"""Generate text from a checkpoint, or from a folder with config.json and a float32 model.safetensors, in either framework.
+"""Generate text from a run, a checkpoint or a Hugging Face folder, in either framework or in both.
 
     python scripts/generate.py --framework jax --checkpoint runs/first --prompt "Return a string" --seed 1
-    python scripts/generate.py --framework torch --checkpoint runs/first --prompt "Return a string" --seed 1 --texts 3
+    python scripts/generate.py --framework torch --checkpoint runs/first --prompt "Return" --prompt "The list of" --texts 3
+    python scripts/generate.py --framework torch --checkpoint my_llama/ --chat --prompt "Who are you?" --temperature 0
+    python scripts/generate.py --framework both --checkpoint runs/first --prompt "Return a string"
 
-The same seed draws the same text in both frameworks, unless a draw lies within the margin of rounding. Text i of several
-draws with random numbers of its own.
+A text is decided by its prompt, its number among the --texts of that prompt, the sampling flags and the seed; prompts of any lengths
+may stand beside each other without changing one another's text. The same seed draws the same text in both frameworks, unless a
+draw lies within the margin of rounding: --framework both shows the first token where they part, and its margin.
+A prompt and --max-new-tokens together must fit the model's positions: what does not is refused, never cut.
 """
 
 import argparse
+import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-from flags import add_flags, from_flags
+from flags import add_flags, from_flags, make_parser, prepare_environment
 
-from llm_common.checkpoint import latest_checkpoint, load_weights
-from llm_common.config import DTYPES, SamplingConfig
+from llm_common.checkpoint import load_weights
+from llm_common.config import DTYPES, ModelConfig, SamplingConfig
 from llm_common.errors import UserError, import_side, run_main
-from llm_common.hf_tokenizer import load_tokenizer
-from llm_common.tokenizer import Tokenizer, check_vocabulary
+from llm_common.hf_tokenizer import AnyTokenizer, HfTokenizer, load_tokenizer, open_tokenizer
+from llm_common.run import newest
+from llm_common.tensors import check_prompts
+from llm_common.text_stream import TextStream
+from llm_common.tokenizer import check_vocabulary
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--framework", required=True, choices=["jax", "torch"])
+    parser = make_parser(__doc__)
+    parser.add_argument("--framework", required=True, choices=["jax", "torch", "both"])
     parser.add_argument(
-        "--checkpoint", type=Path, required=True, help="a run (its newest checkpoint) or one checkpoint"
+        "--checkpoint", type=Path, required=True, help="a run, one checkpoint, or a Hugging Face folder"
     )
     parser.add_argument("--tokenizer", type=Path, help="default: the one saved with the checkpoint")
-    parser.add_argument("--prompt", required=True)
+    parser.add_argument("--prompt", action="append", help="may be repeated")
+    parser.add_argument("--prompts-file", type=Path, help="more prompts, one a line")
+    parser.add_argument("--chat", action="store_true", help="put each prompt into the tokenizer's chat template")
     parser.add_argument("--max-new-tokens", type=int, default=100)
-    parser.add_argument("--texts", type=int, default=1, help="how many continuations")
+    parser.add_argument("--texts", type=int, default=1, help="how many continuations of each prompt")
+    parser.add_argument(
+        "--stop", action="append", default=[], help="text that ends a text and is not in it; may be repeated"
+    )
+    parser.add_argument("--ignore-eos", action="store_true", help="go on after an end of text")
     parser.add_argument("--device", default="auto", help="auto, cpu, gpu or tpu")
     parser.add_argument("--compute-dtype", choices=DTYPES, default="float32")
     add_flags(parser, SamplingConfig, "sampling")
     args = parser.parse_args()
 
+    prepare_environment(None)
     sampling = from_flags(SamplingConfig, args)
     if args.texts < 1:
         raise UserError(f"--texts {args.texts}: must be at least 1")
-    side = import_side(args.framework, "generate")
-    folder = latest_checkpoint(args.checkpoint) or args.checkpoint
+    if "" in args.stop:
+        raise UserError("--stop is empty: give at least one character")
+    sides = {name: import_side(name, "generate") for name in ("jax", "torch") if args.framework in (name, "both")}
+    folder = newest(args.checkpoint)
     cfg, weights = load_weights(folder)
-    tokenizer = Tokenizer.load(args.tokenizer) if args.tokenizer else load_tokenizer(folder)
+    tokenizer = open_tokenizer(args.tokenizer) if args.tokenizer else load_tokenizer(folder)
     if tokenizer is None:
         raise UserError(f"{folder} has no tokenizer: give one with --tokenizer")
     check_vocabulary(tokenizer, cfg.vocab_size)
-    ids = tokenizer.encode(args.prompt)
+    prompts = read_prompts(args)
+    encoded = [encode(tokenizer, prompt, args.chat) for prompt in prompts]
+    check_prompts(encoded, cfg, args.max_new_tokens)
+    rows = [(prompt, ids, n) for prompt, ids in zip(prompts, encoded, strict=True) for n in range(args.texts)]
+    results = {}
+    for name, side in sides.items():
+        with side.generator(cfg, weights, args.device, args.compute_dtype) as stream:
+            results[name] = write_texts(stream, rows, tokenizer, sampling, args, show=args.framework != "both")
+    if args.framework == "both":
+        compare(cfg, weights, tokenizer, rows, results, sampling, args)
+
+
+def read_prompts(args: argparse.Namespace) -> list[str]:
+    prompts = list(args.prompt or [])
+    if args.prompts_file is not None:
+        if not args.prompts_file.is_file():
+            raise UserError(f"--prompts-file {args.prompts_file}: no such file")
+        try:
+            prompts += [line for line in args.prompts_file.read_text(encoding="utf-8").splitlines() if line]
+        except UnicodeDecodeError as error:
+            raise UserError(f"{args.prompts_file}: not UTF-8 at byte {error.start}") from None
+    if not prompts:
+        raise UserError("no prompt: give --prompt or --prompts-file")
+    return prompts
+
+
+def encode(tokenizer: AnyTokenizer, prompt: str, chat: bool) -> list[int]:
+    if chat:
+        if not isinstance(tokenizer, HfTokenizer):
+            raise UserError("--chat needs the tokenizer of a Hugging Face folder with a chat template")
+        return tokenizer.encode(tokenizer.chat([{"role": "user", "content": prompt}], add_generation_prompt=True))
+    ids = tokenizer.encode_prompt(prompt)
     if not ids:
         raise UserError("--prompt is empty: give at least one character")
-    texts = side.generate_from(
-        cfg,
-        weights,
-        np.array([ids] * args.texts),
+    return ids
+
+
+def write_texts(stream, rows, tokenizer, sampling, args: argparse.Namespace, show: bool) -> list[list[int]]:
+    """Print the texts, a single one as it grows, and return their ids."""
+    texts = [TextStream(tokenizer, args.stop) for _ in rows]
+    ids: list[list[int]] = [[] for _ in rows]
+    live = show and len(rows) == 1
+
+    def finished(row: int, so_far: list[int]) -> bool:
+        out = texts[row].feed(so_far[-1:])
+        if live:
+            print(out, end="", flush=True)
+        return texts[row].stopped
+
+    if live:
+        print(rows[0][0] if not args.chat else "", end="", flush=True)
+    pieces = stream(
+        [prompt_ids for _, prompt_ids, _ in rows],
         args.max_new_tokens,
         sampling,
-        tokenizer.end_of_text,
-        args.device,
-        args.compute_dtype,
+        () if args.ignore_eos else tokenizer.eos_ids,
+        [number for _, _, number in rows],
+        finished,
+        chunk=1 if live and sys.stdout.isatty() else 16,
     )
-    for i, text in enumerate(texts):
-        print(f"--- {i}" if args.texts > 1 else "", end="\n" if args.texts > 1 else "")
-        print(args.prompt + tokenizer.decode(text))
+    for new in pieces:
+        for row, more in enumerate(new):
+            ids[row] += more
+    for row, (prompt, _, number) in enumerate(rows):
+        rest = texts[row].feed([], last=True)
+        if live:
+            print(rest)
+        elif show:
+            print(f"--- prompt {row // args.texts}, text {number}")
+            print((prompt if not args.chat else "") + texts[row].text)
+    return ids
+
+
+def compare(
+    cfg: ModelConfig, weights, tokenizer, rows, results: dict[str, list[list[int]]], sampling: SamplingConfig, args: Any
+) -> None:
+    """Each text of both frameworks, and where they part: the two tokens, and what margin the draw had."""
+    from parity.jax_side import JaxSide
+    from parity.token_checks import allowed_margin, draw_margin
+    from parity.torch_side import TorchSide
+
+    for row, (prompt, prompt_ids, number) in enumerate(rows):
+        jax, torch = (results[name][row] for name in ("jax", "torch"))
+        print(f"--- prompt {row // args.texts}, text {number}")
+        text = TextStream(tokenizer, args.stop)
+        text.feed(jax, last=True)
+        print((prompt if not args.chat else "") + text.text)
+        at = next((i for i, (a, b) in enumerate(zip(jax, torch, strict=False)) if a != b), min(len(jax), len(torch)))
+        if jax == torch:
+            print(f"[the same {len(jax)} tokens in both frameworks]")
+            continue
+        prefix = np.array([prompt_ids + jax[:at]])
+        exact = TorchSide(cfg, "float64").logits(weights, prefix)[0, -1]
+        sides = (side(cfg, args.compute_dtype, args.device, "auto") for side in (JaxSide, TorchSide))
+        error = max(float(np.abs(side.logits(weights, prefix)[0, -1] - exact).max()) for side in sides)
+        margin = draw_margin(exact, sampling, number, prefix.shape[1])
+        allowed = allowed_margin(error, exact, sampling)
+        names = [repr(tokenizer.decode(ids[at : at + 1])) if at < len(ids) else "the end" for ids in (jax, torch)]
+        verdict = "rounding" if margin < allowed else "NOT explained"
+        print(
+            f"[they part at new token {at}, position {prefix.shape[1]}: JAX {names[0]}, PyTorch {names[1]}; "
+            f"margin of the draw {margin:.1e}, rounding explains up to {allowed:.1e}: {verdict}]"
+        )
+        text = TextStream(tokenizer, args.stop)
+        text.feed(torch, last=True)
+        print(f"PyTorch: {(prompt if not args.chat else '') + text.text}")
 
 
 if __name__ == "__main__":

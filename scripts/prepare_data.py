@@ -1,32 +1,77 @@
-"""Encode text to a token file, which training maps into memory.
+"""Encode text to a token file, or questions with answers to a file of examples; training reads either.
 
 python scripts/prepare_data.py --tokenizer data/bpe.json --out data/tokens.npy
-python scripts/prepare_data.py --tokenizer data/bpe.json --out data/tokens.npy --data my_texts/
+python scripts/prepare_data.py --tokenizer data/bpe.json --out data/tokens.npy --data my_texts/ --validation 0.05
+python scripts/prepare_data.py --tokenizer my_llama/ --out data/questions.npz --data questions.jsonl \\
+    --prompt-field question --answer-field answer --chat --max-length 512
 """
 
-import argparse
+import hashlib
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
+from flags import make_parser
 
 from llm_common.corpus import documents
 from llm_common.data import unigram_entropy, write_tokens
-from llm_common.errors import run_main
-from llm_common.tokenizer import Tokenizer
+from llm_common.errors import UserError, run_main
+from llm_common.examples import read_examples, write_examples
+from llm_common.hf_tokenizer import AnyTokenizer, open_tokenizer
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tokenizer", type=Path, default=Path("data/bpe.json"))
-    parser.add_argument("--out", type=Path, default=Path("data/tokens.npy"))
+    parser = make_parser(__doc__)
+    parser.add_argument("--tokenizer", type=Path, default=Path("data/bpe.json"), help="bpe.json or a folder")
+    parser.add_argument("--out", type=Path, default=Path("data/tokens.npy"), help=".npy, or .npz for examples")
     parser.add_argument(
-        "--data", type=Path, help="UTF-8 file or folder of .txt and .md (default: Python's documentation)"
+        "--data", type=Path, help="UTF-8 file, folder of .txt and .md (default: Python's documentation), JSONL"
     )
+    parser.add_argument(
+        "--validation", type=float, default=0.0, help="share of the documents to hold out, by their hash"
+    )
+    examples = parser.add_argument_group("examples for fine-tuning, out of a JSONL file")
+    examples.add_argument("--prompt-field", help="the field with the prompt, which is not learned")
+    examples.add_argument("--answer-field", help="the field with the answer, which is")
+    examples.add_argument("--chat", action="store_true", help="in the tokenizer's chat template")
+    examples.add_argument("--max-length", type=int, help="leave out examples of more tokens")
     args = parser.parse_args()
-    info = write_tokens(args.out, documents(args.data), Tokenizer.load(args.tokenizer))
-    entropy = unigram_entropy(np.load(args.out, mmap_mode="r"))
+    if not 0 <= args.validation < 1:
+        raise UserError(f"--validation {args.validation}: must lie in [0, 1)")
+    if args.max_length is not None and args.max_length < 2:
+        raise UserError(f"--max-length {args.max_length}: must be at least 2")
+    tokenizer = open_tokenizer(args.tokenizer)
+    if args.prompt_field or args.answer_field:
+        if not (args.prompt_field and args.answer_field and args.data):
+            raise UserError("examples need --prompt-field, --answer-field and --data with a JSONL file")
+        found = read_examples(args.data, args.prompt_field, args.answer_field, tokenizer, args.chat)
+        info = write_examples(args.out, found, tokenizer, args.max_length)
+        print(
+            f"{args.out}: {info['examples']:,} examples, {info['tokens']:,} tokens, the longest {info['longest']}; "
+            f"{info['left_out']} left out"
+        )
+        return
+    if args.validation == 0:
+        write(args.out, documents(args.data), tokenizer)
+        return
+    kept, held_out = [], []
+    for document in documents(args.data):
+        # by the text itself, so that a document stays on its side however the corpus grows
+        digest = int.from_bytes(hashlib.sha256(document.encode("utf-8", "replace")).digest()[:8], "big")
+        (held_out if digest < args.validation * 2**64 else kept).append(document)
+    if not kept or not held_out:
+        raise UserError(
+            f"--validation {args.validation} of {len(kept) + len(held_out)} documents leaves one side empty"
+        )
+    write(args.out, kept, tokenizer)
+    write(args.out.with_name(f"{args.out.stem}-validation.npy"), held_out, tokenizer)
+
+
+def write(path: Path, texts: Iterable[str], tokenizer: AnyTokenizer) -> None:
+    info = write_tokens(path, texts, tokenizer)
+    entropy = unigram_entropy(np.load(path, mmap_mode="r"))
     print(
-        f"{args.out}: {info['tokens']:,} tokens of {info['documents']:,} documents, "
+        f"{path}: {info['tokens']:,} tokens of {info['documents']:,} documents, "
         f"{info['bytes'] / info['tokens']:.2f} bytes a token, unigram entropy {entropy:.3f} nats"
     )
 

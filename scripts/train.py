@@ -1,74 +1,183 @@
 """Train a model in either framework: same flags, same batches, same files.
 
     python scripts/train.py --framework jax --out runs/first
-    python scripts/train.py --framework torch --out runs/second --lr-max 2e-3 --total-steps 500
+    python scripts/train.py --framework torch --out runs/second --lr-max 2e-3 --total-steps 500 --save-every 100
     python scripts/train.py --framework torch --out runs/gpu --device gpu --compute-dtype bfloat16 --preset 124m
+    python scripts/train.py --framework jax --out runs/tuned --init-from my_llama/ --data data/questions.npz
+    python scripts/train.py --config run.toml --framework torch
+    python scripts/train.py --framework jax --out runs/first --dry-run
 
-The same command again goes on from the newest checkpoint in --out; so does the other framework.
+The same command again goes on from the newest checkpoint in --out; so does the other framework. Ctrl-C (or SIGTERM) saves and
+ends after the step; a second one ends at once. The exit code is 0 when the run ended or was stopped in this way.
 """
 
 import argparse
-import time
 from pathlib import Path
+from typing import Any
 
-from flags import add_flags, from_flags
+import numpy as np
+from flags import add_flags, from_flags, make_parser, parse_with_toml, prepare_environment, require
+from rich.console import Console
 
-from llm_common.config import PRESETS, ModelConfig, OptimizerConfig, TrainConfig, check_length, preset
+from llm_common.budget import GIB, flops_per_step, memory_advice, memory_per_step, peak_flops
+from llm_common.checkpoint import load_weights
+from llm_common.config import PRESETS, ModelConfig, OptimizerConfig, RunConfig, TrainConfig, check_length, preset
 from llm_common.data import TokenDataset, check_tokenizer
-from llm_common.errors import UserError, import_side, run_main
-from llm_common.run_log import RunLog
-from llm_common.tokenizer import Tokenizer, check_vocabulary
+from llm_common.errors import UserError, import_side, is_out_of_memory, run_main
+from llm_common.evaluation import Evaluation
+from llm_common.examples import open_dataset
+from llm_common.hf_tokenizer import AnyTokenizer, open_tokenizer
+from llm_common.progress import TrainingProgress
+from llm_common.run import LOG_FILE, Run
+from llm_common.tensor_files import TensorFiles
+from llm_common.tokenizer import check_vocabulary
+
+
+def make_train_parser() -> argparse.ArgumentParser:
+    parser = make_parser(__doc__)
+    parser.add_argument("--framework", choices=["jax", "torch"], help="needed")
+    parser.add_argument("--out", type=Path, help="needed: folder of this run's checkpoints and log")
+    model = parser.add_argument_group("model", "one of these three")
+    model.add_argument("--preset", help=f"one of {', '.join(PRESETS)} (default: demo)")
+    model.add_argument("--model-config", type=Path, metavar="FILE", help="a config.json with Hugging Face's keys")
+    model.add_argument("--init-from", type=Path, metavar="FOLDER", help="weights to start from: a Hugging Face folder")
+    data = parser.add_argument_group("data")
+    data.add_argument("--data", type=Path, default=Path("data/tokens.npy"), help="of prepare_data.py, .npy or .npz")
+    data.add_argument("--eval-data", type=Path, help="held-out tokens (default: the -validation file beside --data)")
+    data.add_argument("--tokenizer", type=Path, help="bpe.json or a folder; is saved with each checkpoint")
+    machine = parser.add_argument_group("machine")
+    machine.add_argument("--device", default="auto", help="auto, cpu, gpu or tpu")
+    machine.add_argument("--cache-dir", type=Path, default=Path.home() / ".cache" / "one-model-twice", metavar="FOLDER")
+    machine.add_argument("--dry-run", action="store_true", help="say what the run would be, and train nothing")
+    add_flags(parser, OptimizerConfig, "optimizer")
+    add_flags(parser, TrainConfig, "training")
+    add_flags(parser, RunConfig, "checkpoints, evaluation and log")
+    return parser
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--framework", required=True, choices=["jax", "torch"])
-    model = parser.add_mutually_exclusive_group()
-    model.add_argument("--preset", default="demo", help=f"one of {', '.join(PRESETS)} (default: demo)")
-    model.add_argument("--config", type=Path, help="a config.json with Hugging Face keys instead of a preset")
-    parser.add_argument("--data", type=Path, default=Path("data/tokens.npy"), help="token file of prepare_data.py")
-    parser.add_argument("--tokenizer", type=Path, default=Path("data/bpe.json"), help="is saved with each checkpoint")
-    parser.add_argument("--out", type=Path, required=True, help="folder of this run's checkpoints and log")
-    parser.add_argument("--device", default="auto", help="auto, cpu, gpu or tpu")
-    parser.add_argument("--save-every", type=int, metavar="STEPS", help="default: only at the end")
-    parser.add_argument("--log-every", type=int, metavar="STEPS", default=10)
-    add_flags(parser, OptimizerConfig, "optimizer")
-    add_flags(parser, TrainConfig, "training")
-    args = parser.parse_args()
-
-    for name in ("save_every", "log_every"):
-        if getattr(args, name) is not None and getattr(args, name) < 1:
-            raise UserError(f"--{name.replace('_', '-')} must be at least 1")
-    cfg = ModelConfig.from_file(args.config) if args.config else preset(args.preset)
-    opt, train = from_flags(OptimizerConfig, args), from_flags(TrainConfig, args)
+    args = parse_with_toml(make_train_parser())
+    require(args, "framework", "out")
+    prepare_environment(args.cache_dir)
+    opt, train, config = (from_flags(cls, args) for cls in (OptimizerConfig, TrainConfig, RunConfig))
+    cfg, initial = choose_model(args)
     check_length(cfg, train.seq_len, "seq_len")
-    tokenizer = Tokenizer.load(args.tokenizer)
+    tokenizer = open_tokenizer(args.tokenizer or args.init_from or Path("data/bpe.json"))
     check_vocabulary(tokenizer, cfg.vocab_size)
-    side = import_side(args.framework, "checkpoint")
+    side = import_side(args.framework, "train")
+    description = side.describe(cfg, train, args.device)  # before the data, which may take long: is the device there?
     check_tokenizer(args.data, tokenizer)
-    dataset = TokenDataset(args.data, train.seq_len, train.batch_size, train.seed, cfg.vocab_size)
-    print(f"{args.framework}: {import_side(args.framework, 'train').describe(cfg, train, args.device)}")
-    print(f"{cfg.num_parameters():,} parameters, {len(dataset.tokens):,} tokens; log: {args.out / 'log.jsonl'}")
+    dataset = open_dataset(args.data, train.seq_len, train.batch_size, train.seed, cfg.vocab_size)
+    evaluation = open_evaluation(args, cfg, train, config, tokenizer)
+    console = Console(highlight=False, soft_wrap=True)
+    console.print(f"{args.framework}: {description}", markup=False)
+    size = (
+        f"{len(dataset.tokens):,} tokens of data"
+        if isinstance(dataset, TokenDataset)
+        else f"{len(dataset.answers):,} examples"
+    )
+    held_out = "nothing held out" if evaluation is None else f"{evaluation.n_targets:,} held-out tokens"
+    console.print(f"{cfg.num_parameters():,} parameters, {size}, {held_out}; log: {args.out / LOG_FILE}", markup=False)
+    fused = "reference" not in description
+    check_memory(console, cfg, train, fused, side.memory_limit(args.device))
+    flops, tokens_per_step = flops_per_step(cfg, train), train.batch_size * train.seq_len
+    if args.dry_run:
+        dry_run(console, cfg, train, opt, fused, dataset, tokenizer)
+        return
+    peak = peak_flops(side.device_kind(args.device), train.compute_dtype)
+    memory = lambda: side.memory_used(args.device)
+    progress = TrainingProgress(
+        console, opt.total_steps, config.log_every, tokens_per_step, flops / tokens_per_step, peak, memory
+    )
+    run = Run(
+        args.out,
+        cfg,
+        train,
+        opt,
+        dataset,
+        args.framework,
+        tokenizer=tokenizer,
+        config=config,
+        evaluation=evaluation,
+        initial=initial,
+        on_event=progress,
+    )
+    trainer = import_side(args.framework, "run")
+    if train.deterministic:
+        console.print(trainer.cost_of_determinism(cfg, train, opt, dataset, args.device))
+    try:
+        with progress:
+            folder = trainer.fit_and_save(run, args.device)
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise UserError(f"memory ran out: {memory_advice(cfg, train, fused)}") from None
+        raise
+    progress.summary(folder, args.out / LOG_FILE)
+    if not progress.losses:
+        console.print(f"nothing left to do: {folder}", markup=False)
+    elif run.stop_signal is not None:
+        console.print("stopped as asked; the same command goes on, in either framework")
 
-    tokens_in_step = train.batch_size * train.seq_len
-    last_step, last_time = -1, time.perf_counter()
 
-    def on_step(step: int, metrics: dict[str, float]) -> None:
-        nonlocal last_step, last_time
-        log.write({"step": step, **metrics})
-        if last_step < 0:  # the first step compiles
-            last_step, last_time = step, time.perf_counter()
-        if step % args.log_every == 0 or step == opt.total_steps:
-            now = time.perf_counter()
-            rate = (step - last_step) * tokens_in_step / max(now - last_time, 1e-9)
-            last_step, last_time = step, now
-            print(
-                f"step {step}  loss {metrics['loss']:.4f}  norm {metrics['grad_norm']:.3f}  lr {metrics['lr']:.2e}  {rate:,.0f} tokens/s"
-            )
+def choose_model(args: argparse.Namespace) -> tuple[ModelConfig, TensorFiles | None]:
+    given = [name for name in ("preset", "model_config", "init_from") if getattr(args, name) is not None]
+    if len(given) > 1:
+        raise UserError(f"{' and '.join('--' + name.replace('_', '-') for name in given)}: give one of them")
+    if args.init_from is not None:
+        return load_weights(args.init_from)
+    return (ModelConfig.from_file(args.model_config) if args.model_config else preset(args.preset or "demo")), None
 
-    with RunLog(args.out / "log.jsonl", framework=args.framework) as log:
-        folder = side.fit_and_save(args.out, cfg, train, opt, dataset, args.device, tokenizer, args.save_every, on_step)
-    print(f"saved {folder}" if last_step >= 0 else f"nothing left to do: {folder}")
+
+def open_evaluation(
+    args: argparse.Namespace, cfg: ModelConfig, train: TrainConfig, config: RunConfig, tokenizer: AnyTokenizer
+) -> Evaluation | None:
+    path = args.eval_data
+    if path is None:
+        path = args.data.with_name(f"{args.data.stem}-validation.npy")
+        if not path.is_file():
+            return None
+    check_tokenizer(path, tokenizer)
+    tokens = TokenDataset(path, 1, 1, 0, cfg.vocab_size).tokens
+    return Evaluation(tokens, train.seq_len, train.batch_size, tokenizer.byte_lengths(), config.eval_batches)
+
+
+def check_memory(console: Console, cfg: ModelConfig, train: TrainConfig, fused: bool, limit: int | None) -> None:
+    """Refuse what cannot fit, before any long work; warn of what may not."""
+    need = memory_per_step(cfg, train, fused)
+    if limit is None:
+        return
+    kept = sum(size for name, size in need.items() if name != "activations")
+    text = f"{memory_advice(cfg, train, fused)}; the device has {limit / GIB:.2f} GiB"
+    if kept > limit:
+        raise UserError(f"not enough memory: weights, moments and gradients alone exceed it: {text}")
+    if sum(need.values()) > limit:
+        console.print(f"warning: this may not fit: {text}", markup=False)
+
+
+def dry_run(
+    console: Console,
+    cfg: ModelConfig,
+    train: TrainConfig,
+    opt: OptimizerConfig,
+    fused: bool,
+    dataset: Any,
+    tokenizer: Any,
+) -> None:
+    tokens, need = train.batch_size * train.seq_len, memory_per_step(cfg, train, fused)
+    console.print(f"model: {cfg}", markup=False)
+    console.print(f"steps: {opt.total_steps:,} of {tokens:,} tokens, {opt.total_steps * tokens:,} tokens in all")
+    console.print(f"FLOPs: {flops_per_step(cfg, train):.3e} per step")
+    parts = ", ".join(f"{name} {size / GIB:.3f}" for name, size in need.items())
+    console.print(f"memory: about {sum(need.values()) / GIB:.3f} GiB ({parts})")
+    inputs, targets = dataset.batch(0)
+    console.print(
+        f"first batch: {inputs.shape[0]} x {inputs.shape[1]}, {int((targets != -100).sum()):,} counted targets"
+    )
+    for row in range(min(2, len(inputs))):
+        counted = np.flatnonzero(targets[row] != -100)
+        shown = inputs[row, : counted[-1] + 1] if len(counted) else inputs[row]
+        console.print(f"  input {row}: {tokenizer.decode(shown[:80])!r}", markup=False)
+        console.print(f"  target {row}: {tokenizer.decode(targets[row][counted][:80])!r}", markup=False)
 
 
 if __name__ == "__main__":

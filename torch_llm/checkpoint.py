@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from llm_common.checkpoint import AnyTokenizer, TrainingState, load_checkpoint, save_checkpoint
+from llm_common.checkpoint import TrainingState, load_checkpoint, save_checkpoint
+from llm_common.hf_tokenizer import AnyTokenizer
 from llm_common.tensors import Tensors, check_tensors, tensor_shapes
 from torch_llm.layers import upcast
 from torch_llm.model import CausalLM

@@ -1,0 +1,101 @@
+"""A model as a Hugging Face folder, in the dtype and the file sizes that are asked for."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+
+from llm_common.config import ModelConfig
+from llm_common.errors import UserError
+from llm_common.hf_tokenizer import AnyTokenizer, companions, token_ids
+from llm_common.tensor_files import INDEX_FILE, MODEL_FILE, TensorFiles, sync
+from llm_common.tensors import Tensors, check_tensors, tensor_shapes
+
+DTYPES = ("float32", "bfloat16", "float16")
+STORED = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
+SIZES = {"float32": 4, "bfloat16": 2, "float16": 2}
+
+
+def export(
+    folder: Path,
+    cfg: ModelConfig,
+    weights: Tensors,
+    tokenizer: AnyTokenizer | None = None,
+    dtype: str = "float32",
+    shard_bytes: int = 5 << 30,
+) -> list[str]:
+    """Write config.json, the weights and the tokenizer's files to a new folder; returns their names.
+
+    Written under a temporary name and renamed when complete. Raises UserError if the disk cannot take it.
+    """
+    check_tensors(cfg, weights, "weights")
+    partial = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    shards: list[list[str]] = [[]]
+    room = shard_bytes
+    for name, shape in tensor_shapes(cfg).items():
+        size = int(np.prod(shape)) * SIZES[dtype]
+        if shards[-1] and size > room:
+            shards.append([])
+            room = shard_bytes
+        shards[-1].append(name)
+        room -= size
+    n = len(shards)
+    names = [MODEL_FILE] if n == 1 else [f"model-{i + 1:05}-of-{n:05}.safetensors" for i in range(n)]
+    try:
+        partial.mkdir(parents=True)
+        for file, shard in zip(names, shards, strict=True):
+            _write_shard(partial / file, {name: tensor_shapes(cfg)[name] for name in shard}, weights, dtype)
+        files = {} if tokenizer is None else companions(tokenizer)
+        config = (
+            cfg.to_hf() | ({} if tokenizer is None else token_ids(tokenizer)) | {"dtype": dtype, "torch_dtype": dtype}
+        )
+        files = {"config.json": _json(config), **files}
+        if n > 1:
+            weight_map = {name: file for file, shard in zip(names, shards, strict=True) for name in shard}
+            total = sum(int(np.prod(shape)) * SIZES[dtype] for shape in tensor_shapes(cfg).values())
+            files[INDEX_FILE] = _json({"metadata": {"total_size": total}, "weight_map": weight_map})
+        for name, data in files.items():
+            (partial / name).write_bytes(data)
+        for path in partial.iterdir():
+            sync(path)
+        os.rename(partial, folder)
+    except OSError as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise UserError(f"{folder}: cannot be written ({error})") from None
+    return names + sorted(files)
+
+
+def _write_shard(path: Path, shapes: dict[str, tuple[int, ...]], weights: Tensors, dtype: str) -> None:
+    """A safetensors file, tensor by tensor: the library writes bfloat16 only from a framework's tensors, all in memory.
+
+    The library then opens the file, and with it checks every name, type and place.
+    """
+    header: dict = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for name, shape in shapes.items():
+        end = offset + int(np.prod(shape)) * SIZES[dtype]
+        header[name] = {"dtype": STORED[dtype], "shape": list(shape), "data_offsets": [offset, end]}
+        offset = end
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)  # the data begin at a multiple of 8
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for name in shapes:
+            file.write(_bytes(weights[name], dtype))
+    TensorFiles(path)
+
+
+def _json(content: dict) -> bytes:
+    return (json.dumps(content, indent=2) + "\n").encode()
+
+
+def _bytes(x: np.ndarray, dtype: str) -> bytes:
+    """A tensor in a dtype, rounded to nearest even, little-endian."""
+    if dtype != "bfloat16":
+        return np.ascontiguousarray(x, np.dtype(dtype)).tobytes()
+    bits = np.ascontiguousarray(x, np.float32).view(np.uint32)
+    rounded = (bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)
+    return np.where(np.isnan(x), np.uint32(0x7FC0), rounded).astype(np.uint16).tobytes()

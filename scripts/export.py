@@ -1,0 +1,40 @@
+"""Write a checkpoint as a folder that transformers, vLLM and others load without this program.
+
+    python scripts/export.py --checkpoint runs/first --out my_model/
+    python scripts/export.py --checkpoint runs/first --out my_model/ --dtype bfloat16
+
+The folder holds config.json, model.safetensors (in shards, if it is large) and the tokenizer with its chat template.
+"""
+
+from pathlib import Path
+
+from flags import make_parser
+
+from llm_common.checkpoint import load_weights
+from llm_common.errors import UserError, run_main
+from llm_common.export import DTYPES, export
+from llm_common.hf_tokenizer import load_tokenizer
+from llm_common.run import newest
+
+
+def main() -> None:
+    parser = make_parser(__doc__)
+    parser.add_argument(
+        "--checkpoint", type=Path, required=True, help="a run (its newest checkpoint) or one checkpoint"
+    )
+    parser.add_argument("--out", type=Path, required=True, help="a folder that does not exist yet")
+    parser.add_argument("--dtype", choices=DTYPES, default="float32")
+    parser.add_argument("--shard-gib", type=float, default=5.0, help="the most that one file holds")
+    args = parser.parse_args()
+    if args.out.exists():
+        raise UserError(f"--out {args.out}: is there already; nothing is overwritten")
+    if not args.shard_gib > 0:
+        raise UserError(f"--shard-gib {args.shard_gib}: must be positive")
+    folder = newest(args.checkpoint)
+    cfg, weights = load_weights(folder)
+    names = export(args.out, cfg, weights, load_tokenizer(folder), args.dtype, int(args.shard_gib * 2**30))
+    print(f"{args.out}: {', '.join(names)}")
+
+
+if __name__ == "__main__":
+    run_main(main)
