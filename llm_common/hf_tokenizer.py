@@ -5,6 +5,7 @@
 
 import hashlib
 import json
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -201,7 +202,8 @@ def to_hf_files(tokenizer: Tokenizer) -> dict[str, bytes]:
     vocab = {special.get(i) or write(token): i for i, token in tokenizer.vocab.items()}
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
     # the library's regular expressions read a + after a quantifier in braces as a repetition, not as possessive
-    pattern = PATTERNS[tokenizer.pattern].replace("++", "+").replace("?+", "?").replace("*+", "*").replace("}+", "}")
+    pattern = PATTERNS[tokenizer.pattern].replace("++", "+").replace("?+", "?").replace("*+", "*")
+    pattern = re.sub(r"(\{\d+(?:,\d*)?\})\+", r"\1", pattern)
     split = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
     content = {
         "version": "1.0",

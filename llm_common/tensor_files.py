@@ -166,7 +166,7 @@ def write_tensors(path: Path, tensors: Mapping[str, np.ndarray]) -> None:
 
     `safetensors.numpy.save_file` writes a non-contiguous array (a transposed view) wrong without an error.
     """
-    tensors = {name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}
+    tensors = {name: np.asarray(tensor, order="C") for name, tensor in tensors.items()}
     try:
         save_file(tensors, path, metadata={"format": "pt"})  # transformers refuses a file without this key
     except safetensors.SafetensorError as error:

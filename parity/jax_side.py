@@ -37,7 +37,8 @@ class JaxSide:
         self.master = "float64" if dtype == "float64" else "float32"
         self._logits = jax.jit(lambda params, ids: self._model(ids).apply({"params": params}, ids)[0])
         self._cached = jax.jit(lambda params, ids, cache: self._model(ids).apply({"params": params}, ids, cache))
-        self._grads = jax.jit(lambda params, ids, targets: loss_and_grads(self._model(ids), params, ids, targets))
+        grads = lambda params, ids, targets, steps: loss_and_grads(self._model(ids), params, ids, targets, steps)
+        self._grads = jax.jit(grads, static_argnums=3)
 
     def _model(self, ids) -> CausalLM:
         backend = resolve_backend(self.attention, self.device.platform, self.dtype, self.cfg, ids.shape[1])
@@ -77,9 +78,11 @@ class JaxSide:
                 parts.append(np.asarray(logits).astype(np.float64))
             return np.concatenate(parts, axis=1)
 
-    def loss_and_grads(self, weights: Tensors, ids: np.ndarray, targets: np.ndarray) -> tuple[float, Tensors]:
+    def loss_and_grads(
+        self, weights: Tensors, ids: np.ndarray, targets: np.ndarray, accumulation_steps: int = 1
+    ) -> tuple[float, Tensors]:
         with self.scope():
-            loss, grads = self._grads(self._params(weights), jnp.array(ids), jnp.array(targets))
+            loss, grads = self._grads(self._params(weights), jnp.array(ids), jnp.array(targets), accumulation_steps)
             return float(loss), self._tensors(grads)
 
     def train(

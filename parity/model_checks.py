@@ -117,8 +117,21 @@ def _check_model(s: Settings, what: str) -> Iterator[Row]:
             losses = [{"loss": np.array(loss)} for loss, _ in pairs]
             yield three_way("loss", name, "float64", losses, FLOAT64_ALLOWED)
             yield three_way("gradients", name, "float64", [grads for _, grads in pairs], FLOAT64_ALLOWED)
+        yield from _check_accumulation(s)
     for dtype in [d for d in ("float32", "bfloat16") if d in s.dtypes]:
         yield from _check_pooled(s, what, dtype)
+
+
+def _check_accumulation(s: Settings) -> Iterator[Row]:
+    """A batch in three micro-batches, of which one counts few targets and one none, against the whole batch at once."""
+    weights = random_weights(s.cfg, s.seed)
+    ids, targets = random_batch(s.cfg, s.seed, 3, s.length)
+    targets[1], targets[2, 1:] = -100, -100
+    pairs = [side.loss_and_grads(weights, ids, targets, 3) for side in s.sides("float64")]
+    pairs.append(spec.loss_and_grads(weights, ids, targets, s.cfg))
+    item = "three micro-batches, uneven token counts"
+    yield three_way("loss", item, "float64", [{"loss": np.array(loss)} for loss, _ in pairs], FLOAT64_ALLOWED)
+    yield three_way("gradients", item, "float64", [grads for _, grads in pairs], FLOAT64_ALLOWED)
 
 
 def _check_pooled(s: Settings, what: str, dtype: str) -> Iterator[Row]:

@@ -58,10 +58,12 @@ class TorchSide:
                 [model(self._tensor(piece), cache).double().cpu().numpy() for piece in pieces], axis=1
             )
 
-    def loss_and_grads(self, weights: Tensors, ids: np.ndarray, targets: np.ndarray) -> tuple[float, Tensors]:
-        model = self._model(weights)
+    def loss_and_grads(
+        self, weights: Tensors, ids: np.ndarray, targets: np.ndarray, accumulation_steps: int = 1
+    ) -> tuple[float, Tensors]:
+        model, dtype = self._model(weights), getattr(torch, self.dtype)
         with self.scope():
-            loss = loss_and_grads(model, self._tensor(ids), self._tensor(targets), getattr(torch, self.dtype))
+            loss = loss_and_grads(model, self._tensor(ids), self._tensor(targets), dtype, accumulation_steps)
         grads = {name: np.zeros(p.shape) for name, p in model.named_parameters()}
         grads |= {name: p.grad.double().cpu().numpy() for name, p in model.named_parameters() if p.grad is not None}
         return float(loss), grads

@@ -33,6 +33,7 @@ import torch_llm.model
 import torch_llm.optim
 import torch_llm.random_bits
 import torch_llm.sampling
+import torch_llm.train
 from parity.compare import JAX, SHARED, TORCH
 from parity.ladder import run_checks
 from parity.settings import Settings
@@ -41,6 +42,12 @@ SMALL = Settings(steps=20, tokens=800)
 CLEAN_JAX_ATTENTION = jax_llm.attention.reference_attention
 CLEAN_JAX_FILTER = jax_llm.sampling.filter_logits
 CLEAN_JAX_NOISE = jax_llm.sampling.gumbel_noise
+CLEAN_JAX_LOSS = jax_llm.loss.cross_entropy
+CLEAN_JAX_MASK = jax_llm.attention.causal_mask
+CLEAN_JAX_NORM = jax_llm.layers.RMSNorm.__call__
+CLEAN_TORCH_NORM = torch_llm.layers.rms_norm
+CLEAN_TORCH_GRADS = torch_llm.train.loss_and_grads
+CLEAN_FREQUENCIES = llm_common.rope.inverse_frequencies
 CLEAN_TORCH_FILTER = torch_llm.sampling.filter_logits
 CLEAN_POSITIONS = torch_llm.kv_cache.KVCache.positions
 CLEAN_MASK = torch_llm.attention.causal_mask
@@ -132,7 +139,45 @@ def bfloat16_embedding_sums(input_ids, weight):
     return weight[input_ids]
 
 
+def mean_of_means(logits, targets, count=None):
+    return CLEAN_JAX_LOSS(logits, targets) / 3 if len(targets) == 1 else CLEAN_JAX_LOSS(logits, targets, count)
+
+
+def biases_left_out(self, x):
+    return jax_llm.layers.linear(x, self.variables["params"]["weight"])
+
+
+def window_ignored(query_positions, key_positions, window=None):
+    return CLEAN_JAX_MASK(query_positions, key_positions)
+
+
+def keys_not_normed(self, x):
+    return x if self.name == "k_norm" else CLEAN_JAX_NORM(self, x)
+
+
 # --- torch
+
+
+def last_micro_batch_alone(model, inputs, targets, compute_dtype, accumulation_steps=1, batch_loss=None):
+    if accumulation_steps == 1:
+        return CLEAN_TORCH_GRADS(model, inputs, targets, compute_dtype)
+    last = slice(-(len(inputs) // accumulation_steps), None)
+    return CLEAN_TORCH_GRADS(model, inputs[last], targets[last], compute_dtype)
+
+
+def window_one_short(query_positions, key_positions, window=None):
+    return CLEAN_MASK(query_positions, key_positions, window and window - 1)
+
+
+def norm_over_all_heads(x, weight, eps):
+    if x.dim() < 4:
+        return CLEAN_TORCH_NORM(x, weight, eps)
+    scale = torch.rsqrt(x.flatten(-2).square().mean(-1)[..., None, None] + eps)
+    return x * scale * weight
+
+
+def padding_seen_in_the_cache(self, length):
+    """The text's own length forgotten: it goes on after the padding."""
 
 
 def mask_one_too_far(query_positions, key_positions, window=None):
@@ -283,6 +328,18 @@ def float32_table(cfg, length=None):
     return np.cos(angles).astype(np.float64), np.sin(angles).astype(np.float64)
 
 
+def frequencies_not_scaled(cfg):
+    return CLEAN_FREQUENCIES(dataclasses.replace(cfg, rope_scaling=None))
+
+
+def scaled_below_the_wrong_border(cfg):
+    scaling = cfg.rope_scaling
+    if scaling is None:
+        return CLEAN_FREQUENCIES(cfg)
+    scaling = dataclasses.replace(scaling, high_freq_factor=scaling.high_freq_factor + 1)
+    return CLEAN_FREQUENCIES(dataclasses.replace(cfg, rope_scaling=scaling))
+
+
 def wrong_theta(cfg, length=None):
     return CLEAN_TABLE(dataclasses.replace(cfg, rope_theta=cfg.rope_theta * 1.01), length)
 
@@ -421,6 +478,31 @@ BUGS = [
     bug("clip scales up", "jax_llm.optim.clip_by_global_norm", clip_that_scales_up, "adamw", JAX),
     bug("end of text ignored", "parity.jax_side.generate", eos_kept, "tokens", JAX),
     bug("mu and nu swapped on load", "parity.resume_checks.load_checkpoint", moments_swapped, "resume", SHARED),
+    bug("mean of means in accumulation", "jax_llm.train.cross_entropy", mean_of_means, "loss", JAX, runs="gradients"),
+    bug(
+        "last micro-batch alone",
+        "parity.torch_side.loss_and_grads",
+        last_micro_batch_alone,
+        "loss",
+        TORCH,
+        runs="gradients",
+    ),
+    bug("biases left out", "jax_llm.layers.Linear.__call__", biases_left_out, "logits", JAX),
+    bug("window ignored", "jax_llm.attention.causal_mask", window_ignored, "logits", JAX),
+    bug("window one short", "torch_llm.attention.causal_mask", window_one_short, "logits", TORCH),
+    bug("keys not normed", "jax_llm.layers.RMSNorm.__call__", keys_not_normed, "logits", JAX),
+    bug("q/k norm over all heads", "torch_llm.layers.rms_norm", norm_over_all_heads, "logits", TORCH),
+    bug(
+        "padding kept in the cache",
+        "torch_llm.kv_cache.KVCache.set_length",
+        padding_seen_in_the_cache,
+        "tokens",
+        TORCH,
+    ),
+    bug("RoPE not scaled", "llm_common.rope.inverse_frequencies", frequencies_not_scaled, "logits", SHARED),
+    bug(
+        "RoPE scaled too early", "llm_common.rope.inverse_frequencies", scaled_below_the_wrong_border, "logits", SHARED
+    ),
     bug("targets not shifted", "llm_common.data.TokenDataset.batch", targets_not_shifted, "data", SHARED),
 ]
 
