@@ -201,8 +201,9 @@ def to_hf_files(tokenizer: Tokenizer) -> dict[str, bytes]:
     special = {i: text for text, i in tokenizer.special_tokens.items()}
     vocab = {special.get(i) or write(token): i for i, token in tokenizer.vocab.items()}
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
-    # the library's regular expressions read a + after a quantifier in braces as a repetition, not as possessive
-    pattern = PATTERNS[tokenizer.pattern].replace("++", "+").replace("?+", "?").replace("*+", "*")
+    # The library's regular expressions read a + after a quantifier in braces as a repetition, not as possessive, and $ as
+    # the end of any line. Without possessive quantifiers these patterns match the same, only slower.
+    pattern = PATTERNS[tokenizer.pattern].replace("$", r"\z").replace("++", "+").replace("?+", "?").replace("*+", "*")
     pattern = re.sub(r"(\{\d+(?:,\d*)?\})\+", r"\1", pattern)
     split = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
     content = {
