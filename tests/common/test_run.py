@@ -1,0 +1,308 @@
+"""A run in its folder: one at a time, stopped and killed at any moment, on a full disk; nothing that was saved is lost."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from llm_common import checkpoint
+from llm_common.checkpoint import (
+    TrainingState,
+    checkpoints,
+    held_out_loss,
+    latest_checkpoint,
+    load_checkpoint,
+    prune_checkpoints,
+    save_checkpoint,
+)
+from llm_common.config import OptimizerConfig, RunConfig, TrainConfig, preset
+from llm_common.errors import UserError
+from llm_common.evaluation import Evaluation
+from llm_common.run import Run
+from llm_common.run_log import RunLog, read_log
+from llm_common.tensors import tensor_shapes
+
+CFG, ROOT = preset("tiny"), Path(__file__).parents[2]
+OPT = OptimizerConfig(total_steps=10)
+
+
+def make_state(step: int) -> TrainingState:
+    tensors = lambda: {name: np.full(shape, step, np.float32) for name, shape in tensor_shapes(CFG).items()}
+    return TrainingState(tensors(), tensors(), tensors(), step, step)
+
+
+class Data:
+    def batch(self, step, host=0, n_hosts=1):
+        raise NotImplementedError
+
+    def fingerprint(self):
+        return {"tokens": 1}
+
+
+def make_run(folder, opt=OPT, losses=(), **more) -> tuple[Run, list]:
+    """A run, and the rows that it tells."""
+    rows: list[dict] = []
+    evaluation = Evaluation(np.arange(9), 4, 2) if losses else None
+    return Run(
+        folder, CFG, TrainConfig(), opt, Data(), "jax", evaluation=evaluation, on_event=rows.append, **more
+    ), rows
+
+
+def drive(run: Run, until: int = 10, losses=(), at=None) -> Path:
+    """What `fit_and_save` does, without a framework: step n has loss 1 / n. at: called after each step."""
+    with run:
+        state = run.resume()
+        step, held_out = 0 if state is None else state.step, list(losses)
+        snapshot, evaluate = lambda: make_state(step), lambda evaluation: (held_out.pop(0) * 8, 8)
+        while step < until:
+            step += 1
+            if at is not None:
+                at(step)
+            metrics = {"loss": 1 / step, "grad_norm": 1.0, "lr": 0.1, "skipped": False}
+            if run.after_step(step, metrics, snapshot, evaluate):
+                break
+        return run.finish(step, snapshot, evaluate)
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def steps(folder: Path) -> list[int]:
+    return [row["step"] for row in read_log(folder / "log.jsonl") if "event" not in row]
+
+
+def test_the_last_and_the_best_are_kept(tmp_path):
+    losses = [3.0, 1.0, 2.0, 2.5, 2.4]
+    run, rows = make_run(tmp_path, losses=losses, config=RunConfig(save_every=2, keep_last=2, keep_best=1))
+    drive(run, losses=losses)
+    assert [path.name for path in checkpoints(tmp_path)] == ["step-00000004", "step-00000008", "step-00000010"]
+    assert held_out_loss(tmp_path / "step-00000004") == 1.0
+    assert [row["step"] for row in rows if row.get("event") == "evaluation"] == [2, 4, 6, 8, 10]
+    assert names(tmp_path) == [".lock", "log.jsonl", "step-00000004", "step-00000008", "step-00000010"]
+
+
+def test_evaluations_and_saves_have_their_own_rhythm(tmp_path):
+    losses = [float(x) for x in range(9)]
+    run, rows = make_run(tmp_path, losses=losses, config=RunConfig(save_every=6, eval_every=4, keep_last=0))
+    drive(run, losses=losses)
+    assert [(row["event"], row["step"]) for row in rows if "event" in row] == [
+        ("evaluation", 4),
+        ("evaluation", 6),
+        ("save", 6),
+        ("evaluation", 8),
+        ("evaluation", 10),
+        ("save", 10),
+        ("end", 10),
+    ]
+
+
+def test_saving_by_the_clock(tmp_path):
+    run, _ = make_run(tmp_path, config=RunConfig(save_minutes=1e-9, keep_last=0))
+    drive(run, until=3)
+    assert [path.name for path in checkpoints(tmp_path)] == [f"step-{n:08}" for n in (1, 2, 3)]
+
+
+def test_keep_last_0_keeps_all(tmp_path):
+    for step in (1, 2, 3):
+        save_checkpoint(tmp_path, CFG, make_state(step), {})
+    assert prune_checkpoints(tmp_path, 0, 0) == []
+    assert prune_checkpoints(tmp_path, 1, 0) == [tmp_path / "step-00000001", tmp_path / "step-00000002"]
+
+
+def test_the_log_holds_every_step_once(tmp_path):
+    run, _ = make_run(tmp_path, config=RunConfig(save_every=3))
+
+    class Killed(BaseException):
+        pass
+
+    def kill(step):
+        if step == 6:
+            raise Killed
+
+    with pytest.raises(Killed):
+        drive(run, at=kill)
+    with (tmp_path / "log.jsonl").open("a") as file:
+        file.write('{"step": 6, "lo')  # a line that was being written
+    assert steps(tmp_path) == [1, 2, 3, 4, 5]
+    drive(make_run(tmp_path)[0])
+    assert steps(tmp_path) == list(range(1, 11))
+    starts = [row["step"] for row in read_log(tmp_path / "log.jsonl") if row.get("event") == "start"]
+    assert starts == [0, 3]
+    drive(make_run(tmp_path)[0])  # nothing left to do
+    assert steps(tmp_path) == list(range(1, 11))
+
+
+def test_a_run_without_a_checkpoint_begins_its_log_again(tmp_path):
+    with RunLog(tmp_path / "log.jsonl") as log:
+        log.write({"step": 1, "loss": 1.0})
+    drive(make_run(tmp_path)[0], until=2)
+    assert steps(tmp_path) == [1, 2]
+
+
+def test_two_runs_in_one_folder(tmp_path):
+    first, second = make_run(tmp_path)[0], make_run(tmp_path)[0]
+    with first, pytest.raises(UserError, match=rf"process {os.getpid()} on .* is training in this folder"), second:
+        pass
+    drive(second, until=1)  # the lock went with the first
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_saves_and_ends_after_the_step(number, tmp_path):
+    run, rows = make_run(tmp_path)
+    before = signal.getsignal(number)
+    folder = drive(run, at=lambda step: os.kill(os.getpid(), number) if step == 4 else None)
+    assert folder.name == "step-00000004"
+    assert rows[-1]["event"] == "stop"
+    assert signal.getsignal(number) is before
+    drive(make_run(tmp_path)[0])
+    assert steps(tmp_path) == list(range(1, 11))
+
+
+def child(code: str, *args: object) -> subprocess.Popen:
+    return subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(code), *map(str, args)],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests' / 'common'}"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def test_a_second_signal_ends_at_once(tmp_path):
+    process = child(
+        """
+        import sys, time
+        from test_run import *
+        def slow(step):
+            print("ready", flush=True)
+            time.sleep(60)
+        drive(make_run(Path(sys.argv[1]))[0], at=slow)
+        """,
+        tmp_path,
+    )
+    assert process.stdout.readline() == "ready\n"
+    process.send_signal(signal.SIGINT)
+    time.sleep(0.2)
+    assert process.poll() is None  # the first waits for the step
+    process.send_signal(signal.SIGINT)
+    assert process.wait(10) == -signal.SIGINT
+    process.communicate()
+    drive(make_run(tmp_path)[0], until=1)  # the lock was freed
+
+
+SAVE_AGAIN_AND_AGAIN = """
+import sys
+from test_run import *
+run, step = Path(sys.argv[1]), int(sys.argv[2])
+print("ready", flush=True)
+while True:
+    step += 1
+    save_checkpoint(run, CFG, make_state(step), {})
+    if step % 2:
+        save_checkpoint(run, CFG, make_state(step), {"again": True})  # the same step once more
+    prune_checkpoints(run, 2, 0)
+"""
+
+
+@pytest.mark.parametrize("kills", [12, pytest.param(200, marks=pytest.mark.slow)])
+def test_killed_while_saving(kills, tmp_path):
+    """At random moments of saving and deleting: the newest checkpoint is complete, and never an older one than before."""
+    save_checkpoint(tmp_path, CFG, make_state(1), {})
+    rng, last, leftovers = random.Random(0), 1, 0
+    for _ in range(kills):
+        process = child(SAVE_AGAIN_AND_AGAIN, tmp_path, last)
+        assert process.stdout.readline() == "ready\n"
+        time.sleep(rng.uniform(0, 0.12))
+        process.kill()
+        process.communicate()
+        leftovers += any(path.name.startswith(".step") for path in tmp_path.iterdir())
+        newest = latest_checkpoint(tmp_path)
+        assert newest is not None
+        _, state, _ = load_checkpoint(newest, CFG)
+        assert state.step >= last
+        for tensors in (state.weights, state.mu, state.nu):
+            assert all((x == state.step).all() for x in tensors.values())
+        last = state.step
+    assert leftovers > kills / 4  # most kills did hit a save
+    prune_checkpoints(tmp_path, 2, 0)
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".step")]
+
+
+@pytest.mark.parametrize("limit", [1_000, 60_000, 1_000_000])
+def test_a_full_disk_is_one_error_and_loses_nothing(limit, tmp_path):
+    """A limit on the size of a file stands for the disk: the write fails in the middle, as it does there."""
+    before = save_checkpoint(tmp_path, CFG, make_state(1), {})
+    process = child(
+        """
+        import resource, sys
+        from test_run import *
+        resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[2]),) * 2)
+        try:
+            save_checkpoint(Path(sys.argv[1]), CFG, make_state(2), {})
+        except UserError as error:
+            print(error)
+        """,
+        tmp_path,
+        limit,
+    )
+    out, err = process.communicate()
+    if limit == 1_000_000:  # room enough for each file of this model
+        assert (out, err) == ("", "")
+        return
+    assert err == ""
+    assert "step-00000002: cannot be written" in out
+    assert f"{before} is complete" in out
+    assert names(tmp_path) == ["step-00000001"]
+    assert load_checkpoint(before)[1].step == 1
+
+
+def test_a_full_disk_under_the_log(tmp_path):
+    log = RunLog(tmp_path / "log.jsonl")
+    log.write({"step": 1})
+    log._file.close()
+    log._file = open("/dev/full", "w")  # noqa: SIM115
+    with pytest.raises(UserError, match=r"log.jsonl: cannot be written \(No space left on device\)"):
+        log.write({"step": 2, "text": "x" * 100_000})
+    log.close()
+
+
+def test_a_state_file_that_lies_is_refused(tmp_path):
+    folder = save_checkpoint(tmp_path, CFG, make_state(1), {})
+    good = json.loads((folder / "state.json").read_text())
+    outside = tmp_path / "outside"
+    outside.write_bytes(b"x")
+    entry = {"size": 1, "sha256": checkpoint._sha256(outside)}
+    lies = [
+        ({**good, "step": -1}, "damaged"),
+        ({**good, "step": "1"}, "damaged"),
+        ({**good, "files": []}, "damaged"),
+        ({**good, "settings": None}, "damaged"),
+        (
+            {**good, "files": {k: v for k, v in good["files"].items() if k != "model.safetensors"}},
+            "does not list model",
+        ),
+        ({**good, "files": {**good["files"], "../outside": entry}}, "'../outside' is not the entry of a file"),
+        ({**good, "files": {**good["files"], "config.json": 3}}, "'config.json' is not the entry"),
+    ]
+    for content, words in lies:
+        (folder / "state.json").write_text(json.dumps(content))
+        with pytest.raises(UserError, match=words):
+            load_checkpoint(folder)
+    (folder / "state.json").write_text("[" * 100_000)
+    with pytest.raises(UserError, match="nested too deeply"):
+        load_checkpoint(folder)
+    (folder / "state.json").write_text(json.dumps(good))
+    (folder / "optimizer.safetensors").rename(tmp_path / "o")
+    (folder / "optimizer.safetensors").symlink_to(tmp_path / "o")
+    with pytest.raises(UserError, match=r"optimizer.safetensors: a link"):
+        load_checkpoint(folder)
