@@ -1,5 +1,6 @@
 """Properties of JAX training: loss, clip, AdamW, skipped steps, resuming. The twin is tests/torch/test_train.py."""
 
+import dataclasses
 import json
 
 import jax
@@ -9,18 +10,22 @@ import optax
 import pytest
 
 from jax_llm import optim
+from jax_llm.checkpoint import from_canonical, to_canonical
+from jax_llm.evaluate import evaluator
 from jax_llm.loss import cross_entropy
 from jax_llm.model import CausalLM
 from jax_llm.run import fit_and_save
-from jax_llm.train import fit, init_state, make_train_step, select_device
+from jax_llm.train import first_not_finite, fit, init_state, loss_and_grads, make_model, make_train_step, select_device
 from llm_common.checkpoint import latest_checkpoint, load_checkpoint
 from llm_common.config import OptimizerConfig, RunConfig, TrainConfig, preset
 from llm_common.errors import UserError
+from llm_common.evaluation import Evaluation
 from llm_common.run import Run
 from llm_common.run_log import read_log
 from llm_common.schedule import StepScalars, step_scalars
 from llm_common.tokenizer import Tokenizer
-from parity.cases import RandomBatches
+from parity import spec
+from parity.cases import RandomBatches, random_batch, random_weights
 
 CFG = preset("tiny")
 TRAIN = TrainConfig(batch_size=3, seq_len=13)
@@ -109,7 +114,7 @@ def test_skips_stop_the_run_with_a_diagnosis():
     state = init_state(CFG, TRAIN, OPT)
     state.params["model"]["norm"]["weight"] = jnp.full(CFG.hidden_size, jnp.inf)
     steps = []
-    with pytest.raises(UserError, match="not finite in 10 steps in a row"):
+    with pytest.raises(UserError, match="not finite in 10 steps in a row.*is the first tensor that is not finite"):
         fit(
             state,
             CFG,
@@ -119,6 +124,97 @@ def test_skips_stop_the_run_with_a_diagnosis():
             on_step=lambda step, s, m: steps.append((step, m["skipped"], int(s.adam_count))),
         )
     assert steps == [(n, True, 0) for n in range(1, 11)]
+
+
+def grads_of(train, seed=0):
+    """Loss and gradients in float64 of a batch whose micro-batches count different numbers of targets."""
+    with jax.enable_x64(True):
+        params = from_canonical(CFG, random_weights(CFG, 0), jnp.float64)
+        ids, targets = random_batch(CFG, seed, 6, 9)
+        targets[2:4] = -100
+        targets[0, 1:] = -100
+        run = jax.jit(
+            lambda p, x, y: loss_and_grads(make_model(CFG, train, "cpu"), p, x, y, train.gradient_accumulation_steps)
+        )
+        loss, grads = run(params, jnp.array(ids), jnp.array(targets))
+        return float(loss), to_canonical(CFG, grads)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"gradient_accumulation_steps": 2},
+        {"gradient_accumulation_steps": 6},
+        {"remat": "full"},
+        {"remat": "dots"},
+        {"scan_layers": True},
+        {"gradient_accumulation_steps": 3, "remat": "full", "scan_layers": True},
+    ],
+)
+def test_ways_to_save_memory_change_nothing(settings):
+    exact = grads_of(TrainConfig(batch_size=6, compute_dtype="float64"))
+    loss, grads = grads_of(TrainConfig(batch_size=6, compute_dtype="float64", **settings))
+    assert loss == pytest.approx(exact[0], rel=1e-14)
+    for name, x in exact[1].items():
+        np.testing.assert_allclose(grads[name], x, atol=1e-14)
+
+
+def test_rematerialisation_keeps_less():
+    """What the backward pass keeps of the forward pass, in bytes: "full" keeps the least."""
+    kept = {}
+    params = from_canonical(CFG, random_weights(CFG, 0), jnp.float32)
+    ids, targets = (jnp.array(x) for x in random_batch(CFG, 0, 3, 13))
+    for remat in ("none", "dots", "full"):
+        model = make_model(CFG, TrainConfig(remat=remat), "cpu")
+        loss = lambda p, model=model: cross_entropy(model.apply({"params": p}, ids)[0], targets)
+        kept[remat] = sum(x.size for x in jax.tree.leaves(jax.vjp(loss, params)[1]))
+    assert kept["full"] < kept["dots"] < kept["none"]
+
+
+def test_a_run_that_is_not_compiled_is_the_same_run():
+    compiled, loose = (
+        fit(init_state(CFG, TRAIN, OPT), CFG, dataclasses.replace(TRAIN, compile=how), OPT, Batches(CFG, 0), 2).params
+        for how in ("on", "off")
+    )
+    for a, b in zip(jax.tree.leaves(compiled), jax.tree.leaves(loose), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-4)
+
+
+def test_evaluation_is_the_mean_loss_of_all_tokens():
+    tokens = np.random.default_rng(0).integers(0, CFG.vocab_size, 50)
+    evaluation = Evaluation(tokens, 9, 2)
+    train = TrainConfig(compute_dtype="float64")
+    with evaluator(CFG, random_weights(CFG, 0), train, "cpu") as evaluate:
+        total, count = evaluate(evaluation)
+    expected = 0.0
+    for start in range(0, 49, 9):
+        window = tokens[start : start + 10]
+        logits = spec.forward(random_weights(CFG, 0), window[None, :-1], CFG)[0]
+        expected += spec.cross_entropy(logits, window[None, 1:]) * (len(window) - 1)
+    assert count == 49
+    assert total == pytest.approx(expected, rel=1e-13)
+
+
+def not_finite(change, **settings):
+    """What `first_not_finite` says of weights that were changed."""
+    weights = random_weights(CFG, 0, "float32")
+    change(weights)
+    ids, targets = random_batch(CFG, 0)
+    params = from_canonical(CFG, weights, jnp.float32)
+    return first_not_finite(make_model(CFG, TrainConfig(**settings), "cpu"), params, jnp.array(ids), jnp.array(targets))
+
+
+def test_the_first_tensor_that_is_not_finite_is_named():
+    name = "model.layers.1.mlp.down_proj.weight"
+    assert f"the weight {name} is the first" in not_finite(lambda w: w[name].fill(np.nan))
+
+    def overflow(weights):
+        weights["model.layers.1.mlp.gate_proj.weight"] *= 1e30
+        weights["model.layers.1.mlp.up_proj.weight"] *= 1e30
+
+    for settings in ({}, {"remat": "full"}, {"scan_layers": True}):
+        assert "the output of model.layers.1.mlp.down_proj is the first" in not_finite(overflow, **settings)
+    assert "are finite now" in not_finite(lambda w: None)
 
 
 def test_resumed_is_bitwise_uninterrupted(tmp_path):

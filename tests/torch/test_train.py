@@ -1,6 +1,7 @@
 """Properties of torch training: loss, clip, AdamW, skipped steps, resuming. The twin is tests/jax/test_train.py."""
 
 import copy
+import dataclasses
 import json
 
 import numpy as np
@@ -10,15 +11,20 @@ import torch
 from llm_common.checkpoint import latest_checkpoint, load_checkpoint
 from llm_common.config import OptimizerConfig, RunConfig, SamplingConfig, TrainConfig, preset
 from llm_common.errors import UserError
+from llm_common.evaluation import Evaluation
 from llm_common.run import Run
 from llm_common.run_log import read_log
 from llm_common.tokenizer import Tokenizer
-from parity.cases import RandomBatches
+from parity import spec
+from parity.cases import RandomBatches, random_batch, random_weights
 from torch_llm import optim
+from torch_llm.checkpoint import from_canonical, to_canonical
+from torch_llm.evaluate import evaluator
 from torch_llm.generate import generate
 from torch_llm.loss import cross_entropy
+from torch_llm.model import empty_model
 from torch_llm.run import fit_and_save
-from torch_llm.train import Trainer, matmul_precision, select_device
+from torch_llm.train import Trainer, first_not_finite, loss_and_grads, matmul_precision, select_device
 
 CFG = preset("tiny")
 TRAIN = TrainConfig(batch_size=3, seq_len=13)
@@ -134,9 +140,99 @@ def test_skips_stop_the_run_with_a_diagnosis():
     torch.nn.init.constant_(trainer.model.model.norm.weight, torch.inf)
     steps = []
     hook = lambda step, t, m: steps.append((step, m["skipped"], t.optimizer.count))
-    with pytest.raises(UserError, match="not finite in 10 steps in a row"):
+    with pytest.raises(UserError, match="not finite in 10 steps in a row.*is the first tensor that is not finite"):
         trainer.fit(Batches(CFG, 0), on_step=hook)
     assert steps == [(n, True, 0) for n in range(1, 11)]
+
+
+def grads_of(train, seed=0):
+    """Loss and gradients in float64 of a batch whose micro-batches count different numbers of targets."""
+    model = empty_model(CFG, "reference", torch.float64, "cpu", train.remat)
+    from_canonical(model, random_weights(CFG, 0))
+    ids, targets = random_batch(CFG, seed, 6, 9)
+    targets[2:4] = -100
+    targets[0, 1:] = -100
+    steps = train.gradient_accumulation_steps
+    loss = loss_and_grads(model, torch.tensor(ids), torch.tensor(targets), torch.float64, steps)
+    return float(loss), {name: p.grad.numpy() for name, p in model.named_parameters()}
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"gradient_accumulation_steps": 2},
+        {"gradient_accumulation_steps": 6},
+        {"remat": "full"},
+        {"remat": "dots"},
+        {"gradient_accumulation_steps": 3, "remat": "full"},
+    ],
+)
+def test_ways_to_save_memory_change_nothing(settings):
+    exact = grads_of(TrainConfig(batch_size=6, compute_dtype="float64"))
+    loss, grads = grads_of(TrainConfig(batch_size=6, compute_dtype="float64", **settings))
+    assert loss == pytest.approx(exact[0], rel=1e-14)
+    for name, x in exact[1].items():
+        np.testing.assert_allclose(grads[name], x, atol=1e-14)
+
+
+def test_rematerialisation_keeps_less():
+    """What the backward pass keeps of the forward pass, in elements: "full" keeps the least."""
+    kept = {}
+    ids, targets = (torch.tensor(x) for x in random_batch(CFG, 0, 3, 13))
+    for remat in ("none", "full"):
+        model, sizes = empty_model(CFG, "reference", torch.float32, "cpu", remat).init_weights(0), []
+        with torch.autograd.graph.saved_tensors_hooks(lambda x, s=sizes: (s.append(x.numel()), x)[1], lambda x: x):
+            cross_entropy(model(ids), targets)
+        kept[remat] = sum(sizes)
+    assert kept["full"] < kept["none"] / 2
+
+
+@pytest.mark.slow
+def test_a_compiled_run_is_the_same_run():
+    results = []
+    for how in ("on", "off"):
+        trainer = Trainer(CFG, dataclasses.replace(TRAIN, compile=how), OPT)
+        trainer.fit(Batches(CFG, 0), 4)
+        results.append(to_canonical(trainer.model))
+    for name, x in results[0].items():
+        np.testing.assert_allclose(x, results[1][name], atol=1e-4)
+
+
+def test_evaluation_is_the_mean_loss_of_all_tokens():
+    tokens = np.random.default_rng(0).integers(0, CFG.vocab_size, 50)
+    evaluation = Evaluation(tokens, 9, 2)
+    train = TrainConfig(compute_dtype="float64")
+    with evaluator(CFG, random_weights(CFG, 0), train, "cpu") as evaluate:
+        total, count = evaluate(evaluation)
+    expected = 0.0
+    for start in range(0, 49, 9):
+        window = tokens[start : start + 10]
+        logits = spec.forward(random_weights(CFG, 0), window[None, :-1], CFG)[0]
+        expected += spec.cross_entropy(logits, window[None, 1:]) * (len(window) - 1)
+    assert count == 49
+    assert total == pytest.approx(expected, rel=1e-13)
+
+
+def not_finite(change, **settings):
+    """What `first_not_finite` says of weights that were changed."""
+    weights = random_weights(CFG, 0, "float32")
+    change(weights)
+    ids, targets = random_batch(CFG, 0)
+    model = empty_model(CFG, "reference", torch.float32, "cpu", **settings)
+    return first_not_finite(from_canonical(model, weights), torch.tensor(ids), torch.tensor(targets), torch.float32)
+
+
+def test_the_first_tensor_that_is_not_finite_is_named():
+    name = "model.layers.1.mlp.down_proj.weight"
+    assert f"the weight {name} is the first" in not_finite(lambda w: w[name].fill(np.nan))
+
+    def overflow(weights):
+        weights["model.layers.1.mlp.gate_proj.weight"] *= 1e30
+        weights["model.layers.1.mlp.up_proj.weight"] *= 1e30
+
+    for settings in ({}, {"remat": "full"}):
+        assert "the output of model.layers.1.mlp.down_proj is the first" in not_finite(overflow, **settings)
+    assert "are finite now" in not_finite(lambda w: None)
 
 
 def test_resumed_is_bitwise_uninterrupted(tmp_path):
