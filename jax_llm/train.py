@@ -189,6 +189,8 @@ def init_state(cfg: ModelConfig, train: TrainConfig, opt: OptimizerConfig, param
 def make_model(cfg: ModelConfig, train: TrainConfig, platform: str) -> CausalLM:
     """The model that a run uses on a platform, its attention backend resolved."""
     backend = resolve_backend(train.attention_backend, platform, train.compute_dtype, cfg, train.seq_len)
+    if train.deterministic and backend == "cudnn":
+        backend = "xla"  # XLA does not compile cuDNN's attention together with xla_gpu_deterministic_ops (jax 0.11)
     return CausalLM(cfg, backend=backend, scan_layers=train.scan_layers, remat=train.remat)
 
 

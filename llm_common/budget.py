@@ -47,27 +47,30 @@ def flops_per_step(cfg: ModelConfig, train: TrainConfig) -> float:
     return 6.0 * (products + attention) * train.batch_size * train.seq_len
 
 
-def memory_per_step(cfg: ModelConfig, train: TrainConfig, fused_attention: bool) -> dict[str, int]:
+def memory_per_step(cfg: ModelConfig, train: TrainConfig, fused_attention: bool, compiled: bool) -> dict[str, int]:
     """About how many bytes a step needs: exact for what is kept, an estimate for activations.
 
-    Keys: weights, moments, gradients (master dtype, and the cast copies of both), activations (of one micro-batch).
+    Keys: weights, moments, gradients (master dtype, and the cast copies of both), activations (of one micro-batch). Measured
+    on an H100 at 124m, bfloat16, 32,768 tokens: the sum is 0.9 to 1.2 times the peak of both frameworks.
     """
     p, master = cfg.num_parameters(), 8 if train.compute_dtype == "float64" else 4
     c = {"float64": 8, "float32": 4, "bfloat16": 2}[train.compute_dtype]
+    wide = max(c, 4)
     cast = 2 * p * c if c != master else 0
     tokens = train.batch_size // train.gradient_accumulation_steps * train.seq_len
     d, f, t = cfg.hidden_size, cfg.intermediate_size, train.seq_len
     heads = (cfg.num_attention_heads + 2 * cfg.num_key_value_heads) * cfg.head_dim
-    scores = 0 if fused_attention else cfg.num_attention_heads * t * (4 + c)
-    layer = {"none": c * (8 * d + 2 * heads + 5 * f) + scores, "dots": c * (3 * d + heads + 2 * f), "full": c * d}
-    kept = cfg.num_hidden_layers * layer[train.remat]
-    working = c * (8 * d + 2 * heads + 5 * f) + scores if train.remat != "none" else 0
-    logits = cfg.vocab_size * (c + 2 * max(c, 4))
+    # Scores of the reference attention and their softmax. A compiler fuses the float32 middle of norms and SwiGLU away.
+    scores = 0 if fused_attention else cfg.num_attention_heads * t * (wide + c)
+    layer = c * (5 * d + heads + 2 * f) if compiled else c * (5 * d + 2 * heads + 3 * f) + wide * (4 * d + 2 * f)
+    kept = {"none": layer + scores, "dots": c * (4 * d + heads + 2 * f), "full": c * d}[train.remat]
+    working = layer + scores if train.remat != "none" else 0
+    logits = cfg.vocab_size * (c + wide * (1 if compiled else 2))
     return {
         "weights": p * master,
         "moments": 2 * p * master,
         "gradients": p * master + cast,
-        "activations": tokens * (kept + working + logits),
+        "activations": tokens * (cfg.num_hidden_layers * kept + working + logits),
     }
 
 
@@ -90,9 +93,8 @@ def host_memory_used() -> int:
     return used if sys.platform == "darwin" else used * 1024
 
 
-def memory_advice(cfg: ModelConfig, train: TrainConfig, fused_attention: bool) -> str:
-    """What a step needs and which flags lower it, in a line for an error."""
-    need = memory_per_step(cfg, train, fused_attention)
+def memory_advice(cfg: ModelConfig, train: TrainConfig, need: dict[str, int]) -> str:
+    """What a step needs (of `memory_per_step`) and which flags lower it, in a line for an error."""
     parts = ", ".join(f"{name} {size / GIB:.2f}" for name, size in need.items())
     flags = [f"--gradient-accumulation-steps {2 * train.gradient_accumulation_steps} (the same result)"]
     if train.remat != "full":

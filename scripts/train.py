@@ -78,11 +78,11 @@ def main() -> None:
     )
     held_out = "nothing held out" if evaluation is None else f"{evaluation.n_targets:,} held-out tokens"
     console.print(f"{cfg.num_parameters():,} parameters, {size}, {held_out}; log: {args.out / LOG_FILE}", markup=False)
-    fused = "reference" not in description
-    check_memory(console, cfg, train, fused, side.memory_limit(args.device))
+    need = memory_per_step(cfg, train, "reference" not in description, "not compiled" not in description)
+    check_memory(console, cfg, train, need, side.memory_limit(args.device))
     flops, tokens_per_step = flops_per_step(cfg, train), train.batch_size * train.seq_len
     if args.dry_run:
-        dry_run(console, cfg, train, opt, fused, dataset, tokenizer)
+        dry_run(console, cfg, train, opt, need, dataset, tokenizer)
         return
     peak = peak_flops(side.device_kind(args.device), train.compute_dtype)
     memory = lambda: side.memory_used(args.device)
@@ -110,7 +110,7 @@ def main() -> None:
             folder = trainer.fit_and_save(run, args.device)
     except Exception as error:
         if is_out_of_memory(error):
-            raise UserError(f"memory ran out: {memory_advice(cfg, train, fused)}") from None
+            raise UserError(f"memory ran out: {memory_advice(cfg, train, need)}") from None
         raise
     progress.summary(folder, args.out / LOG_FILE)
     if not progress.losses:
@@ -141,13 +141,14 @@ def open_evaluation(
     return Evaluation(tokens, train.seq_len, train.batch_size, tokenizer.byte_lengths(), config.eval_batches)
 
 
-def check_memory(console: Console, cfg: ModelConfig, train: TrainConfig, fused: bool, limit: int | None) -> None:
+def check_memory(
+    console: Console, cfg: ModelConfig, train: TrainConfig, need: dict[str, int], limit: int | None
+) -> None:
     """Refuse what cannot fit, before any long work; warn of what may not."""
-    need = memory_per_step(cfg, train, fused)
     if limit is None:
         return
     kept = sum(size for name, size in need.items() if name != "activations")
-    text = f"{memory_advice(cfg, train, fused)}; the device has {limit / GIB:.2f} GiB"
+    text = f"{memory_advice(cfg, train, need)}; the device has {limit / GIB:.2f} GiB"
     if kept > limit:
         raise UserError(f"not enough memory: weights, moments and gradients alone exceed it: {text}")
     if sum(need.values()) > limit:
@@ -159,11 +160,11 @@ def dry_run(
     cfg: ModelConfig,
     train: TrainConfig,
     opt: OptimizerConfig,
-    fused: bool,
+    need: dict[str, int],
     dataset: Any,
     tokenizer: Any,
 ) -> None:
-    tokens, need = train.batch_size * train.seq_len, memory_per_step(cfg, train, fused)
+    tokens = train.batch_size * train.seq_len
     console.print(f"model: {cfg}", markup=False)
     console.print(f"steps: {opt.total_steps:,} of {tokens:,} tokens, {opt.total_steps * tokens:,} tokens in all")
     console.print(f"FLOPs: {flops_per_step(cfg, train):.3e} per step")

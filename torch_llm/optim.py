@@ -36,25 +36,23 @@ def clip_by_global_norm(parameters: Iterable[nn.Parameter], max_norm: float | No
     return norm
 
 
-@torch.no_grad()
 def adamw_update(
-    parameters: list[Tensor],
-    mus: list[Tensor],
-    nus: list[Tensor],
-    grads: list[Tensor],
+    p: Tensor,
+    mu: Tensor,
+    nu: Tensor,
+    g: Tensor,
     scalars: tuple[float, float, float] | list[Tensor],
     beta1: float,
     beta2: float,
     eps: float,
     weight_decay: float,
 ) -> None:
-    """The update of some parameters and their moments, in place. scalars: learning rate and the two bias corrections."""
+    """The update of a parameter and its moments, in place. scalars: learning rate and the two bias corrections."""
     lr, correction1, correction2 = scalars
-    for p, mu, nu, g in zip(parameters, mus, nus, grads, strict=True):
-        mu.mul_(beta1).add_((1.0 - beta1) * g)
-        nu.mul_(beta2).add_((1.0 - beta2) * g * g)
-        direction = (mu / correction1) / (torch.sqrt(nu / correction2) + eps)
-        p.sub_(lr * (direction + weight_decay * p))
+    mu.mul_(beta1).add_((1.0 - beta1) * g)
+    nu.mul_(beta2).add_((1.0 - beta2) * g * g)
+    direction = (mu / correction1) / (torch.sqrt(nu / correction2) + eps)
+    p.sub_(lr * (direction + weight_decay * p))
 
 
 class AdamW(torch.optim.Optimizer):
@@ -81,8 +79,11 @@ class AdamW(torch.optim.Optimizer):
     _compiled = None  # set by `compile_update`; not part of the state
 
     def compile_update(self) -> None:
-        """Let torch.compile fuse the update: worth it on a GPU. The scalars become values: no new program for each step."""
-        self._compiled = torch.compile(adamw_update)
+        """Let torch.compile fuse the update: worth it on a GPU.
+
+        One program for tensors of any size, the scalars its values: all tensors in one program would take minutes to compile.
+        """
+        self._compiled = torch.compile(adamw_update, dynamic=True)
 
     @torch.no_grad()
     def step(self, closure=None) -> None:
@@ -90,15 +91,21 @@ class AdamW(torch.optim.Optimizer):
         self.count += 1
         for group in self.param_groups:
             beta1, beta2 = group["beta1"], group["beta2"]
-            scalars = (group["lr"], *bias_corrections(beta1, beta2, self.count))
-            mus, nus = zip(*(self.moments(p) for p in group["params"]), strict=True)
-            grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in group["params"]]
-            tensors = (group["params"], list(mus), list(nus), grads)
             settings = (beta1, beta2, group["eps"], group["weight_decay"])
-            if self._compiled is None:
-                adamw_update(*tensors, scalars, *settings)
-            else:
-                self._compiled(*tensors, [torch.tensor(x, dtype=torch.float64) for x in scalars], *settings)
+            scalars = (group["lr"], *bias_corrections(beta1, beta2, self.count))
+            device = group["params"][0].device
+            on_device = (
+                [torch.tensor(x, dtype=torch.float64, device=device) for x in scalars] if self._compiled else None
+            )
+            for p in group["params"]:
+                g = torch.zeros_like(p) if p.grad is None else p.grad
+                mu, nu = self.moments(p)
+                tensors = (p, mu, nu, g)
+                if self._compiled is None:
+                    adamw_update(*tensors, scalars, *settings)
+                else:
+                    flat = [x.detach().reshape(-1) for x in tensors]  # views: one shape for the program to know
+                    self._compiled(*flat, on_device, *settings)  # pyright: ignore[reportCallIssue]
 
     def moments(self, p: nn.Parameter) -> tuple[Tensor, Tensor]:
         """Running means of a parameter's gradients and of their squares, zero at the start."""

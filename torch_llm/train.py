@@ -165,6 +165,7 @@ class Trainer:
         self.compute_dtype = getattr(torch, train.compute_dtype)
         backend = resolve_backend(train.attention_backend, self.device.type, train.compute_dtype)
         master_dtype = getattr(torch, train.master_dtype)
+        upcast_dtype = torch.promote_types(self.compute_dtype, torch.float32)
         self.model = empty_model(cfg, backend, master_dtype, self.device, train.remat)
         if init_weights:
             self.model.init_weights(train.seed)
@@ -172,6 +173,8 @@ class Trainer:
         self.step = 0
         self._batch_loss = batch_loss
         if compiles(train, self.device):
+            # the table must be on the device before the program is traced, which would be traced again after the first step
+            self.model.model.rotary_table(torch.zeros(1, dtype=torch.long, device=self.device), upcast_dtype)
             self._batch_loss = torch.compile(batch_loss)
             self.optimizer.compile_update()
 

@@ -10,6 +10,7 @@ from llm_common.config import OptimizerConfig, RunConfig, TrainConfig, preset
 from llm_common.data import TokenDataset
 from llm_common.errors import UserError
 from llm_common.run import Run
+from llm_common.run_log import read_log
 from llm_common.tokenizer import Tokenizer
 from parity.compare import tensor_errors
 
@@ -74,3 +75,50 @@ def test_the_tokenizer_travels_with_the_checkpoint(side, data, tmp_path):
     run = Run(tmp_path / "run", CFG, config, opt, data, side, tokenizer=Tokenizer([]))
     folder = SIDES[side].fit_and_save(run, "cpu")
     assert Tokenizer.load(folder / "bpe.json").vocab_size == 257
+
+
+def alternate(tmp_path, data, dtype: str, steps: int, every: int):
+    """A run that changes frameworks every so many steps; returns its folder and the losses."""
+    opt = OptimizerConfig(lr_max=1e-3, lr_min=1e-4, warmup_steps=steps // 10, total_steps=steps)
+    train = TrainConfig(batch_size=4, seq_len=12, compute_dtype=dtype)
+
+    def run(name: str, side: str, until: int):
+        def on_event(row):
+            if row.get("step") == until and "event" not in row:
+                training.stop_signal = 15
+
+        folder = tmp_path / name
+        training = Run(folder, CFG, train, opt, data, side, config=RunConfig(keep_last=0), on_event=on_event)
+        return SIDES[side].fit_and_save(training, "cpu")
+
+    ends = {side: run(side, side, steps) for side in SIDES}
+    for i in range(0, steps, every):
+        ends["mixed"] = run("mixed", ("jax", "torch")[i // every % 2], i + every)
+    losses = {}
+    for name in ends:
+        rows = [row for row in read_log(tmp_path / name / "log.jsonl") if "event" not in row]
+        assert [row["step"] for row in rows] == list(range(1, steps + 1))
+        losses[name] = np.array([row["loss"] for row in rows])
+    assert [row["framework"] for row in rows] == [("jax", "torch")[i // every % 2] for i in range(steps)]
+    return {name: load_checkpoint(folder)[1] for name, folder in ends.items()}, losses
+
+
+@pytest.mark.slow
+def test_400_steps_switching_every_50_in_float64(data, tmp_path):
+    """Within the rule for free-running trajectories: 1e-11, or ten times what one ulp within one framework does."""
+    states, _ = alternate(tmp_path, data, "float64", 400, 50)
+    largest = lambda a, b: max(float(np.abs(a.weights[n] - b.weights[n]).max()) for n in a.weights)
+    assert largest(states["mixed"], states["jax"]) < 1e-11
+    assert largest(states["mixed"], states["torch"]) < 1e-11
+
+
+@pytest.mark.slow
+def test_no_seam_in_bfloat16(data, tmp_path):
+    """Where the frameworks change the loss jumps no more than elsewhere, against the straight run of one framework."""
+    _, losses = alternate(tmp_path, data, "bfloat16", 200, 25)
+    difference = losses["mixed"] - losses["jax"]
+    noise = losses["torch"] - losses["jax"]
+    assert np.sqrt(np.mean(difference**2)) < 3 * np.sqrt(np.mean(noise**2)) + 1e-4
+    jumps = np.abs(np.diff(difference))
+    seams = jumps[24::25]
+    assert seams.max() <= 1.5 * np.delete(jumps, np.s_[24::25]).max()

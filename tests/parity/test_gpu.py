@@ -5,7 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 
-from llm_common.config import OptimizerConfig, SamplingConfig, TrainConfig, preset
+from llm_common.config import OptimizerConfig, RunConfig, SamplingConfig, TrainConfig, preset
 from llm_common.data import TokenDataset
 from llm_common.errors import import_side
 from llm_common.run import Run
@@ -44,6 +44,29 @@ def test_both_frameworks_train_alike_in_bfloat16(tmp_path):
     assert curves["jax"][-1] < curves["jax"][0] - 1
     # bfloat16 runs of one framework differ by some 1e-2 when their sums are reordered
     assert np.sqrt(np.mean((curves["jax"] - curves["torch"]) ** 2)) < 3e-2
+
+
+@pytest.mark.parametrize("framework", ["jax", "torch"])
+def test_a_deterministic_run_resumed_is_bitwise_the_straight_one(framework, tmp_path, monkeypatch):
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    np.save(tmp_path / "tokens.npy", np.random.default_rng(0).integers(0, 2048, 30_000).astype(np.uint16))
+    train = TrainConfig(batch_size=8, seq_len=128, compute_dtype="bfloat16", deterministic=True)
+    opt = OptimizerConfig(lr_max=2e-3, warmup_steps=2, total_steps=12)
+    data = TokenDataset(tmp_path / "tokens.npy", 128, 8, 0, 2048)
+    fit_and_save = import_side(framework, "run").fit_and_save
+
+    def stop(row):
+        if row["step"] == 7 and "event" not in row:
+            raise KeyboardInterrupt
+
+    straight = fit_and_save(Run(tmp_path / "a", preset("demo"), train, opt, data, framework), "gpu")
+    saves = RunConfig(save_every=5)
+    run = Run(tmp_path / "b", preset("demo"), train, opt, data, framework, config=saves, on_event=stop)
+    with pytest.raises(KeyboardInterrupt):
+        fit_and_save(run, "gpu")
+    resumed = fit_and_save(Run(tmp_path / "b", preset("demo"), train, opt, data, framework), "gpu")
+    for name in ("model.safetensors", "optimizer.safetensors"):
+        assert (straight / name).read_bytes() == (resumed / name).read_bytes()
 
 
 def test_the_same_text_from_both_on_a_gpu_and_on_the_cpu():

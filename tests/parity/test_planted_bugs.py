@@ -199,12 +199,11 @@ def no_bias_correction(beta1, beta2, n):
     return 1.0, 1.0
 
 
-def eps_inside_the_root(parameters, mus, nus, grads, scalars, beta1, beta2, eps, weight_decay):
+def eps_inside_the_root(p, mu, nu, g, scalars, beta1, beta2, eps, weight_decay):
     lr, c1, c2 = scalars
-    for p, mu, nu, g in zip(parameters, mus, nus, grads, strict=True):
-        mu.mul_(beta1).add_((1 - beta1) * g)
-        nu.mul_(beta2).add_((1 - beta2) * g**2)
-        p.data.sub_(lr * ((mu / c1) / torch.sqrt(nu / c2 + eps) + weight_decay * p.detach()))
+    mu.mul_(beta1).add_((1 - beta1) * g)
+    nu.mul_(beta2).add_((1 - beta2) * g**2)
+    p.sub_(lr * ((mu / c1) / torch.sqrt(nu / c2 + eps) + weight_decay * p))
 
 
 def no_update(self, closure=None):

@@ -1,0 +1,110 @@
+"""Held-out windows, the cost of a step, and what is printed of a run."""
+
+import io
+import math
+
+import numpy as np
+import pytest
+from rich.console import Console
+
+from llm_common.budget import flops_per_step, memory_per_step, peak_flops
+from llm_common.config import TrainConfig, preset
+from llm_common.errors import UserError, is_out_of_memory
+from llm_common.evaluation import Evaluation
+from llm_common.progress import TrainingProgress, duration
+
+
+@pytest.mark.parametrize(("n", "seq_len", "batch"), [(2, 4, 2), (9, 4, 2), (10, 4, 2), (50, 7, 3), (22, 7, 3)])
+def test_every_token_is_a_target_once(n, seq_len, batch):
+    tokens = np.arange(100, 100 + n)
+    evaluation = Evaluation(tokens, seq_len, batch)
+    seen = []
+    for inputs, targets in evaluation.batches():
+        assert inputs.shape == targets.shape == (batch, seq_len)
+        counted = targets != -100
+        np.testing.assert_array_equal(inputs[counted] + 1, targets[counted])
+        seen += targets[counted].tolist()
+    assert seen == tokens[1:].tolist()
+    assert evaluation.n_targets == n - 1
+
+
+def test_bits_per_byte():
+    lengths = np.array([0, 1, 2, 3])
+    evaluation = Evaluation(np.array([1, 2, 3, 0, 1]), 2, 1, lengths)
+    result = evaluation.summary(8 * math.log(2), 4)
+    assert result == {
+        "loss": pytest.approx(2 * math.log(2)),
+        "perplexity": pytest.approx(4.0),
+        "tokens": 4,
+        "bytes": 6,
+        "bits_per_byte": pytest.approx(8 / 6),
+    }
+    part = Evaluation(np.array([1, 2, 3, 0, 1]), 2, 1, lengths, max_batches=1)
+    assert sum(1 for _ in part.batches()) == 1
+    assert part.summary(1.0, 2)["bytes"] == 5
+    with pytest.raises(UserError, match="1 held-out tokens: at least 2"):
+        Evaluation(np.array([1]), 2, 1)
+    with pytest.raises(UserError, match="token id 3 is outside"):
+        evaluation.check(3, "text")
+
+
+def test_flops_of_a_known_shape():
+    """1b at T 2048: 6 x matmul parameters, and attention 6 x L x N x H x (T + 1) for each token."""
+    cfg, train = preset("1b"), TrainConfig(batch_size=16, seq_len=2048)
+    matmul = cfg.num_parameters() - cfg.vocab_size * cfg.hidden_size - (2 * 16 + 1) * 2048  # less embedding and norms
+    expected = 6 * (matmul + 16 * 32 * 64 * 2049) * 16 * 2048
+    assert flops_per_step(cfg, train) == pytest.approx(expected, rel=1e-12)
+
+
+def test_memory_falls_with_what_saves_it():
+    cfg = preset("124m")
+    need = lambda fused=True, **settings: sum(
+        memory_per_step(cfg, TrainConfig(batch_size=16, seq_len=2048, **settings), fused, True).values()
+    )
+    plain = need()
+    assert need(remat="full") < need(remat="dots") < plain < need(fused=False)
+    assert need(gradient_accumulation_steps=4) < plain / 2
+    assert need(compute_dtype="bfloat16") < plain < need(compute_dtype="float64")
+    weights = memory_per_step(cfg, TrainConfig(), True, True)
+    assert (weights["weights"], weights["moments"]) == (4 * cfg.num_parameters(), 8 * cfg.num_parameters())
+
+
+def test_peaks_are_known_by_name():
+    assert peak_flops("NVIDIA H100 80GB HBM3", "bfloat16") == 989e12
+    assert peak_flops("TPU v5 lite", "bfloat16") == 197e12
+    assert peak_flops("NVIDIA H100 80GB HBM3", "float32") is None
+    assert peak_flops("cpu", "bfloat16") is None
+
+
+def test_out_of_memory_is_recognised():
+    class OutOfMemoryError(RuntimeError):
+        pass
+
+    for error in (
+        MemoryError(),
+        OutOfMemoryError("x"),
+        RuntimeError("RESOURCE_EXHAUSTED: Out of memory"),
+        RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried 5 bytes"),
+    ):
+        assert is_out_of_memory(error)
+    assert not is_out_of_memory(ValueError("memory"))
+
+
+def test_what_a_person_sees():
+    console = Console(file=io.StringIO(), width=200, highlight=False)
+    progress = TrainingProgress(console, 4, 2, 1000, 1e9, 1e14, lambda: 3 * 2**30)
+    row = {"loss": 2.0, "grad_norm": 1.0, "lr": 1e-3, "skipped": False, "tokens_per_second": 20_000.0}
+    with progress:
+        for step in (1, 2, 3, 4):
+            progress({"step": step, **row, "skipped": step == 4})
+        progress({"event": "evaluation", "step": 4, "loss": 1.5, "perplexity": 4.5, "bits_per_byte": 0.7, "tokens": 9})
+    progress.summary("runs/x", "runs/x/log.jsonl")
+    out = console.file.getvalue()
+    assert (
+        "step 2/4  loss 2.0000  norm 1.000  lr 1.00e-03  20,000 tokens/s  left 0:00  memory 3.00 GiB  MFU 20.0 %" in out
+    )
+    assert "update skipped: the gradient norm is not finite" in out
+    assert "held-out loss 1.5000  perplexity 4.50  0.7000 bits per byte" in out
+    assert "4 now, 1 of them without an update" in out
+    assert "20,000 tokens/s (median)" in out
+    assert duration(3723) == "1:02:03"
