@@ -63,7 +63,7 @@ def memory_per_step(cfg: ModelConfig, train: TrainConfig, fused_attention: bool,
     # Scores of the reference attention and their softmax. A compiler fuses the float32 middle of norms and SwiGLU away.
     scores = 0 if fused_attention else cfg.num_attention_heads * t * (wide + c)
     layer = c * (5 * d + heads + 2 * f) if compiled else c * (5 * d + 2 * heads + 3 * f) + wide * (4 * d + 2 * f)
-    kept = {"none": layer + scores, "dots": c * (4 * d + heads + 2 * f), "full": c * d}[train.remat]
+    kept = {"none": layer + scores, "dots": c * (3 * d + heads + 2 * f), "full": c * d}[train.remat]
     working = layer + scores if train.remat != "none" else 0
     logits = cfg.vocab_size * (c + wide * (1 if compiled else 2))
     return {

@@ -5,6 +5,7 @@ The file is an `.npz` of plain arrays: all ids one after the other, where each e
 
 import hashlib
 import json
+import zipfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -106,9 +107,9 @@ class ExampleDataset:
         if not path.is_file():
             raise UserError(f"{path}: no such file of examples; make one with scripts/prepare_data.py --prompt-field")
         try:
-            with np.load(path, allow_pickle=False) as file:
+            with path.open("rb") as handle, np.load(handle, allow_pickle=False) as file:
                 self.tokens, self.starts, self.answers = file["tokens"], file["starts"], file["answers"]
-        except (ValueError, KeyError, EOFError, OSError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, EOFError, OSError, TypeError, AttributeError, zipfile.BadZipFile) as error:
             raise UserError(f"{path}: not a file of examples ({error})") from None
         lengths = np.diff(self.starts)
         if (

@@ -62,7 +62,9 @@ def test_memory_falls_with_what_saves_it():
         memory_per_step(cfg, TrainConfig(batch_size=16, seq_len=2048, **settings), fused, True).values()
     )
     plain = need()
-    assert need(remat="full") < need(remat="dots") < plain < need(fused=False)
+    assert need(remat="full") < plain < need(fused=False)
+    # what "dots" spares a fused layer is little; of the reference attention it spares the scores
+    assert need(False, remat="full") < need(False, remat="dots") < need(False) / 2
     assert need(gradient_accumulation_steps=4) < plain / 2
     assert need(compute_dtype="bfloat16") < plain < need(compute_dtype="float64")
     weights = memory_per_step(cfg, TrainConfig(), True, True)

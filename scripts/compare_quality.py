@@ -1,0 +1,167 @@
+"""Does training here end where transformers' Llama with torch.optim.AdamW ends? The same weights, batches and schedule.
+
+    python scripts/compare_quality.py --data data/tokens.npy
+    python scripts/compare_quality.py --data data/tokens.npy --steps 500 --compute-dtype bfloat16 --device gpu
+
+transformers also trains from weights moved by one unit in the last place, several times: how far those runs end from each other is
+the noise of the recipe. Equal quality: the loss over the last tenth of the steps, and the held-out loss, differ from transformers'
+by at most three times that noise. Exit code 0 only then.
+"""
+
+import argparse
+import json
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from flags import add_flags, from_flags, make_parser, prepare_environment
+from rich.console import Console
+from rich.table import Table
+
+from llm_common.config import ModelConfig, OptimizerConfig, TrainConfig, preset
+from llm_common.data import TokenDataset
+from llm_common.errors import UserError, import_side, require_framework, require_package, run_main
+from llm_common.evaluation import Evaluation
+from llm_common.run_log import environment
+from llm_common.schedule import learning_rate
+
+ALLOWED = 3.0  # times the noise
+FLOOR = 1e-4  # nats: a noise of three runs may come out too small by chance
+
+
+def main() -> int:
+    parser = make_parser(__doc__)
+    parser.add_argument("--data", type=Path, default=Path("data/tokens.npy"))
+    parser.add_argument("--preset", default="demo")
+    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--noise-runs", type=int, default=3)
+    parser.add_argument("--device", default="cpu", help="cpu or gpu")
+    parser.add_argument("--out", type=Path, default=Path("runs/quality.json"))
+    add_flags(parser, TrainConfig, "training")
+    args = parser.parse_args()
+    if args.steps < 20 or args.noise_runs < 1:
+        raise UserError("--steps must be at least 20 and --noise-runs at least 1")
+    prepare_environment(None)
+    require_package("transformers", "dev")
+    for framework in ("jax", "torch"):
+        require_framework(framework)
+    cfg, train = preset(args.preset), from_flags(TrainConfig, args)
+    opt = OptimizerConfig(lr_max=2e-3, lr_min=2e-4, warmup_steps=args.steps // 10, total_steps=args.steps)
+    data = TokenDataset(args.data, train.seq_len, train.batch_size, train.seed, cfg.vocab_size)
+    held_out = Evaluation(data.tokens[-min(len(data.tokens) // 10, 20_000) :], train.seq_len, train.batch_size)
+    console, results = Console(highlight=False, soft_wrap=True), {}
+    runs = [
+        "JAX",
+        "PyTorch",
+        "transformers",
+        *(f"transformers, moved by one ulp ({i + 1})" for i in range(args.noise_runs)),
+    ]
+    for i, name in enumerate(runs):
+        start = time.perf_counter()
+        run = ours if i < 2 else theirs
+        losses, evaluated = run(("jax", "torch")[i] if i < 2 else i - 2, cfg, train, opt, data, held_out, args)
+        tail = float(np.mean(losses[-max(1, len(losses) // 10) :]))
+        results[name] = {"last_tenth": tail, "held_out": evaluated, "losses": losses}
+        console.print(
+            f"{name}: {tail:.5f} over the last tenth, held out {evaluated:.5f}  ({time.perf_counter() - start:.0f} s)"
+        )
+    ok = report(console, results, args)
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    settings = {key: str(x) if isinstance(x, Path) else x for key, x in vars(args).items()}
+    args.out.write_text(json.dumps({"environment": environment(), "settings": settings, "runs": results}) + "\n")
+    return 0 if ok else 1
+
+
+def ours(framework: str, cfg: ModelConfig, train: TrainConfig, opt: OptimizerConfig, data, held_out: Evaluation, args):
+    """A run of one of our sides: the loss of each step, and the held-out loss at the end."""
+    from functools import partial
+
+    losses: list[float] = []
+    keep = lambda step, state, metrics: losses.append(metrics["loss"])
+    side = import_side(framework, "train")
+    device = side.select_device(args.device)
+    if framework == "torch":
+        trainer = side.Trainer(cfg, train, opt, device)
+        trainer.fit(data, on_step=lambda *x: keep(*x))
+        evaluate = partial(import_side("torch", "evaluate").evaluate, trainer.model, train.compute_dtype)
+        total, count = evaluate(held_out)
+    else:
+        import jax
+
+        with jax.default_device(device), side.x64(train.master_dtype):
+            state = side.fit(side.init_state(cfg, train, opt), cfg, train, opt, data, on_step=lambda *x: keep(*x))
+            model = side.make_model(cfg, train, device.platform)
+            total, count = import_side("jax", "evaluate").evaluate(model, state.params, train.compute_dtype, held_out)
+    return losses, total / count
+
+
+def theirs(nudge: int, cfg: ModelConfig, train: TrainConfig, opt: OptimizerConfig, data, held_out: Evaluation, args):
+    """The same with transformers' Llama, torch.optim.AdamW, clip_grad_norm_ and, in bfloat16, autocast."""
+    import torch
+    import transformers
+
+    from torch_llm.checkpoint import to_canonical
+    from torch_llm.model import init_model
+    from torch_llm.train import matmul_precision, select_device
+
+    device = select_device(args.device)
+    config = {key: value for key, value in cfg.to_hf().items() if key not in ("architectures", "model_type")}
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**config))
+    model.to(device)  # pyright: ignore[reportArgumentType]
+    weights = to_canonical(init_model(cfg, train.seed, "reference", torch.float32, "cpu"))
+    rng = np.random.default_rng(nudge)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            x = weights[name]
+            if nudge:
+                x = np.where(rng.random(x.shape) < 0.1, np.nextafter(x, np.float32(np.inf)), x)
+            p.copy_(torch.tensor(x))
+    matrices = [p for p in model.parameters() if p.ndim >= 2]
+    gains = [p for p in model.parameters() if p.ndim < 2]
+    groups = [{"params": matrices, "weight_decay": opt.weight_decay}, {"params": gains, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=opt.lr_max, betas=(opt.beta1, opt.beta2), eps=opt.eps)
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=train.compute_dtype == "bfloat16")
+
+    def loss_of(inputs: np.ndarray, targets: np.ndarray, reduction: str):
+        x, y = (torch.tensor(np.ascontiguousarray(a), device=device).long() for a in (inputs, targets))
+        with autocast:
+            logits = model(x).logits
+        return torch.nn.functional.cross_entropy(logits.float().flatten(0, 1), y.flatten(), reduction=reduction)
+
+    losses = []
+    with matmul_precision(train.compute_dtype):
+        for step in range(opt.total_steps):
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(opt, step)
+            inputs, targets = data.batch(step)
+            loss = loss_of(inputs, targets, "mean")
+            optimizer.zero_grad()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), opt.max_grad_norm or math.inf)
+            optimizer.step()
+            losses.append(loss.item())
+        with torch.no_grad():
+            total = sum(loss_of(x, y, "sum").item() for x, y in held_out.batches())
+    return losses, total / held_out.n_targets
+
+
+def report(console: Console, results: dict[str, Any], args: argparse.Namespace) -> bool:
+    table, ok = Table(title=f"{args.steps} steps, {args.compute_dtype}, {args.device}", title_justify="left"), True
+    for column in ("loss", "transformers", "noise of transformers", "JAX differs by", "PyTorch differs by", "allowed"):
+        table.add_column(column, justify="left" if column == "loss" else "right")
+    for key, title in (("last_tenth", "last tenth of the steps"), ("held_out", "held out")):
+        base = results["transformers"][key]
+        noise = max(abs(run[key] - base) for name, run in results.items() if "moved" in name)
+        allowed = max(FLOOR, ALLOWED * noise)
+        differences = [results[name][key] - base for name in ("JAX", "PyTorch")]
+        ok &= all(abs(x) <= allowed for x in differences)
+        table.add_row(title, f"{base:.5f}", f"{noise:.1e}", *(f"{x:+.1e}" for x in differences), f"{allowed:.1e}")
+    console.print(table)
+    console.print("equal quality" if ok else "NOT equal: a difference exceeds what is allowed")
+    return ok
+
+
+if __name__ == "__main__":
+    run_main(main)
