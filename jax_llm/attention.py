@@ -89,6 +89,7 @@ def resolve_backend(setting: str, platform: str, compute_dtype: str, cfg: ModelC
     if compute_dtype == "float64":
         raise UserError("attention_backend = 'fused' with compute_dtype = 'float64': use 'reference' or 'auto'")
     cudnn_fits = compute_dtype == "bfloat16" and cfg.head_dim % 8 == 0 and cfg.head_dim <= 128 and seq_len % 2 == 0
+    cudnn_fits &= cfg.sliding_window is None or cfg.sliding_window >= seq_len  # with a window it was never tried here
     return "cudnn" if platform == "gpu" and cudnn_fits else "xla"
 
 

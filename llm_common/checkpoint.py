@@ -284,7 +284,12 @@ def load_resumable(
     folder = latest_checkpoint(run)
     if folder is None:
         return None, None
-    _, state, saved_settings = load_checkpoint(folder, cfg)
+    try:
+        _, state, saved_settings = load_checkpoint(folder, cfg)
+    except UserError as error:
+        before = [path.name for path in checkpoints(run) if path != folder]
+        hint = f"; to go on from {before[-1]}, move {folder.name} out of the run's folder" if before else ""
+        raise UserError(f"{error}{hint if 'use an earlier' in str(error) else ''}") from None
     check_resumable(folder, saved_settings, settings)
     return folder, state
 

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Protocol
 
+CONTEXT = 8  # ids of the prompt that the first new ones are decoded with
 REPLACEMENT = "\ufffd"  # what an incomplete character decodes to
 
 
@@ -13,16 +14,16 @@ class Decoder(Protocol):
 class TextStream:
     """Takes the ids of one text as they are drawn and gives its text as soon as it is certain.
 
+    prompt: the ids that the text continues; some tokenizers write a word's space only if something stands before it.
     Held back are the bytes of an unfinished character and what may be the beginning of a stop string. The first stop string
-    ends the text and is not part of it. `text` is what was given out so far; `stopped` says whether a stop string came.
+    to be complete ends the text and is not part of it. `text` is what was given out so far; `stopped` says whether a stop string came.
     """
 
-    def __init__(self, tokenizer: Decoder, stop: Sequence[str] = ()) -> None:
+    def __init__(self, tokenizer: Decoder, stop: Sequence[str] = (), prompt: Sequence[int] = ()) -> None:
         self._tokenizer, self._stop = tokenizer, tuple(stop)
-        self._ids: list[int] = []
-        self._start = self._settled = (
-            0  # decoding begins at _start; the text up to _settled is in _pending or given out
-        )
+        self._ids = list(prompt[-CONTEXT:])
+        # decoding begins at _start; the text up to _settled is in _pending, given out, or the prompt's
+        self._start, self._settled = 0, len(self._ids)
         self._pending = ""
         self.text, self.stopped = "", False
 
@@ -42,9 +43,10 @@ class TextStream:
             before = self._tokenizer.decode(self._ids[self._start : self._settled])
             self._pending += self._tokenizer.decode(self._ids[self._start :])[len(before) :]
             self._start = self._settled = len(self._ids)
-        found = [self._pending.find(stop) for stop in self._stop if stop in self._pending]
+        # the stop string that is complete first, however many characters came at once; of two, the longer
+        found = [(at + len(stop), at) for stop in self._stop if (at := self._pending.find(stop)) >= 0]
         if found:
-            out, self._pending, self.stopped = self._pending[: min(found)], "", True
+            out, self._pending, self.stopped = self._pending[: min(found)[1]], "", True
         else:
             held = 0 if last else self._held()
             out, self._pending = self._pending[: len(self._pending) - held], self._pending[len(self._pending) - held :]

@@ -2,7 +2,7 @@
 
 parity                                  the ladder on the tiny preset
 parity run --check gradients --dtype float64 --seed 7
-parity run --config path/to/config.json --length 33
+parity run --model-config path/to/config.json --length 33
 parity demo --data my_texts/
 """
 
@@ -24,7 +24,7 @@ def _parser() -> argparse.ArgumentParser:
     run = commands.add_parser("run", help="the ladder of checks (default)")
     model = run.add_mutually_exclusive_group()
     model.add_argument("--preset", default="tiny", help=f"one of {', '.join(PRESETS)} (default: tiny)")
-    model.add_argument("--config", type=Path, help="a config.json with Hugging Face keys instead of a preset")
+    model.add_argument("--model-config", type=Path, help="a config.json with Hugging Face keys instead of a preset")
     run.add_argument("--check", action="append", help="one check alone; may be repeated (unknown names list the known)")
     run.add_argument("--dtype", action="append", choices=DTYPES, help="one dtype alone; may be repeated")
     run.add_argument("--seed", type=int, default=0)
@@ -88,7 +88,7 @@ def _run(args: argparse.Namespace) -> int:
 
 
 def _config(args: argparse.Namespace) -> ModelConfig:
-    return ModelConfig.from_file(args.config) if args.config else preset(args.preset)
+    return ModelConfig.from_file(args.model_config) if args.model_config else preset(args.preset)
 
 
 def entry() -> None:

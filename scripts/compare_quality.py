@@ -60,8 +60,8 @@ def main() -> int:
     ]
     for i, name in enumerate(runs):
         start = time.perf_counter()
-        run = ours if i < 2 else theirs
-        losses, evaluated = run(("jax", "torch")[i] if i < 2 else i - 2, cfg, train, opt, data, held_out, args)
+        settings = (cfg, train, opt, data, held_out, args)
+        losses, evaluated = ours(("jax", "torch")[i], *settings) if i < 2 else theirs(i - 2, *settings)
         tail = float(np.mean(losses[-max(1, len(losses) // 10) :]))
         results[name] = {"last_tenth": tail, "held_out": evaluated, "losses": losses}
         console.print(

@@ -102,7 +102,7 @@ def encode(tokenizer: AnyTokenizer, prompt: str, chat: bool) -> list[int]:
 
 def write_texts(stream, rows, tokenizer, sampling, args: argparse.Namespace, show: bool) -> list[list[int]]:
     """Print the texts, a single one as it grows, and return their ids."""
-    texts = [TextStream(tokenizer, args.stop) for _ in rows]
+    texts = [TextStream(tokenizer, args.stop, prompt_ids) for _, prompt_ids, _ in rows]
     ids: list[list[int]] = [[] for _ in rows]
     live = show and len(rows) == 1
 
@@ -147,7 +147,7 @@ def compare(
     for row, (prompt, prompt_ids, number) in enumerate(rows):
         jax, torch = (results[name][row] for name in ("jax", "torch"))
         print(f"--- prompt {row // args.texts}, text {number}")
-        text = TextStream(tokenizer, args.stop)
+        text = TextStream(tokenizer, args.stop, prompt_ids)
         text.feed(jax, last=True)
         print((prompt if not args.chat else "") + text.text)
         at = next((i for i, (a, b) in enumerate(zip(jax, torch, strict=False)) if a != b), min(len(jax), len(torch)))
@@ -166,7 +166,7 @@ def compare(
             f"[they part at new token {at}, position {prefix.shape[1]}: JAX {names[0]}, PyTorch {names[1]}; "
             f"margin of the draw {margin:.1e}, rounding explains up to {allowed:.1e}: {verdict}]"
         )
-        text = TextStream(tokenizer, args.stop)
+        text = TextStream(tokenizer, args.stop, prompt_ids)
         text.feed(torch, last=True)
         print(f"PyTorch: {(prompt if not args.chat else '') + text.text}")
 

@@ -126,7 +126,7 @@ BLOCKS = (
         "KV cache",
         math(mrow("K ← [ K ;", sub("k", "t"), "] ,", "V ← [ V ;", sub("v", "t"), "]")),
         "A pure function cannot write to its argument: it returns an updated copy, which the compiler makes in place. An "
-        "object simply writes. One has a fixed shape for the compiler, the other a view of the filled part.",
+        "object simply writes. One has a fixed shape for the compiler, the other a view of the slots in use.",
         jax=("kv_cache:init_cache", "kv_cache:update"),
         torch=("kv_cache:KVCache.__init__", "kv_cache:KVCache.update"),
     ),
@@ -175,7 +175,7 @@ BLOCKS = (
         "An optax transformation is a pair of functions: state comes in, state and updates go out, and somebody else adds "
         "the updates. A torch optimizer owns its state and changes the parameters where they are.",
         jax=("optim:clip_by_global_norm", "optim:adamw"),
-        torch=("optim:clip_by_global_norm", "optim:AdamW"),
+        torch=("optim:clip_by_global_norm", "optim:adamw_update", "optim:AdamW"),
     ),
     Block(
         "Training step",
@@ -202,10 +202,11 @@ BLOCKS = (
     Block(
         "Generation",
         math(mrow(sub("id", "t + 1"), "= sample ( model (", sub("id", "0"), "…", sub("id", "t"), ") )")),
-        "JAX compiles the whole loop to one program, a while_loop whose state holds the cache. torch runs a Python loop that "
-        "can look at every token on its way.",
-        jax=("generate:decode_step", "generate:_generate"),
-        torch=("generate:decode_step", "generate:generate"),
+        "Prompts of different lengths are padded on the right; each text has a length of its own in the cache. JAX compiles a "
+        "loop over several tokens to one program, whose state holds the cache. torch draws in a Python loop; in both the host "
+        "then looks at the new tokens: it gives them out, and decides which texts have ended.",
+        jax=("generate:decode_step", "generate:decode", "generate:generate_stream"),
+        torch=("generate:decode_step", "generate:generate_stream"),
     ),
 )
 

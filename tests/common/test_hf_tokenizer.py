@@ -110,6 +110,11 @@ def test_a_sentencepiece_like_tokenizer(tmp_path):
     pieces = [stream.feed([i]) for i in ids] + [stream.feed([], last=True)]
     assert "".join(pieces) == text
     assert not any("\ufffd" in piece for piece in pieces)
+    half = ids[: ids.index(tokenizer.encode("the sin")[-1]) + 1]  # a continuation keeps the space of its first word
+    stream = TextStream(tokenizer, prompt=half)
+    rest = "".join([stream.feed([i]) for i in ids[len(half) :]] + [stream.feed([], last=True)])
+    assert tokenizer.decode(half) + rest == text
+    assert rest.startswith(" ")
 
 
 def test_special_ids_come_from_the_files_beside_it(tmp_path):

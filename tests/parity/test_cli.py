@@ -60,7 +60,7 @@ def test_a_side_that_raises_is_a_finding_and_not_the_end(monkeypatch, fresh):
         (["run", "--seed", "-1"], "seed = -1"),
         (["run", "--batch", "0"], "batch = 0"),
         (["run", "--length", "65"], "length needs 65 positions"),
-        (["run", "--config", "nothing.json"], "nothing.json: no such file"),
+        (["run", "--model-config", "nothing.json"], "nothing.json: no such file"),
         (
             ["run", "--check", "spec", "--dtype", "float32", "--check", "init", "--dtype", "bfloat16", "--seed", "-2"],
             "seed = -2",
