@@ -17,7 +17,7 @@ def test_one_check_alone_writes_table_json_and_markdown(tmp_path, capsys):
     )
     out = capsys.readouterr().out
     assert code == 0
-    assert "All 5 checks hold: JAX, PyTorch and the specification agree." in out
+    assert "All 9 checks hold: JAX, PyTorch and the specification agree." in out
     content = json.loads((tmp_path / "report.json").read_text())
     assert content["ok"]
     assert content["settings"]["seed"] == 7

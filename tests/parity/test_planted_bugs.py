@@ -533,7 +533,7 @@ def minus_1e9_mask(q, k, v, mask=None, window=None):
     b, t, n, h = q.shape
     s, kv_heads = k.shape[1], k.shape[2]
     if mask is None:
-        mask = jax_llm.attention.causal_mask(jnp.arange(t), jnp.arange(s))
+        mask = jax_llm.attention.causal_mask(jnp.arange(t), jnp.arange(s), window)
     q = q.reshape(b, t, kv_heads, n // kv_heads, h)
     scores = jnp.einsum("btkgh,bskh->bkgts", jax_llm.layers.upcast(q), jax_llm.layers.upcast(k)) * h**-0.5
     probs = jax.nn.softmax(jnp.where(mask, scores, -1e9), axis=-1).astype(v.dtype)

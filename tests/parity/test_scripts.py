@@ -142,7 +142,7 @@ def test_from_text_to_the_same_text_in_both_frameworks(folder, run):
             "model.safetensors: no such",
         ),
         ("prepare_data", ["--tokenizer", "{}/nothing", "--validation", "1.5"], "--validation 1.5: must lie in [0, 1)"),
-        ("prepare_data", ["--tokenizer", "{}", "--prompt-field", "q"], "{}: has neither bpe.json nor tokenizer.json"),
+        ("prepare_data", ["--tokenizer", "{}/none.toml/", "--prompt-field", "q"], "no such tokenizer"),
         ("export", ["--checkpoint", "{}", "--out", "{}"], "is there already; nothing is overwritten"),
         ("plot_runs", ["{}"], "has no log.jsonl; is this the folder of a run?"),
         ("generate", ["--framework", "jax", "--prompt", "a", "--checkpoint", "{}"], "model.safetensors: no such file"),
