@@ -535,6 +535,7 @@ def minus_1e9_mask(q, k, v, mask=None, window=None):
     if mask is None:
         mask = jax_llm.attention.causal_mask(jnp.arange(t), jnp.arange(s), window)
     q = q.reshape(b, t, kv_heads, n // kv_heads, h)
+    mask = jnp.broadcast_to(mask, (b, n, t, s)).reshape(b, kv_heads, n // kv_heads, t, s)
     scores = jnp.einsum("btkgh,bskh->bkgts", jax_llm.layers.upcast(q), jax_llm.layers.upcast(k)) * h**-0.5
     probs = jax.nn.softmax(jnp.where(mask, scores, -1e9), axis=-1).astype(v.dtype)
     return jnp.einsum("bkgts,bskh->btkgh", probs, v).reshape(b, t, n, h)
