@@ -134,7 +134,7 @@ class TokenDataset:
         try:
             self.tokens = np.load(path, mmap_mode="r", allow_pickle=False)
         except (ValueError, EOFError) as error:
-            raise UserError(f"{path}: not a token file ({error})") from error
+            raise UserError(f"{path}: not a token file; make one with scripts/prepare_data.py") from error
         if not isinstance(self.tokens, np.ndarray):
             raise UserError(f"{path}: an archive of arrays, expected one array in a .npy file")
         if self.tokens.ndim != 1 or not np.issubdtype(self.tokens.dtype, np.integer):

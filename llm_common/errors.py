@@ -63,11 +63,18 @@ def import_side(framework: str, module: str):
 
 
 def run_main(main: Callable[[], int | None]) -> None:
-    """Call a script's `main`; a UserError becomes one line on stderr and exit code 2, Ctrl-C exit code 130."""
+    """Call a script's `main`; a UserError, or a file that the system refuses, becomes one line on stderr and exit code 2,
+    Ctrl-C exit code 130.
+    """
     try:
         sys.exit(main())
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except OSError as error:
+        if error.filename is None:
+            raise
+        print(f"error: {error.filename}: {error.strerror}; give another path or make this one usable", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

@@ -73,7 +73,11 @@ class Run:
 
     def __enter__(self) -> "Run":
         """Take the folder's lock. Raises UserError if another run has it."""
-        self.folder.mkdir(parents=True, exist_ok=True)
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            reason = "a file of this name is there" if self.folder.is_file() else error.strerror
+            raise UserError(f"{self.folder}: no folder can be made there ({reason}); give another --out") from None
         self._lock = os.open(self.folder / LOCK_FILE, os.O_RDWR | os.O_CREAT, 0o644)
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the system frees it however the process ends

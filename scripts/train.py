@@ -150,7 +150,11 @@ def check_memory(
     kept = sum(size for name, size in need.items() if name != "activations")
     text = f"{memory_advice(cfg, train, need)}; the device has {limit / GIB:.2f} GiB"
     if kept > limit:
-        raise UserError(f"not enough memory: weights, moments and gradients alone exceed it: {text}")
+        narrower = ", or --compute-dtype float32" if train.compute_dtype == "float64" else ""
+        raise UserError(
+            f"not enough memory: weights, moments and gradients alone need {kept / GIB:.2f} GiB, the device has "
+            f"{limit / GIB:.2f}; take a smaller model{narrower}, or another --device"
+        )
     if sum(need.values()) > limit:
         console.print(f"warning: this may not fit: {text}", markup=False)
 

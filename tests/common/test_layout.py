@@ -73,3 +73,8 @@ def test_files_stay_short_enough_to_read():
 def test_the_teaching_text_fits_one_sitting(side):
     files = ("layers", "rope", "attention", "model", "loss", "optim", "sampling")
     assert sum(len((ROOT / side / f"{name}.py").read_text().splitlines()) for name in files) <= 700
+
+
+@pytest.mark.parametrize("side", ["jax_llm", "torch_llm"])
+def test_all_families_fit_two_short_files(side):
+    assert sum(len((ROOT / side / f"{name}.py").read_text().splitlines()) for name in ("model", "attention")) < 350

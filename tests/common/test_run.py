@@ -155,6 +155,12 @@ def test_two_runs_in_one_folder(tmp_path):
     drive(second, until=1)  # the lock went with the first
 
 
+def test_a_file_in_the_place_of_the_folder(tmp_path):
+    (tmp_path / "x").write_text("")
+    with pytest.raises(UserError, match=r"x: no folder can be made there \(a file of this name is there\)"):
+        drive(make_run(tmp_path / "x")[0])
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_saves_and_ends_after_the_step(number, tmp_path):
     run, rows = make_run(tmp_path)

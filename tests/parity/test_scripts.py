@@ -115,6 +115,11 @@ def test_from_text_to_the_same_text_in_both_frameworks(folder, run):
         ("train", ["--framework", "jax"], "--out is missing"),
         ("train", ["--config", "{}/nothing.toml"], "nothing.toml: no such file"),
         (
+            "train_tokenizer",
+            ["--data", "{}/text.txt", "--vocab-size", 260, "--out", "{}/text.txt/x"],
+            "give another path",
+        ),
+        (
             "train",
             ["--config", "{}/config.json"],
             "a TOML file is expected; a model's config.json goes to --model-config",
