@@ -5,12 +5,14 @@ The twin is `parity/torch_side.py`. Each method goes through the code that a use
 
 import contextlib
 from collections.abc import Callable
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 
+import jax_llm.train
 from jax_llm import checkpoint, optim, random_bits, sampling
 from jax_llm.attention import resolve_backend
 from jax_llm.generate import generate
@@ -21,6 +23,7 @@ from llm_common.checkpoint import TrainingState
 from llm_common.config import ModelConfig, OptimizerConfig, SamplingConfig, TrainConfig
 from llm_common.schedule import StepScalars, bias_corrections
 from parity.compare import Tensors
+from parity.taps import JaxRecorder, Values
 
 
 def clear_caches() -> None:
@@ -84,6 +87,25 @@ class JaxSide:
         with self.scope():
             loss, grads = self._grads(self._params(weights), jnp.array(ids), jnp.array(targets), accumulation_steps)
             return float(loss), self._tensors(grads)
+
+    def tapped(self, weights: Tensors, ids: np.ndarray, targets: np.ndarray, given: Values, given_back: Values):
+        """One loss and its gradients under taps, uncompiled: what they recorded, the loss, the gradients."""
+        recorder = JaxRecorder(given, given_back)
+        with self.scope(), recorder.attached():
+            args = self._params(weights), jnp.array(ids), jnp.array(targets)
+            loss, grads = jax_llm.train.loss_and_grads(self._model(ids), *args)
+            return recorder, float(loss), self._tensors(grads)
+
+    @contextlib.contextmanager
+    def given_gradients(self, loss: float, grads: Tensors):
+        """While this is open, `train` finds these where it computes loss and gradients; uncompiled."""
+
+        def stand_in(model, params, *_):
+            given = self._params(grads, self.dtype)
+            return jnp.array(loss, jnp.dtype(self.master)), given
+
+        with jax.disable_jit(), mock.patch.object(jax_llm.train, "loss_and_grads", stand_in):
+            yield
 
     def train(
         self,

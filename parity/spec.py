@@ -128,41 +128,52 @@ def rms_norm_grad(dy, x, weight, eps):
     return dx, (dy * normed).sum(axis=tuple(range(dy.ndim - 1)))
 
 
-def loss_and_grads(w, ids, targets, cfg, rnd=exact):
-    """The mean loss and its gradient for every weight, in the order of the chain rule."""
+def loss_and_grads(w, ids, targets, cfg, rnd=exact, flows=None):
+    """The mean loss and its gradient for every weight, in the order of the chain rule.
+
+    A dict given as `flows` is filled with the gradient at the output of every module by name, and of the three functions
+    apply_rope, attention and swiglu.
+    """
     logits, (angles, tape, x, final) = forward(w, ids, cfg, rnd)
     b, t = ids.shape
     n, kv, h = cfg.num_attention_heads, cfg.num_key_value_heads, cfg.head_dim
-    grads = {}
+    grads, flows = {}, {} if flows is None else flows
 
     def linear_grad(dy, x, name):
+        flows[name.removesuffix(".weight")] = dy
         grads[name] = grads.get(name, 0.0) + np.einsum("btf,btd->fd", dy, x)
         return rnd(dy @ w[name])
 
     def norm_grad(dy, x, name):
+        flows[name.removesuffix(".weight")] = dy
         dx, grads[name] = rms_norm_grad(dy, x, w[name], cfg.rms_norm_eps)
         return rnd(dx)
 
     counted = targets != IGNORE_INDEX
     one_hot = np.eye(cfg.vocab_size)[np.where(counted, targets, 0)]
     dlogits = rnd(np.where(counted[..., None], softmax(logits) - one_hot, 0.0) / max(counted.sum(), 1))
+    flows["lm_head"] = dlogits
     dx = norm_grad(linear_grad(dlogits, final, head_name(cfg)), x, "model.norm.weight")
     for i in reversed(range(cfg.num_hidden_layers)):
         p = f"model.layers.{i}."
         x_in, h1, q_raw, k_raw, q, k, v, probs, attended, x_mid, h2, gate, up, hidden = tape[i]
-        dhidden = linear_grad(dx, hidden, p + "mlp.down_proj.weight")
+        flows[p[:-1]] = dx
+        flows[p + "mlp.swiglu"] = dhidden = linear_grad(dx, hidden, p + "mlp.down_proj.weight")
         sigmoid = 1.0 / (1.0 + np.exp(-gate))
         dgate = rnd(dhidden * up * sigmoid * (1.0 + gate * (1.0 - sigmoid)))
         dup = rnd(dhidden * silu(gate))
         dh2 = linear_grad(dgate, h2, p + "mlp.gate_proj.weight") + linear_grad(dup, h2, p + "mlp.up_proj.weight")
         dx = rnd(dx + norm_grad(dh2, x_mid, p + "post_attention_layernorm.weight"))
         dattended = linear_grad(dx, attended, p + "self_attn.o_proj.weight").reshape(b, t, n, h)
+        flows[p + "self_attn.attention"] = dattended
         dprobs = rnd(np.einsum("btnh,bsnh->bnts", dattended, v))
         dscores = rnd(probs * (dprobs - (dprobs * probs).sum(axis=-1, keepdims=True)) / math.sqrt(h))
-        dq = rotate(rnd(np.einsum("bnts,bsnh->btnh", dscores, k)), -angles)
-        dk = rotate(rnd(np.einsum("bnts,btnh->bsnh", dscores, q)), -angles)
+        dq = rnd(np.einsum("bnts,bsnh->btnh", dscores, k))
+        dk = rnd(np.einsum("bnts,btnh->bsnh", dscores, q))
         dv = rnd(np.einsum("bnts,btnh->bsnh", probs, dattended))
         dk, dv = (d.reshape(b, t, kv, n // kv, h).sum(axis=3) for d in (dk, dv))
+        flows[p + "self_attn.apply_rope(q)"], flows[p + "self_attn.apply_rope(k)"] = dq, dk
+        dq, dk = rotate(dq, -angles), rotate(dk, -angles)
         if cfg.qk_norm:
             dq, dk = (
                 norm_grad(dq, q_raw, p + "self_attn.q_norm.weight"),
@@ -175,6 +186,7 @@ def loss_and_grads(w, ids, targets, cfg, rnd=exact):
         dh1 = dh1 + linear_grad(dk.reshape(b, t, -1), h1, p + "self_attn.k_proj.weight")
         dh1 = dh1 + linear_grad(dv.reshape(b, t, -1), h1, p + "self_attn.v_proj.weight")
         dx = rnd(dx + norm_grad(dh1, x_in, p + "input_layernorm.weight"))
+    flows["model.embed_tokens"] = dx
     embedding = np.zeros_like(w["model.embed_tokens.weight"])
     np.add.at(embedding, ids, dx)
     grads["model.embed_tokens.weight"] = grads.get("model.embed_tokens.weight", 0.0) + embedding

@@ -3,15 +3,19 @@
 The twin is `parity/jax_side.py`. Each method goes through the code that a user runs.
 """
 
+import contextlib
 from collections.abc import Callable
+from unittest import mock
 
 import numpy as np
 import torch
 
+import torch_llm.train
 from llm_common.checkpoint import TrainingState
 from llm_common.config import ModelConfig, OptimizerConfig, SamplingConfig, TrainConfig
 from llm_common.tensors import decays
 from parity.compare import Tensors
+from parity.taps import TorchRecorder, Values
 from torch_llm import checkpoint, random_bits, sampling
 from torch_llm.attention import resolve_backend
 from torch_llm.generate import generate
@@ -64,9 +68,33 @@ class TorchSide:
         model, dtype = self._model(weights), getattr(torch, self.dtype)
         with self.scope():
             loss = loss_and_grads(model, self._tensor(ids), self._tensor(targets), dtype, accumulation_steps)
+        return float(loss), self._gradients(model)
+
+    def tapped(self, weights: Tensors, ids: np.ndarray, targets: np.ndarray, given: Values, given_back: Values):
+        """One loss and its gradients under taps: what they recorded, the loss, the gradients."""
+        recorder, model = TorchRecorder(given, given_back), self._model(weights)
+        with self.scope(), recorder.attached(model):
+            loss = torch_llm.train.loss_and_grads(
+                model, self._tensor(ids), self._tensor(targets), getattr(torch, self.dtype)
+            )
+        return recorder, float(loss), self._gradients(model)
+
+    def _gradients(self, model: CausalLM) -> Tensors:
+        """The gradients left in a model; zero where there is none."""
         grads = {name: np.zeros(p.shape) for name, p in model.named_parameters()}
-        grads |= {name: p.grad.double().cpu().numpy() for name, p in model.named_parameters() if p.grad is not None}
-        return float(loss), grads
+        return grads | {name: p.grad.double().cpu().numpy() for name, p in model.named_parameters() if p.grad is not None}
+
+    @contextlib.contextmanager
+    def given_gradients(self, loss: float, grads: Tensors):
+        """While this is open, `train` finds these where it computes loss and gradients."""
+
+        def stand_in(model, *_):
+            for name, p in model.named_parameters():
+                p.grad = self._tensor(grads[name]).to(p.dtype)
+            return torch.tensor(loss, dtype=getattr(torch, self.master))
+
+        with mock.patch.object(torch_llm.train, "loss_and_grads", stand_in):
+            yield
 
     def train(
         self,

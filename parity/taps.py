@@ -1,0 +1,198 @@
+"""Taps on a running model: what goes in and out of every named module, forward and backward, without touching its code.
+
+A tap is the identity on an activation, and of its gradient on the way back; it writes both down. A tap that is given other
+values hands those on instead: with the specification's values at every input and output, and its gradients on the way
+back, each module is judged alone, however wrong the others are. JAX modules are tapped by `flax.linen.intercept_methods`,
+torch modules by hooks, and the functions between the modules by standing in for them in the module that calls them.
+"""
+
+import contextlib
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+from unittest import mock
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import torch
+
+import jax_llm.attention
+import jax_llm.layers
+import jax_llm.train
+import torch_llm.attention
+import torch_llm.layers
+import torch_llm.train
+
+Key = tuple[str, str]  # a point, and which of its tensors: "in0", "in1", ..., "out"
+Values = dict[Key, np.ndarray]
+# The functions that count as points of their own: where they are called from, how many of their arguments are tensors of
+# interest, and the names of their calls within one module. The first two arguments after x of apply_rope are the table.
+FUNCTIONS = (
+    ("attention", "apply_rope", 3, ("apply_rope(q)", "apply_rope(k)")),
+    ("attention", "dot_product_attention", 3, ("attention",)),
+    ("layers", "swiglu", 2, ("swiglu",)),
+    ("train", "cross_entropy", 1, ("loss",)),
+)
+
+
+class Recorder:
+    """What passed the taps of one run. `forward` and `backward` hold float64 copies; `order` the points as they end.
+
+    given: values to hand on forward; given_back: gradients to hand on backward; a point that is in neither is observed only.
+    """
+
+    def __init__(self, given: Values | None = None, given_back: Values | None = None) -> None:
+        self.given, self.given_back = given or {}, given_back or {}
+        self.forward: Values = {}
+        self.backward: Values = {}
+        self.order: list[str] = []
+        self.path: list[str] = []
+        self._calls: defaultdict[str, int] = defaultdict(int)
+
+    # what a framework must know: how to put a tap on a tensor
+    def tap(self, x: Any, key: Key) -> Any:
+        raise NotImplementedError
+
+    def name(self, *last: str) -> str:
+        return ".".join(part for part in (*self.path, *last) if part)
+
+    def enter(self, point: str, inputs: Sequence[Any]) -> list[Any]:
+        """The inputs of a point, tapped."""
+        return [self.tap(x, (point, f"in{i}")) for i, x in enumerate(inputs)]
+
+    def leave(self, point: str, output: Any) -> Any:
+        """The output of a point, tapped; of a tuple, its first part."""
+        self.order.append(point)
+        if isinstance(output, tuple):
+            return (self.tap(output[0], (point, "out")), *output[1:])
+        return self.tap(output, (point, "out"))
+
+    def stand_in(self, module: Any, attribute: str, n: int, names: Sequence[str]):
+        """A patch: the function under its taps on the first n arguments and the result. names: of its calls in one module."""
+        f = getattr(module, attribute)
+
+        def tapped(*args, **kwargs):
+            where = self.name(attribute)
+            number = self._calls[where]
+            self._calls[where] += 1
+            point = self.name(names[min(number, len(names) - 1)])
+            return self.leave(point, f(*self.enter(point, args[:n]), *args[n:], **kwargs))
+
+        return mock.patch.object(module, attribute, tapped)
+
+    def store(self, kind: Values, key: Key, x: np.ndarray) -> None:
+        if key not in kind:  # the first micro-batch, the first call
+            kind[key] = np.array(x, np.float64)
+
+    def hands_on(self, x: Any, key: Key) -> np.ndarray | None:
+        """What is handed on in x's place; nothing, if the shapes show that x means something else."""
+        value = self.given.get(key)
+        return value if value is not None and value.shape == tuple(x.shape) else None
+
+
+class JaxRecorder(Recorder):
+    def tap(self, x, key):
+        if not isinstance(x, jax.Array) or not jnp.issubdtype(x.dtype, jnp.floating):
+            return x
+        value, back = self.hands_on(x, key), self.given_back.get(key)
+
+        @jax.custom_vjp
+        def tapped(x):
+            self.store(self.forward, key, np.asarray(x.astype(jnp.promote_types(x.dtype, jnp.float32))))
+            return x if value is None else jnp.array(value, x.dtype)
+
+        def backward(_, arriving):
+            self.store(self.backward, key, np.asarray(arriving.astype(jnp.promote_types(x.dtype, jnp.float32))))
+            fits = back is not None and back.shape == arriving.shape
+            return (jnp.array(back, arriving.dtype) if fits else arriving,)
+
+        tapped.defvjp(lambda x: (tapped(x), None), backward)
+        return tapped(x)
+
+    @contextlib.contextmanager
+    def attached(self, functions=FUNCTIONS) -> Iterator[None]:
+        """While this is open, whatever Linen module runs is tapped. To be run uncompiled."""
+
+        def intercept(next_fun, args, kwargs, context):
+            method, name = context.method_name, context.module.name or ""
+            if method == "attend":  # the tied head
+                return self.leave("lm_head", next_fun(*self.enter("lm_head", args)))
+            if method != "__call__":
+                return next_fun(*args, **kwargs)
+            self.path.append(name.replace("layers_", "layers."))
+            try:
+                point = self.name()
+                if not point:
+                    return next_fun(*args, **kwargs)
+                return self.leave(point, next_fun(*self.enter(point, args[:1]), *args[1:], **kwargs))
+            finally:
+                self.path.pop()
+
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(jax.disable_jit())
+            stack.enter_context(nn.intercept_methods(intercept))
+            for module, name, n, names in functions:
+                stack.enter_context(self.stand_in(getattr(jax_llm, module), name, n, names))
+            yield
+
+
+class _TorchTap(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, value, on_backward):
+        ctx.on_backward = on_backward
+        return x.clone() if value is None else value
+
+    @staticmethod
+    def backward(ctx, arriving):
+        return ctx.on_backward(arriving), None, None
+
+
+class TorchRecorder(Recorder):
+    def tap(self, x, key):
+        if not isinstance(x, torch.Tensor) or not x.is_floating_point():
+            return x
+        self.store(self.forward, key, x.detach().double().cpu().numpy())
+        value, back = self.hands_on(x, key), self.given_back.get(key)
+
+        def on_backward(arriving):
+            self.store(self.backward, key, arriving.double().cpu().numpy())
+            fits = back is not None and back.shape == tuple(arriving.shape)
+            return torch.tensor(back, dtype=arriving.dtype, device=arriving.device) if fits else arriving
+
+        return _TorchTap.apply(
+            x, None if value is None else torch.tensor(value, dtype=x.dtype, device=x.device), on_backward
+        )
+
+    @contextlib.contextmanager
+    def attached(self, model: torch.nn.Module, functions=FUNCTIONS) -> Iterator[None]:
+        """While this is open, the named modules of `model` are tapped."""
+        handles = []
+
+        def before(module, args, name):
+            self.path.append(name)
+            return (*self.enter(name, args[:1]), *args[1:])
+
+        def after(module, args, output, name):
+            self.path.pop()
+            return self.leave(name, output)
+
+        for name, module in model.named_modules():
+            if name and not isinstance(module, torch.nn.ModuleList):
+                handles.append(module.register_forward_pre_hook(lambda m, a, name=name: before(m, a, name)))
+                handles.append(module.register_forward_hook(lambda m, a, o, name=name: after(m, a, o, name)))
+
+        def attend(module, x, attend=torch_llm.layers.Embedding.attend):
+            return self.leave("lm_head", attend(module, *self.enter("lm_head", (x,))))
+
+        with contextlib.ExitStack() as stack:
+            for handle in handles:
+                stack.callback(handle.remove)
+            for module, name, n, names in functions:
+                stack.enter_context(self.stand_in(getattr(torch_llm, module), name, n, names))
+            stack.enter_context(mock.patch.object(torch_llm.layers.Embedding, "attend", attend))
+            yield
+
+    def name(self, *last: str) -> str:
+        return ".".join((*self.path[-1:], *last))  # a module's name in torch is its whole path

@@ -1,0 +1,373 @@
+"""Where two sides part: forward, backward and in the optimizer, at which named point, and whose fault it is.
+
+Each side runs twice under the taps of `parity.taps`. Running free shows how an error grows. Running with the specification's
+values at every point judges each module alone: what reaches it, what it makes of identical inputs, what flows back to it and
+what it hands back from an identical gradient. So a late error is not blamed on an early module, nor an early one on a late.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+
+from llm_common.checkpoint import TrainingState
+from llm_common.config import ModelConfig, OptimizerConfig
+from parity import spec
+from parity.cases import random_batch, random_weights
+from parity.compare import BOTH, FLOOR, JAX, SHARED, TORCH, Tensors, global_norm, round_to, tensor_errors
+from parity.settings import Settings
+from parity.taps import Key, Recorder, Values
+
+# The error of one module given identical inputs, in units of the dtype's spacing at 1: a few roundings, and in float64 and
+# float32 those inside a matrix product (some sqrt(n) / 3 for n terms). Measured over 20 seeds of 5 shapes, see docs/tolerances.md.
+LOCAL_UNITS = {"float64": 4096.0, "float32": 64.0, "bfloat16": 4.0}
+EPS = {"float64": 2.0**-52, "float32": 2.0**-23, "bfloat16": 2.0**-8}
+WAYS = ("received", "output", "arriving", "leaving")
+
+
+@dataclasses.dataclass(frozen=True)
+class Point:
+    """What the specification has at a named point: its inputs, its output, and the gradients at both."""
+
+    name: str
+    inputs: tuple[np.ndarray, ...]
+    output: np.ndarray
+    d_output: np.ndarray
+    d_inputs: tuple[np.ndarray, ...] = ()  # of the first inputs; a table has none
+
+
+def specification(w: Tensors, ids: np.ndarray, targets: np.ndarray, cfg: ModelConfig, rnd: Callable = spec.exact):
+    """The points in the order in which their outputs are made, the loss, and the gradients of the weights."""
+    flows: dict[str, np.ndarray] = {}
+    loss, grads = spec.loss_and_grads(w, ids, targets, cfg, rnd, flows)
+    logits, (angles, tape, last, final) = spec.forward(w, ids, cfg, rnd)
+    b, t = ids.shape
+    heads = cfg.num_attention_heads // cfg.num_key_value_heads
+    flat = lambda x: x.reshape(b, t, -1)
+    points: list[Point] = []
+
+    def add(name, inputs, output, d_inputs=()):
+        points.append(Point(name, tuple(inputs), output, flows[name].reshape(output.shape), tuple(d_inputs)))
+
+    def linear(name, x):
+        add(name, [x], spec.linear(w, name, x, rnd), [rnd(flat(flows[name]) @ w[name + ".weight"])])
+
+    def norm(name, x, y=None):
+        dx, _ = spec.rms_norm_grad(flows[name], x, w[name + ".weight"], cfg.rms_norm_eps)
+        y = rnd(spec.rms_norm(x, w[name + ".weight"], cfg.rms_norm_eps)) if y is None else y
+        add(name, [x], y, [rnd(dx)])
+
+    add("model.embed_tokens", [], rnd(w["model.embed_tokens.weight"][ids]))
+    for i, (x_in, h1, q_raw, k_raw, q, k, v, _, attended, x_mid, h2, gate, up, hidden) in enumerate(tape):
+        p = f"model.layers.{i}"
+        a, m = p + ".self_attn", p + ".mlp"
+        norm(p + ".input_layernorm", x_in, h1)
+        for part in "qkv":
+            linear(f"{a}.{part}_proj", h1)
+        if cfg.qk_norm:
+            norm(a + ".q_norm", q_raw)
+            norm(a + ".k_norm", k_raw)
+        for part, x, turned in (("q", q_raw, q), ("k", k_raw, k[:, :, ::heads])):
+            x = points[-2].output if cfg.qk_norm else x  # q_norm or k_norm, then apply_rope(q)
+            name = f"{a}.apply_rope({part})"
+            add(name, [x, np.cos(angles), np.sin(angles)], turned, [rnd(spec.rotate(flows[name], -angles))])
+        backward = [flows[f"{a}.apply_rope(q)"], flows[f"{a}.apply_rope(k)"]]
+        backward.append(flows[a + ".v_proj"].reshape(*v[:, :, ::heads].shape))
+        inputs = [q, k[:, :, ::heads], v[:, :, ::heads]]
+        add(a + ".attention", inputs, attended.reshape(q.shape), backward)
+        linear(a + ".o_proj", attended)
+        flows[a] = flows[a + ".o_proj"]
+        add(a, [h1], points[-1].output, [flows[p + ".input_layernorm"]])
+        norm(p + ".post_attention_layernorm", x_mid, h2)
+        linear(m + ".gate_proj", h2)
+        linear(m + ".up_proj", h2)
+        add(m + ".swiglu", [gate, up], hidden, [flows[m + ".gate_proj"], flows[m + ".up_proj"]])
+        linear(m + ".down_proj", hidden)
+        flows[m] = flows[m + ".down_proj"]
+        add(m, [h2], points[-1].output, [flows[p + ".post_attention_layernorm"]])
+        x_out = tape[i + 1][0] if i + 1 < len(tape) else last
+        before = "model.embed_tokens" if i == 0 else f"model.layers.{i - 1}"
+        add(p, [x_in], x_out, [flows[before]])
+    norm("model.norm", last, final)
+    flows["model"] = flows["model.norm"]
+    add("model", [], final)
+    add("lm_head", [final], logits, [rnd(flows["lm_head"] @ w[spec.head_name(cfg)])])
+    flows["loss"] = np.ones(())
+    add("loss", [logits], np.asarray(loss), [flows["lm_head"]])
+    return points, loss, grads
+
+
+def given(points: list[Point]) -> tuple[Values, Values]:
+    """The specification's values and gradients as a recorder wants them, to hand on."""
+    forward: Values = {}
+    backward: Values = {}
+    for p in points:
+        forward |= {(p.name, f"in{i}"): x for i, x in enumerate(p.inputs)} | {(p.name, "out"): p.output}
+        backward |= {(p.name, f"in{i}"): x for i, x in enumerate(p.d_inputs)} | {(p.name, "out"): p.d_output}
+    return forward, backward
+
+
+@dataclasses.dataclass(frozen=True)
+class PointErrors:
+    """The errors of one side at a point given identical inputs and gradients, and that of its output running free.
+
+    Of the inputs it received, of its output, of the gradient arriving at its output and of the one leaving its inputs. NaN
+    where the specification has none.
+    """
+
+    name: str
+    received: float
+    output: float
+    arriving: float
+    leaving: float
+    free: float
+    free_arriving: float
+    which: str = ""  # the input that is wrong, if one is
+
+
+@dataclasses.dataclass(frozen=True)
+class SideTrace:
+    side: str
+    points: list[PointErrors]
+    grads: dict[str, float]  # error of every weight's gradient, given identical inputs and gradients
+    free_grads: dict[str, float]
+    loss: float  # error of the loss, running free
+    error: str = ""  # what the side raised, if it did
+
+
+@dataclasses.dataclass(frozen=True)
+class Fault:
+    """The first place where a side differs, forward, else backward, else in a weight's gradient."""
+
+    place: str
+    what: str
+    error: float
+
+
+INPUT_NAMES = {
+    "apply_rope(q)": ("q", "cos", "sin"),
+    "apply_rope(k)": ("k", "cos", "sin"),
+    "attention": ("q", "k", "v"),
+    "swiglu": ("gate", "up"),
+    "loss": ("logits",),
+}
+
+
+def relative(a: np.ndarray | None, b: np.ndarray, floor: float = 0.0) -> float:
+    """||a - b|| / max(||b||, floor); infinite if a is missing, of another shape or not finite."""
+    if a is None or a.shape != b.shape:
+        return math.inf
+    size = max(float(np.linalg.norm(b)), floor, 1e-300)
+    error = float(np.linalg.norm(a - b)) / size
+    return error if math.isfinite(error) else math.inf
+
+
+def trace_side(side: Any, weights: Tensors, ids: np.ndarray, targets: np.ndarray, expected=None) -> SideTrace:
+    """One side free and given the specification's values."""
+    dtype = side.dtype
+    points, loss, grads = expected or specification(weights, ids, targets, side.cfg, lambda x: round_to(x, dtype))
+    forward, backward = given(points)
+    runs: list[tuple[Recorder, float, Tensors]] = []
+    try:
+        for values in ((forward, backward), ({}, {})):
+            runs.append(side.tapped(weights, ids, targets, *values))
+    except Exception as error:  # a side that raises is a finding too
+        return SideTrace(side.name, [], {}, {}, math.inf, f"{type(error).__name__}: {error}")
+    (alone, _, own_grads), (free, free_loss, free_grads) = runs
+    back_floor = FLOOR * max(float(np.linalg.norm(p.d_output)) for p in points if p.name != "loss")
+    found = []
+    for p in points:
+        names = INPUT_NAMES.get(p.name.rsplit(".", 1)[-1], ("x", "", ""))
+        received = {names[i]: relative(alone.forward.get((p.name, f"in{i}")), x) for i, x in enumerate(p.inputs)}
+        leaving = [
+            relative(alone.backward.get((p.name, f"in{i}")), x, back_floor) for i, x in enumerate(p.d_inputs)
+        ]
+        which = max(received, key=received.__getitem__) if received else ""
+        found.append(
+            PointErrors(
+                p.name,
+                max(received.values(), default=math.nan),
+                relative(alone.forward.get((p.name, "out")), p.output),
+                relative(alone.backward.get((p.name, "out")), p.d_output, 0.0 if p.name == "loss" else back_floor),
+                max(leaving, default=math.nan),
+                relative(free.forward.get((p.name, "out")), p.output),
+                relative(free.backward.get((p.name, "out")), p.d_output, back_floor),
+                which,
+            )
+        )
+    loss_error = abs(free_loss - loss) / max(abs(loss), 1e-300)
+    return SideTrace(
+        side.name, found, tensor_errors(own_grads, grads), tensor_errors(free_grads, grads), loss_error
+    )
+
+
+def local_allowed(dtype: str) -> float:
+    return LOCAL_UNITS[dtype] * EPS[dtype]
+
+
+def fault(trace: SideTrace, allowed: float) -> Fault | None:
+    """The first fault in the order of execution, then in the reverse order of the way back."""
+    if trace.error:
+        return Fault("the model", f"raised {trace.error}", math.inf)
+    for p in trace.points:
+        if p.received > allowed:
+            return Fault(_parent(p), f"what reaches {p.name} ({p.which})", p.received)
+        if p.output > allowed:
+            return Fault(p.name, "given identical inputs", p.output)
+    for p in reversed(trace.points):
+        if p.arriving > allowed:
+            return Fault(_parent(p), f"in the gradient that flows back to {p.name}", p.arriving)
+        # the first of several bad inputs' sources is found at its own arriving gradient; here it is this module's backward
+        if p.leaving > allowed:
+            return Fault(p.name, "in the gradient it hands back, given identical inputs", p.leaving)
+    name = max(trace.grads, key=trace.grads.__getitem__)
+    if trace.grads[name] > allowed:
+        return Fault(name, "in the gradient of the weight, given identical inputs", trace.grads[name])
+    return None
+
+
+def _parent(p: PointErrors) -> str:
+    """Where the code lies that feeds a point."""
+    if p.which in ("cos", "sin"):
+        return "rotary table"
+    return p.name.rpartition(".")[0] or "the model"
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerTrace:
+    """The errors of one side's optimizer step from a common state and given gradients, tensor by tensor."""
+
+    side: str
+    norm: float
+    mu: dict[str, float]
+    nu: dict[str, float]
+    update: dict[str, float]
+
+
+@dataclasses.dataclass(frozen=True)
+class Trace:
+    cfg: ModelConfig
+    dtype: str
+    sides: tuple[SideTrace, SideTrace]
+    optimizers: tuple[OptimizerTrace, ...] = ()
+
+    @property
+    def allowed(self) -> float:
+        return local_allowed(self.dtype)
+
+    def faults(self) -> tuple[Fault | None, Fault | None]:
+        """The first fault of JAX and of torch, if they have one: in the model, else in the optimizer."""
+        found = []
+        for k, side in enumerate(self.sides):
+            first = fault(side, self.allowed)
+            if first is None and self.optimizers:
+                first = optimizer_fault(self.optimizers[k])
+            found.append(first)
+        return found[0], found[1]
+
+    def side(self) -> str:
+        jax, torch = self.faults()
+        if jax and torch:
+            return SHARED if jax.place == torch.place and _close(jax.error, torch.error) else BOTH
+        return JAX if jax else TORCH if torch else ""
+
+    def place(self) -> str:
+        jax, torch = self.faults()
+        first = jax or torch
+        return "" if first is None else first.place
+
+    def sentence(self) -> str:
+        """The verdict."""
+        jax, torch = self.faults()
+        worst = [max(_own_errors(side), default=math.inf) for side in self.sides]
+        agrees = lambda k: f"{('JAX', 'torch')[k]} agrees with the specification to {worst[k]:.0e}"
+        if jax is None and torch is None:
+            return f"No difference: given identical inputs, {agrees(0)} and torch to {worst[1]:.0e} at every point."
+        describe = lambda f: f"{f.place}: {f.error:.1e} {f.what}"
+        if jax and torch:
+            if self.side() == SHARED:
+                return f"JAX and torch alike differ from the specification first at {describe(jax)}."
+            return f"JAX differs first at {describe(jax)}; torch at {describe(torch)}."
+        if jax:
+            return f"JAX differs first at {describe(jax)}; {agrees(1)}."
+        assert torch is not None
+        return f"torch differs first at {describe(torch)}; {agrees(0)}."
+
+
+def _close(a: float, b: float) -> bool:
+    return a == b or 0.5 < a / b < 2.0
+
+
+def _own_errors(side: SideTrace) -> list[float]:
+    return [x for p in side.points for x in (p.received, p.output, p.arriving, p.leaving) if not math.isnan(x)]
+
+
+def trace(
+    s: Settings, cfg: ModelConfig | None = None, dtype: str = "float64", optimizer: bool = True, eager: bool = True
+) -> Trace:
+    """Both sides of a config, traced on random weights and tokens of the settings."""
+    cfg = cfg or s.cfg
+    weights = random_weights(cfg, s.seed, dtype)
+    ids, targets = random_batch(cfg, s.seed, s.batch, s.length)
+    expected = specification(weights, ids, targets, cfg, lambda x: round_to(x, dtype))
+    sides = s.sides(dtype, cfg)
+    traces = tuple(trace_side(side, weights, ids, targets, expected) for side in sides)
+    steps = tuple(trace_optimizers(s, cfg)) if optimizer and dtype == "float64" else ()
+    return Trace(cfg, dtype, (traces[0], traces[1]), steps)
+
+
+# --- the optimizer
+
+
+def trace_optimizers(s: Settings, cfg: ModelConfig) -> Iterator[OptimizerTrace]:
+    """One whole training step of each side, in float64, from a state in the middle of a run; the gradients are given.
+
+    They are put where the step computes them, so that clip, schedule, corrections and update are those a run has.
+    """
+    weights = random_weights(cfg, s.seed)
+    ids, targets = random_batch(cfg, s.seed, s.batch, s.length)
+    loss, grads = spec.loss_and_grads(weights, ids, targets, cfg)
+    rng = np.random.default_rng((s.seed, 8))
+    mu = {name: 0.3 * rng.standard_normal(g.shape) * np.abs(g).mean() for name, g in grads.items()}
+    nu = {name: rng.random(g.shape) * np.square(g).mean() for name, g in grads.items()}
+    state = TrainingState({name: x.copy() for name, x in weights.items()}, mu, nu, 3, 2)
+    norm = global_norm(grads)
+    opt = OptimizerConfig(lr_max=1e-3, lr_min=1e-4, warmup_steps=2, total_steps=9, max_grad_norm=norm / 2)
+    clipped, _ = spec.clip(grads, opt.max_grad_norm)
+    new, new_mu, new_nu = spec.adamw_step(weights, mu, nu, clipped, opt, spec.learning_rate(opt, 3), 3)
+    update_of = lambda after: {name: x - weights[name] for name, x in after.items()}
+
+    class Data:
+        def batch(self, step, host=0, n_hosts=1):
+            return ids.astype(np.int32), targets.astype(np.int32)
+
+    for side in s.sides("float64", cfg):
+        metrics: dict[str, float] = {}
+        with side.given_gradients(loss, grads):
+            end = side.train(state, opt, Data(), 4, lambda step, state, m, metrics=metrics: metrics.update(m))
+        yield OptimizerTrace(
+            side.name,
+            abs(metrics["grad_norm"] - norm) / norm,
+            tensor_errors(end.mu, new_mu),
+            tensor_errors(end.nu, new_nu),
+            tensor_errors(update_of(end.weights), update_of(new)),
+        )
+
+
+OPTIMIZER_ALLOWED = {"norm": 1e-12, "mu": 1e-12, "nu": 1e-12, "update": 1e-10}
+
+
+def optimizer_fault(t: OptimizerTrace) -> Fault | None:
+    """The first wrong quantity in the order norm, moments, update, and in which tensor."""
+    if not t.norm <= OPTIMIZER_ALLOWED["norm"]:
+        return Fault("optimizer: gradient norm", "given identical gradients", t.norm)
+    for what in ("mu", "nu", "update"):
+        errors = getattr(t, what)
+        bad = [name for name, error in errors.items() if not error <= OPTIMIZER_ALLOWED[what]]
+        if bad:
+            some = "every tensor" if len(bad) == len(errors) else f"{len(bad)} of {len(errors)} tensors"
+            return Fault(f"optimizer: {what} of {bad[0]}", f"({some}) given identical gradients", errors[bad[0]])
+    return None
+
