@@ -32,6 +32,8 @@ class Row:
     ok: bool
     side: str = ""  # empty if ok
     note: str = ""
+    place: str = ""  # the tensor, module or function where it is worst
+    noise: float | None = None  # what the frameworks' own choices (jit, batch size, kernels) do to this figure
 
 
 def global_norm(tensors: Tensors) -> float:
@@ -80,7 +82,7 @@ def three_way(check: str, item: str, dtype: str, results: Sequence[Tensors], all
     alike = pair_error <= 2 * allowed or jax_error == torch_error == math.inf  # not finite on either side: alike
     side = verdict(jax_error > allowed, torch_error > allowed, alike)
     where = name if len(spec) > 1 else ""
-    return Row(check, item, dtype, measured, allowed, not side, side, ", ".join(x for x in (where, note) if x))
+    return Row(check, item, dtype, measured, allowed, not side, side, ", ".join(x for x in (where, note) if x), where)
 
 
 def round_to(x: np.ndarray, dtype: str) -> np.ndarray:

@@ -15,12 +15,14 @@ import optax
 import jax_llm.train
 from jax_llm import checkpoint, optim, random_bits, sampling
 from jax_llm.attention import resolve_backend
+from jax_llm.evaluate import evaluator
 from jax_llm.generate import generate
 from jax_llm.kv_cache import init_cache
 from jax_llm.model import CausalLM
 from jax_llm.train import compiled_train_step, fit, init_state, loss_and_grads, matmul_precision, select_device
 from llm_common.checkpoint import TrainingState
 from llm_common.config import ModelConfig, OptimizerConfig, SamplingConfig, TrainConfig
+from llm_common.evaluation import Evaluation
 from llm_common.schedule import StepScalars, bias_corrections
 from parity.compare import Tensors
 from parity.taps import JaxRecorder, Values
@@ -132,6 +134,12 @@ class JaxSide:
             jax_state = checkpoint.from_training_state(self.cfg, opt, state, jnp.dtype(self.master))
             jax_state = fit(jax_state, self.cfg, train, opt, dataset, until_step, hook)
             return checkpoint.to_training_state(self.cfg, jax_state)
+
+    def evaluate(self, weights: Tensors, evaluation: Evaluation) -> tuple[float, int]:
+        """Sum of the held-out losses in nats, and the number of tokens."""
+        train = TrainConfig(compute_dtype=self.dtype, seq_len=evaluation.seq_len, attention_backend=self.attention)
+        with self.scope(), evaluator(self.cfg, weights, train, self.device.platform) as evaluate:
+            return evaluate(evaluation)
 
     def adamw(
         self, weights: Tensors, grads: list[Tensors], opt: OptimizerConfig, keep: tuple[int, ...], library: bool

@@ -4,25 +4,36 @@ import time
 from collections.abc import Callable, Iterator
 
 from llm_common.errors import UserError
+from parity.common_checks import (
+    check_data,
+    check_evaluation,
+    check_files,
+    check_resume,
+    check_schedule,
+    check_tokenizer,
+)
 from parity.compare import Row
 from parity.model_checks import check_cache, check_gradients, check_init, check_logits, check_spec
 from parity.precision_checks import check_precision
-from parity.resume_checks import check_data, check_resume
 from parity.settings import Settings
 from parity.token_checks import check_tokens
 from parity.training_checks import check_adamw, check_library, check_trajectory
 
 CHECKS: dict[str, Callable[[Settings], Iterator[Row]]] = {
     "spec": check_spec,
+    "tokenizer": check_tokenizer,
+    "data": check_data,
     "init": check_init,
     "logits": check_logits,
     "gradients": check_gradients,
     "precision": check_precision,
+    "schedule": check_schedule,
     "adamw": check_adamw,
     "library": check_library,
-    "data": check_data,
+    "files": check_files,
     "resume": check_resume,
     "trajectory": check_trajectory,
+    "evaluation": check_evaluation,
     "cache": check_cache,
     "tokens": check_tokens,
 }

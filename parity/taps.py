@@ -8,7 +8,7 @@ torch modules by hooks, and the functions between the modules by standing in for
 
 import contextlib
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 from unittest import mock
 

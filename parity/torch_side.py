@@ -13,11 +13,13 @@ import torch
 import torch_llm.train
 from llm_common.checkpoint import TrainingState
 from llm_common.config import ModelConfig, OptimizerConfig, SamplingConfig, TrainConfig
+from llm_common.evaluation import Evaluation
 from llm_common.tensors import decays
 from parity.compare import Tensors
 from parity.taps import TorchRecorder, Values
 from torch_llm import checkpoint, random_bits, sampling
 from torch_llm.attention import resolve_backend
+from torch_llm.evaluate import evaluator
 from torch_llm.generate import generate
 from torch_llm.kv_cache import KVCache
 from torch_llm.model import CausalLM, empty_model
@@ -82,7 +84,9 @@ class TorchSide:
     def _gradients(self, model: CausalLM) -> Tensors:
         """The gradients left in a model; zero where there is none."""
         grads = {name: np.zeros(p.shape) for name, p in model.named_parameters()}
-        return grads | {name: p.grad.double().cpu().numpy() for name, p in model.named_parameters() if p.grad is not None}
+        return grads | {
+            name: p.grad.double().cpu().numpy() for name, p in model.named_parameters() if p.grad is not None
+        }
 
     @contextlib.contextmanager
     def given_gradients(self, loss: float, grads: Tensors):
@@ -120,6 +124,12 @@ class TorchSide:
         trainer = checkpoint.from_training_state(Trainer(self.cfg, train, opt, self.device), state)
         trainer.fit(dataset, until_step, hook)
         return checkpoint.to_training_state(trainer)
+
+    def evaluate(self, weights: Tensors, evaluation: Evaluation) -> tuple[float, int]:
+        """Sum of the held-out losses in nats, and the number of tokens."""
+        train = TrainConfig(compute_dtype=self.dtype, seq_len=evaluation.seq_len, attention_backend=self.attention)
+        with evaluator(self.cfg, weights, train, str(self.device)) as evaluate:
+            return evaluate(evaluation)
 
     def adamw(
         self, weights: Tensors, grads: list[Tensors], opt: OptimizerConfig, keep: tuple[int, ...], library: bool

@@ -18,7 +18,7 @@ from parity import spec
 from parity.cases import random_batch, random_weights
 from parity.compare import BOTH, FLOOR, JAX, SHARED, TORCH, Tensors, global_norm, round_to, tensor_errors
 from parity.settings import Settings
-from parity.taps import Key, Recorder, Values
+from parity.taps import Recorder, Values
 
 # The error of one module given identical inputs, in units of the dtype's spacing at 1: a few roundings, and in float64 and
 # float32 those inside a matrix product (some sqrt(n) / 3 for n terms). Measured over 20 seeds of 5 shapes, see docs/tolerances.md.
@@ -181,9 +181,7 @@ def trace_side(side: Any, weights: Tensors, ids: np.ndarray, targets: np.ndarray
     for p in points:
         names = INPUT_NAMES.get(p.name.rsplit(".", 1)[-1], ("x", "", ""))
         received = {names[i]: relative(alone.forward.get((p.name, f"in{i}")), x) for i, x in enumerate(p.inputs)}
-        leaving = [
-            relative(alone.backward.get((p.name, f"in{i}")), x, back_floor) for i, x in enumerate(p.d_inputs)
-        ]
+        leaving = [relative(alone.backward.get((p.name, f"in{i}")), x, back_floor) for i, x in enumerate(p.d_inputs)]
         which = max(received, key=received.__getitem__) if received else ""
         found.append(
             PointErrors(
@@ -198,9 +196,7 @@ def trace_side(side: Any, weights: Tensors, ids: np.ndarray, targets: np.ndarray
             )
         )
     loss_error = abs(free_loss - loss) / max(abs(loss), 1e-300)
-    return SideTrace(
-        side.name, found, tensor_errors(own_grads, grads), tensor_errors(free_grads, grads), loss_error
-    )
+    return SideTrace(side.name, found, tensor_errors(own_grads, grads), tensor_errors(free_grads, grads), loss_error)
 
 
 def local_allowed(dtype: str) -> float:
@@ -370,4 +366,3 @@ def optimizer_fault(t: OptimizerTrace) -> Fault | None:
             some = "every tensor" if len(bad) == len(errors) else f"{len(bad)} of {len(errors)} tensors"
             return Fault(f"optimizer: {what} of {bad[0]}", f"({some}) given identical gradients", errors[bad[0]])
     return None
-
