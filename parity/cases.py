@@ -79,6 +79,8 @@ def random_batch(cfg: ModelConfig, seed: int, batch: int = 3, length: int = 13, 
     rng = np.random.default_rng((seed, 2))
     length = min(length, cfg.max_position_embeddings)
     inputs, targets = rng.integers(0, cfg.vocab_size, (2, batch, length))
+    if length > 2:  # ids that a special rule might single out
+        inputs[-1, :2], targets[0, :2] = (0, cfg.vocab_size - 1), (cfg.vocab_size - 1, 0)
     if length > 1:
         constant = (inputs == inputs[:, :1]).all(axis=1)
         inputs[constant, 1] = (inputs[constant, 1] + 1) % cfg.vocab_size

@@ -34,6 +34,11 @@ def clear_caches() -> None:
     compiled_train_step.cache_clear()
 
 
+def clear_train_step() -> None:
+    """Forget the training steps that were built: they hold the functions of which they were made."""
+    compiled_train_step.cache_clear()
+
+
 class JaxSide:
     name = "JAX"
 
@@ -97,6 +102,20 @@ class JaxSide:
             args = self._params(weights), jnp.array(ids), jnp.array(targets)
             loss, grads = jax_llm.train.loss_and_grads(self._model(ids), *args)
             return recorder, float(loss), self._tensors(grads)
+
+    def tapped_cache(self, weights: Tensors, ids: np.ndarray, prompt: int, values: Callable[[int, int], Values]):
+        """What taps record while ids are fed as `cached_logits` feeds them: recorder, first and last position."""
+        with self.scope():
+            params = self._params(weights)
+            cache = init_cache(self.cfg, ids.shape[0], ids.shape[1], jnp.dtype(self.dtype))
+            start = 0
+            for piece in np.split(ids, [prompt, *range(prompt + 2, ids.shape[1])], axis=1):
+                end = start + piece.shape[1]
+                recorder = JaxRecorder(values(start, end))
+                with recorder.attached():
+                    _, cache = self._model(ids).apply({"params": params}, jnp.array(piece), cache)
+                yield recorder, start, end
+                start = end
 
     @contextlib.contextmanager
     def given_gradients(self, loss: float, grads: Tensors):
@@ -179,6 +198,11 @@ class JaxSide:
             return np.asarray(
                 draw(jnp.array(logits, jnp.dtype(self.dtype)), key, jnp.array(rows), jnp.array(positions))
             )
+
+    def filtered(self, logits: np.ndarray, cfg: SamplingConfig) -> np.ndarray:
+        """Logits (n, V) over the temperature, the excluded tokens at -inf."""
+        with self.scope():
+            return np.asarray(sampling.filter_logits(jnp.array(logits, jnp.dtype(self.dtype)), cfg), np.float64)
 
     def noise(self, seed: int, rows: np.ndarray, positions: np.ndarray) -> np.ndarray:
         """The Gumbel noise (n, V) of some draws."""

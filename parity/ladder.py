@@ -52,16 +52,19 @@ def run_checks(
     rows: list[Row] = []
     for name in names or tuple(CHECKS):
         start = time.perf_counter()
-        found: list[Row] = []
-        try:
-            for row in CHECKS[name](settings):
-                found.append(row)
-        except Exception as error:  # whatever a broken side raises is a finding, and the rows before it stay
-            found.append(_crash(name, error))
+        found = list(rows_of(name, settings))
         rows += found
         if on_check is not None:
             on_check(name, found, time.perf_counter() - start)
     return rows
+
+
+def rows_of(check: str, settings: Settings) -> Iterator[Row]:
+    """The rows of one check as they come; if it raises, the last of them is the error."""
+    try:
+        yield from CHECKS[check](settings)
+    except Exception as error:  # whatever a broken side raises is a finding, and the rows before it stay
+        yield _crash(check, error)
 
 
 def _crash(check: str, error: Exception) -> Row:

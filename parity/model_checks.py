@@ -1,5 +1,6 @@
 """Checks of the model: the specification itself, initial weights, logits, loss, the gradient of every tensor, the cache."""
 
+import dataclasses
 import math
 import re
 from collections import defaultdict
@@ -24,14 +25,14 @@ from parity.compare import (
     worst,
 )
 from parity.settings import Settings
+from parity.trace import located, trace_cache
 
 # float64, logits, loss and gradients: measured at most 7e-15 over shapes and seeds; the smallest planted bug that
 # changes mathematics (an epsilon of 1e-6 for 1e-5 in the norm) changes logits by 1e-6, a RoPE table in float32 by 6e-9.
 FLOAT64_ALLOWED = 1e-12
 # Complex steps have no cancellation: what is left is rounding in a sum over all weights (measured below 1e-13).
 COMPLEX_STEP_ALLOWED = 1e-11
-SEEDS = 16  # pooled in float32 and bfloat16
-# One side may err at most this many times as much as the other, in the geometric mean over SEEDS seeds. Of a single tensor the
+# One side may err at most this many times as much as the other, in the geometric mean over 16 seeds. Of a single tensor the
 # logarithm of the ratio scatters by up to 0.65, so the mean of 16 by 0.16: a factor of 3 is 6 of those. Measured over 23 random
 # configs: at most 1.57. The root of summed squares, which one seed with a large error decides, reached 4.2 on the same configs.
 RATIO_ALLOWED = {"logits": 2.0, "gradients": 3.0}
@@ -66,28 +67,42 @@ def check_spec(s: Settings) -> Iterator[Row]:
 
 
 def check_init(s: Settings) -> Iterator[Row]:
-    """The weights from which training starts, bit for bit: random bits, order of names, widths."""
+    """The weights from which training starts, bit for bit: random bits, order of names, widths.
+
+    Of two seeds: 0 would hide which word of the key it is, and one with the highest bit set how it is read.
+    """
     for dtype in [d for d in ("float64", "float32") if d in s.dtypes]:
-        sides = [side.initial_weights(s.seed) for side in s.sides(dtype)]
-        expected = {}
-        for i, (name, shape) in enumerate(spec.weight_shapes(s.cfg).items()):
-            x = spec.initial_weight(s.seed, i, name, shape, s.cfg.num_hidden_layers)
-            if dtype == "float32" and len(shape) > 1:
-                # u - 0.5 is exact in float32; the width is rounded, then the product
-                width = spec.initial_width(name, s.cfg.num_hidden_layers)
-                u = spec.uniform(spec.fold_in((0, s.seed), i), math.prod(shape)).reshape(shape)
-                x = (u - 0.5).astype(np.float32) * np.float32(width)
-            expected[name] = x.astype(np.float64)
-        differing = [_differing_elements(a, expected) for a in sides]
-        pair = _differing_elements(sides[0], sides[1])
-        side = verdict(differing[0] > 0, differing[1] > 0, pair == 0)
-        yield Row("init", "elements that differ", dtype, max(*differing, pair), 0, not side, side)
+        for seed in (s.seed, (s.seed + 0x9E3779B9) % 2**32):
+            yield _init_row(s, dtype, seed)
+
+
+def _init_row(s: Settings, dtype: str, seed: int) -> Row:
+    sides = [side.initial_weights(seed) for side in s.sides(dtype)]
+    expected = {}
+    for i, (name, shape) in enumerate(spec.weight_shapes(s.cfg).items()):
+        x = spec.initial_weight(seed, i, name, shape, s.cfg.num_hidden_layers)
+        if dtype == "float32" and len(shape) > 1:
+            # u - 0.5 is exact in float32; the width is rounded, then the product
+            width = spec.initial_width(name, s.cfg.num_hidden_layers)
+            u = spec.uniform(spec.fold_in((0, seed), i), math.prod(shape)).reshape(shape)
+            x = (u - 0.5).astype(np.float32) * np.float32(width)
+        expected[name] = x.astype(np.float64)
+    differing = [_differing_elements(a, expected) for a in sides]
+    pair = _differing_elements(sides[0], sides[1])
+    side = verdict(differing[0] > 0, differing[1] > 0, pair == 0)
+    place = next((name for name, x in expected.items() if any(_differs(a, name, x) for a in sides)), "")
+    return Row(
+        "init", f"elements that differ, seed {seed}", dtype, max(*differing, pair), 0, not side, side, place, place
+    )
 
 
 def _differing_elements(a: Tensors, b: Tensors) -> int:
     """How many elements of b another value, or no value at all, stands for in a."""
-    same = lambda name, x: name in a and a[name].shape == x.shape
-    return sum(int((a[name] != x).sum()) if same(name, x) else x.size for name, x in b.items())
+    return sum(_differs(a, name, x) for name, x in b.items())
+
+
+def _differs(a: Tensors, name: str, x: np.ndarray) -> int:
+    return int((a[name] != x).sum()) if name in a and a[name].shape == x.shape else x.size
 
 
 def check_logits(s: Settings) -> Iterator[Row]:
@@ -107,7 +122,8 @@ def _check_model(s: Settings, what: str) -> Iterator[Row]:
             ids, _ = random_batch(cfg, s.seed, batch, length)
             results = [{"logits": side.logits(weights, ids)} for side in s.sides("float64", cfg)]
             results.append({"logits": spec.forward(weights, ids, cfg)[0]})
-            yield three_way("logits", name, "float64", results, FLOAT64_ALLOWED)
+            row = three_way("logits", name, "float64", results, FLOAT64_ALLOWED)
+            yield located(row, dataclasses.replace(s, batch=batch, length=length), cfg)
     if "float64" in s.dtypes and what == "gradients":
         for name, cfg in variants(s.cfg).items():
             weights = random_weights(cfg, s.seed)
@@ -115,8 +131,9 @@ def _check_model(s: Settings, what: str) -> Iterator[Row]:
             pairs = [side.loss_and_grads(weights, ids, targets) for side in s.sides("float64", cfg)]
             pairs.append(spec.loss_and_grads(weights, ids, targets, cfg))
             losses = [{"loss": np.array(loss)} for loss, _ in pairs]
-            yield three_way("loss", name, "float64", losses, FLOAT64_ALLOWED)
-            yield three_way("gradients", name, "float64", [grads for _, grads in pairs], FLOAT64_ALLOWED)
+            yield located(three_way("loss", name, "float64", losses, FLOAT64_ALLOWED), s, cfg)
+            row = three_way("gradients", name, "float64", [grads for _, grads in pairs], FLOAT64_ALLOWED)
+            yield located(row, s, cfg)
         yield from _check_accumulation(s)
     for dtype in [d for d in ("float32", "bfloat16") if d in s.dtypes]:
         yield from _check_pooled(s, what, dtype)
@@ -141,7 +158,7 @@ def _check_pooled(s: Settings, what: str, dtype: str) -> Iterator[Row]:
     sizes: defaultdict[str, float] = defaultdict(float)
     ratios: defaultdict[str, list[float]] = defaultdict(list)
     losses: list[list[float]] = [[], [], []]
-    for i in range(SEEDS):
+    for i in range(s.seeds):
         seed = s.seed + 100 * i
         weights = random_weights(s.cfg, seed, dtype)
         ids, targets = random_batch(s.cfg, seed, s.batch, s.length)
@@ -246,4 +263,5 @@ def check_cache(s: Settings) -> Iterator[Row]:
             noisy = {"logits": spec.forward(moved, ids, s.cfg, noise)[0]}
             # one seed, not a pool: the ceiling is doubled
             allowed = 2 * CEILING[dtype] * worst(tensor_errors(noisy, exact))[1]
-        yield three_way("cache", "cached decoding = full forward", dtype, [*results, exact], allowed)
+        row = three_way("cache", "cached decoding = full forward", dtype, [*results, exact], allowed)
+        yield row if row.ok or dtype != "float64" else trace_cache(row, s)

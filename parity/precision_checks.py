@@ -165,7 +165,7 @@ def _op_row(
         pair = _units(jax_x, torch_x) / 2
         item, allowed = f"{name}: error in units of 2^-24", FLOAT32_UNITS
     side = verdict(not shares[0] <= allowed, not shares[1] <= allowed, pair <= allowed)
-    return Row("precision", item, dtype, max(*shares, pair), allowed, not side, side)
+    return Row("precision", item, dtype, max(*shares, pair), allowed, not side, side, place=name if side else "")
 
 
 def _summed_magnitudes(i: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -228,7 +228,8 @@ def _table_row(s: Settings, dtype: str) -> Row:
         errors.append(worst)
     allowed = _table_allowed(dtype, ids.shape[1])
     side = verdict(errors[0] > allowed, errors[1] > allowed, errors[0] == errors[1])
-    return Row("precision", "rotary table: turn from position to position", dtype, max(errors), allowed, not side, side)
+    item, place = "rotary table: turn from position to position", "rotary table" if side else ""
+    return Row("precision", item, dtype, max(errors), allowed, not side, side, place=place)
 
 
 # --- the declared table: (what, op, JAX primitives, torch operators). Where one of them occurs, its inputs have that dtype.
@@ -267,7 +268,8 @@ def _dtype_rows(s: Settings, dtype: str) -> Iterator[Row]:
     side = verdict(bool(wrong[0]), bool(wrong[1]), wrong[0] == wrong[1])
     note = "; ".join(f"{label}: {', '.join(w)}" for label, w in zip(("JAX", "torch"), wrong, strict=True) if w)
     item = f"ops not in {wide} of {len(found)} declared"
-    yield Row("precision", item, dtype, max(len(w) for w in wrong), 0, not side, side, note)
+    place = (wrong[0] or wrong[1] or [""])[0]
+    yield Row("precision", item, dtype, max(len(w) for w in wrong), 0, not side, side, note, place)
 
 
 def _dtypes_of(names: str, found: dict[str, Any]) -> set[str]:

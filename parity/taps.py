@@ -7,7 +7,7 @@ torch modules by hooks, and the functions between the modules by standing in for
 """
 
 import contextlib
-from collections import defaultdict
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any
 from unittest import mock
@@ -38,7 +38,7 @@ FUNCTIONS = (
 
 
 class Recorder:
-    """What passed the taps of one run. `forward` and `backward` hold float64 copies; `order` the points as they end.
+    """What passed the taps of one run. `forward` and `backward` hold float64 copies.
 
     given: values to hand on forward; given_back: gradients to hand on backward; a point that is in neither is observed only.
     """
@@ -47,9 +47,9 @@ class Recorder:
         self.given, self.given_back = given or {}, given_back or {}
         self.forward: Values = {}
         self.backward: Values = {}
-        self.order: list[str] = []
+        self.calls: Counter[str] = Counter()  # how often a point was run; its first run alone is tapped
+        self.detached: set[Key] = set()  # what arrived without a way back for its gradient
         self.path: list[str] = []
-        self._calls: defaultdict[str, int] = defaultdict(int)
 
     # what a framework must know: how to put a tap on a tensor
     def tap(self, x: Any, key: Key) -> Any:
@@ -60,11 +60,15 @@ class Recorder:
 
     def enter(self, point: str, inputs: Sequence[Any]) -> list[Any]:
         """The inputs of a point, tapped."""
+        self.calls[point] += 1
+        if self.calls[point] > 1:
+            return list(inputs)
         return [self.tap(x, (point, f"in{i}")) for i, x in enumerate(inputs)]
 
     def leave(self, point: str, output: Any) -> Any:
         """The output of a point, tapped; of a tuple, its first part."""
-        self.order.append(point)
+        if self.calls[point] > 1:
+            return output
         if isinstance(output, tuple):
             return (self.tap(output[0], (point, "out")), *output[1:])
         return self.tap(output, (point, "out"))
@@ -74,10 +78,8 @@ class Recorder:
         f = getattr(module, attribute)
 
         def tapped(*args, **kwargs):
-            where = self.name(attribute)
-            number = self._calls[where]
-            self._calls[where] += 1
-            point = self.name(names[min(number, len(names) - 1)])
+            points = [self.name(name) for name in names]
+            point = next((p for p in points if not self.calls[p]), points[-1])
             return self.leave(point, f(*self.enter(point, args[:n]), *args[n:], **kwargs))
 
         return mock.patch.object(module, attribute, tapped)
@@ -97,6 +99,8 @@ class JaxRecorder(Recorder):
         if not isinstance(x, jax.Array) or not jnp.issubdtype(x.dtype, jnp.floating):
             return x
         value, back = self.hands_on(x, key), self.given_back.get(key)
+        if not isinstance(x, jax.core.Tracer):
+            self.detached.add(key)
 
         @jax.custom_vjp
         def tapped(x):
@@ -154,6 +158,8 @@ class TorchRecorder(Recorder):
         if not isinstance(x, torch.Tensor) or not x.is_floating_point():
             return x
         self.store(self.forward, key, x.detach().double().cpu().numpy())
+        if not x.requires_grad:
+            self.detached.add(key)
         value, back = self.hands_on(x, key), self.given_back.get(key)
 
         def on_backward(arriving):

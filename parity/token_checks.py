@@ -1,5 +1,6 @@
 """Checks of sampled tokens: whole texts in float64, single draws in float32, samplers alone for bfloat16."""
 
+import dataclasses
 import math
 from collections.abc import Iterator
 
@@ -34,7 +35,8 @@ def check_tokens(s: Settings) -> Iterator[Row]:
     """The same tokens from the same seed."""
     if "float64" in s.dtypes:
         yield _noise(s)
-        yield _texts(s)
+        yield from _filters(s)
+        yield from _texts(s)
     for dtype in [d for d in ("float32", "bfloat16") if d in s.dtypes]:
         yield from _draws(s, dtype)
 
@@ -45,10 +47,51 @@ def _noise(s: Settings) -> Row:
     keys = [spec.fold_in(spec.fold_in((0, s.seed), int(r)), int(p)) for r, p in zip(rows, positions, strict=True)]
     exact = np.stack([-np.log(-np.log(spec.uniform(key, s.cfg.vocab_size))) for key in keys])
     results = [{"noise": side.noise(s.seed, rows, positions)} for side in s.sides("float64")]
-    return three_way("tokens", "Gumbel noise", "float64", [*results, {"noise": exact}], NOISE_ALLOWED)
+    row = three_way("tokens", "Gumbel noise", "float64", [*results, {"noise": exact}], NOISE_ALLOWED)
+    return row if row.ok else dataclasses.replace(row, place="gumbel_noise")
 
 
-def _texts(s: Settings) -> Row:
+def _filters(s: Settings) -> Iterator[Row]:
+    """What the filters let through, token by token, from logits with ties."""
+    rng = np.random.default_rng((s.seed, 11))
+    logits = (
+        np.round(4 * rng.standard_normal((40, s.cfg.vocab_size))) / 2
+    )  # ties: where a filter cuts among equals matters
+    sides = s.sides("float64")
+    for name, sampling in settings(s.seed % 2**31).items():
+        if sampling.temperature == 0.0:
+            ids, zeros = np.argmax(logits, axis=-1), np.zeros(len(logits), np.int64)
+            wrong = [int((side.sample(logits, sampling, zeros, zeros) != ids).sum()) for side in sides]
+            side = verdict(wrong[0] > 0, wrong[1] > 0, wrong[0] == wrong[1])
+            place = "sample (greedy)" if side else ""
+            yield Row(
+                "tokens",
+                f"largest of {len(ids)} logits with ties",
+                "float64",
+                max(wrong),
+                0,
+                not side,
+                side,
+                place,
+                place,
+            )
+            continue
+        expected = np.stack([spec.filtered(x, sampling) for x in logits])
+        found = [side.filtered(logits, sampling) for side in sides]
+        wrong = [_unlike(x, expected) for x in found]
+        side = verdict(wrong[0] > 0, wrong[1] > 0, wrong[0] == wrong[1])
+        item, place = f"filtered logits that differ; {name}", f"filter_logits ({name})" if side else ""
+        yield Row("tokens", item, "float64", max(wrong), 0, not side, side, place, place)
+
+
+def _unlike(a: np.ndarray, b: np.ndarray) -> int:
+    """Elements that are excluded on one side alone or differ by more than two spacings."""
+    kept = np.isfinite(a) & np.isfinite(b)
+    close = np.abs(np.where(kept, a, 0.0) - np.where(kept, b, 0.0)) <= 2.0**-50 * np.abs(np.where(kept, b, 0.0))
+    return int((~np.where(kept, close, a == b)).sum())
+
+
+def _texts(s: Settings) -> Iterator[Row]:
     """Prefill, cache, sampler and end of text together, in float64: every text must be the specification's.
 
     The prompts have different lengths, and the texts are longer than what one call of JAX's loop draws.
@@ -60,17 +103,18 @@ def _texts(s: Settings) -> Row:
     prompts = [ids[0].tolist(), ids[1, : max(1, length - 3)].tolist(), ids[2, : max(1, length - 1)].tolist()]
     n_new = min(20, s.cfg.max_position_embeddings - length)
     sides = s.sides("float64")
-    differing, total = [0, 0, 0], 0
-    for sampling in settings(s.seed % 2**31).values():
+    for name, sampling in settings(s.seed % 2**31).items():
+        differing = [0, 0, 0]
         free = spec.generate(weights, prompts, s.cfg, sampling, n_new)
         eos_id = free[0][min(3, n_new - 1)]
         expected = [text[: text.index(eos_id)] if eos_id in text else text for text in free]
         texts = [side.generate(weights, prompts, n_new, sampling, (eos_id,)) for side in sides]
         for k, pair in enumerate(((texts[0], expected), (texts[1], expected), (texts[0], texts[1]))):
             differing[k] += sum(a != b for a, b in zip(*pair, strict=True))
-        total += len(expected)
-    side = verdict(differing[0] > 0, differing[1] > 0, differing[2] == 0)
-    return Row("tokens", f"texts that differ, of {total}", "float64", max(differing), 0, not side, side)
+        side = verdict(differing[0] > 0, differing[1] > 0, differing[2] == 0)
+        place = "generate" if side else ""
+        item = f"texts that differ, of {len(expected)}; {name}"
+        yield Row("tokens", item, "float64", max(differing), 0, not side, side, "", place)
 
 
 def _draws(s: Settings, dtype: str) -> Iterator[Row]:

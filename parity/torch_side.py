@@ -88,6 +88,18 @@ class TorchSide:
             name: p.grad.double().cpu().numpy() for name, p in model.named_parameters() if p.grad is not None
         }
 
+    def tapped_cache(self, weights: Tensors, ids: np.ndarray, prompt: int, values: Callable[[int, int], Values]):
+        """What taps record while ids are fed as `cached_logits` feeds them: recorder, first and last position."""
+        model, start = self._model(weights), 0
+        cache = KVCache(self.cfg, ids.shape[0], ids.shape[1], getattr(torch, self.dtype), self.device)
+        for piece in np.split(ids, [prompt, *range(prompt + 2, ids.shape[1])], axis=1):
+            end = start + piece.shape[1]
+            recorder = TorchRecorder(values(start, end))
+            with torch.no_grad(), self.scope(), recorder.attached(model):
+                model(self._tensor(piece), cache)
+            yield recorder, start, end
+            start = end
+
     @contextlib.contextmanager
     def given_gradients(self, loss: float, grads: Tensors):
         """While this is open, `train` finds these where it computes loss and gradients."""
@@ -159,6 +171,11 @@ class TorchSide:
         """Tokens for logits (n, V), which come in this side's dtype."""
         tensor, key = self._tensor(logits).to(getattr(torch, self.dtype)), random_bits.key(cfg.seed, self.device)
         return sampling.sample(tensor, cfg, key, self._tensor(rows), self._tensor(positions)).cpu().numpy()
+
+    def filtered(self, logits: np.ndarray, cfg: SamplingConfig) -> np.ndarray:
+        """Logits (n, V) over the temperature, the excluded tokens at -inf."""
+        tensor = self._tensor(logits).to(getattr(torch, self.dtype))
+        return sampling.filter_logits(tensor, cfg).double().cpu().numpy()
 
     def noise(self, seed: int, rows: np.ndarray, positions: np.ndarray) -> np.ndarray:
         """The Gumbel noise (n, V) of some draws."""

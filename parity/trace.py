@@ -16,7 +16,7 @@ from llm_common.checkpoint import TrainingState
 from llm_common.config import ModelConfig, OptimizerConfig
 from parity import spec
 from parity.cases import random_batch, random_weights
-from parity.compare import BOTH, FLOOR, JAX, SHARED, TORCH, Tensors, global_norm, round_to, tensor_errors
+from parity.compare import BOTH, FLOOR, JAX, SHARED, TORCH, Row, Tensors, global_norm, round_to, tensor_errors
 from parity.settings import Settings
 from parity.taps import Recorder, Values
 
@@ -125,6 +125,8 @@ class PointErrors:
     free: float
     free_arriving: float
     which: str = ""  # the input that is wrong, if one is
+    calls: int = 1
+    detached: bool = False  # an input came without a way back for its gradient
 
 
 @dataclasses.dataclass(frozen=True)
@@ -193,6 +195,8 @@ def trace_side(side: Any, weights: Tensors, ids: np.ndarray, targets: np.ndarray
                 relative(free.forward.get((p.name, "out")), p.output),
                 relative(free.backward.get((p.name, "out")), p.d_output, back_floor),
                 which,
+                alone.calls[p.name],
+                any((p.name, f"in{i}") in alone.detached for i in range(len(p.d_inputs))),
             )
         )
     loss_error = abs(free_loss - loss) / max(abs(loss), 1e-300)
@@ -207,16 +211,27 @@ def fault(trace: SideTrace, allowed: float) -> Fault | None:
     """The first fault in the order of execution, then in the reverse order of the way back."""
     if trace.error:
         return Fault("the model", f"raised {trace.error}", math.inf)
+    by_name = {p.name: p for p in trace.points}
     for p in trace.points:
+        parent = by_name.get(_parent(p.name))
+        if p.calls != 1:
+            if parent is None or parent.calls == 1:  # else it is the parent that is not run, or run again
+                return Fault(_parent(p.name), f"runs {p.name} {p.calls} times, not once", math.inf)
+            continue
         if p.received > allowed:
-            return Fault(_parent(p), f"what reaches {p.name} ({p.which})", p.received)
+            where = "rotary table" if p.which in ("cos", "sin") else _parent(p.name)
+            return Fault(where, f"what reaches {p.name} ({p.which})", p.received)
         if p.output > allowed:
             return Fault(p.name, "given identical inputs", p.output)
-    for p in reversed(trace.points):
-        if p.arriving > allowed:
-            return Fault(_parent(p), f"in the gradient that flows back to {p.name}", p.arriving)
-        # the first of several bad inputs' sources is found at its own arriving gradient; here it is this module's backward
-        if p.leaving > allowed:
+    for p, what in _way_back(trace.points):
+        if what == "arriving" and p.arriving > allowed:
+            return Fault(_parent(p.name), f"in the gradient that flows back to {p.name}", p.arriving)
+        if what == "leaving" and p.leaving > allowed:
+            if p.detached:
+                parent = by_name.get(_parent(p.name))
+                if parent is not None and parent.detached:  # its own input came without a way back
+                    continue
+                return Fault(_parent(p.name), f"no gradient flows back from {p.name}", p.leaving)
             return Fault(p.name, "in the gradient it hands back, given identical inputs", p.leaving)
     name = max(trace.grads, key=trace.grads.__getitem__)
     if trace.grads[name] > allowed:
@@ -224,11 +239,21 @@ def fault(trace: SideTrace, allowed: float) -> Fault | None:
     return None
 
 
-def _parent(p: PointErrors) -> str:
-    """Where the code lies that feeds a point."""
-    if p.which in ("cos", "sin"):
-        return "rotary table"
-    return p.name.rpartition(".")[0] or "the model"
+def _way_back(points: list[PointErrors]) -> Iterator[tuple[PointErrors, str]]:
+    """The points in the order of the backward pass: a module hands its gradient back after all that it holds."""
+    waiting: list[PointErrors] = []
+    for p in reversed(points):
+        while waiting and not p.name.startswith(waiting[-1].name + "."):
+            yield waiting.pop(), "leaving"
+        yield p, "arriving"
+        waiting.append(p)
+    while waiting:
+        yield waiting.pop(), "leaving"
+
+
+def _parent(name: str) -> str:
+    """The module that holds a point."""
+    return name.rpartition(".")[0].removesuffix(".layers") or "the model"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -300,6 +325,19 @@ def _own_errors(side: SideTrace) -> list[float]:
     return [x for p in side.points for x in (p.received, p.output, p.arriving, p.leaving) if not math.isnan(x)]
 
 
+def located(row: Row, s: Settings, cfg: ModelConfig | None = None) -> Row:
+    """A row that fails, with the place where its side differs first, found by a trace on the same weights and tokens."""
+    if row.ok:
+        return row
+    found = trace(s, cfg)
+    place = found.place()
+    if not place:
+        return dataclasses.replace(
+            row, note=f"{row.note}; uncompiled no module differs: only the compiled program does"
+        )
+    return dataclasses.replace(row, place=place, note=found.sentence())
+
+
 def trace(
     s: Settings, cfg: ModelConfig | None = None, dtype: str = "float64", optimizer: bool = True, eager: bool = True
 ) -> Trace:
@@ -335,6 +373,8 @@ def trace_optimizers(s: Settings, cfg: ModelConfig) -> Iterator[OptimizerTrace]:
     new, new_mu, new_nu = spec.adamw_step(weights, mu, nu, clipped, opt, spec.learning_rate(opt, 3), 3)
     update_of = lambda after: {name: x - weights[name] for name, x in after.items()}
 
+    in_order = lambda errors: {name: errors[name] for name in weights}
+
     class Data:
         def batch(self, step, host=0, n_hosts=1):
             return ids.astype(np.int32), targets.astype(np.int32)
@@ -346,9 +386,9 @@ def trace_optimizers(s: Settings, cfg: ModelConfig) -> Iterator[OptimizerTrace]:
         yield OptimizerTrace(
             side.name,
             abs(metrics["grad_norm"] - norm) / norm,
-            tensor_errors(end.mu, new_mu),
-            tensor_errors(end.nu, new_nu),
-            tensor_errors(update_of(end.weights), update_of(new)),
+            in_order(tensor_errors(end.mu, new_mu)),
+            in_order(tensor_errors(end.nu, new_nu)),
+            in_order(tensor_errors(update_of(end.weights), update_of(new))),
         )
 
 
@@ -362,7 +402,74 @@ def optimizer_fault(t: OptimizerTrace) -> Fault | None:
     for what in ("mu", "nu", "update"):
         errors = getattr(t, what)
         bad = [name for name, error in errors.items() if not error <= OPTIMIZER_ALLOWED[what]]
+        if len(bad) == len(errors):
+            return Fault(f"optimizer: {what}", "in every tensor, given identical gradients", errors[bad[0]])
         if bad:
-            some = "every tensor" if len(bad) == len(errors) else f"{len(bad)} of {len(errors)} tensors"
-            return Fault(f"optimizer: {what} of {bad[0]}", f"({some}) given identical gradients", errors[bad[0]])
+            some = f"in {len(bad)} of {len(errors)} tensors, given identical gradients"
+            return Fault(f"optimizer: {what} of {bad[0]}", some, errors[bad[0]])
     return None
+
+
+# --- cached decoding
+
+
+def trace_cache(row: Row, s: Settings) -> Row:
+    """A row of cached decoding that fails, with the first point at which a piece of the sequence differs.
+
+    The sequence is fed as `cached_logits` feeds it; a point's values are the specification's at the piece's positions. Inputs
+    and outputs are those of the specification, but for the keys and values that attention reads, which are the cache's.
+    """
+    weights = random_weights(s.cfg, s.seed)
+    ids, targets = random_batch(s.cfg, s.seed, s.batch, s.length)
+    points, _, _ = specification(weights, ids, targets, s.cfg)
+    prompt = max(1, ids.shape[1] // 3)
+    places: list[str] = []
+    notes = []
+    for side in s.sides("float64"):
+        try:
+            found = _cache_fault(side, weights, ids, prompt, points)
+        except Exception as error:
+            found = Fault("kv_cache", f"raised {type(error).__name__}: {error}", math.inf)
+        if found is not None:
+            places.append(found.place)
+            notes.append(f"{side.name} differs first at {found.place}: {found.error:.1e} {found.what}")
+    if not places:
+        return row
+    return dataclasses.replace(row, place=places[0], note="; ".join(notes))
+
+
+def _cache_fault(side: Any, weights: Tensors, ids: np.ndarray, prompt: int, points: list[Point]) -> Fault | None:
+    allowed = local_allowed("float64")
+    for recorder, start, end in side.tapped_cache(weights, ids, prompt, lambda a, b: piece_values(points, a, b)):
+        for p in points:
+            if p.name == "loss":
+                break
+            if recorder.calls[p.name] != 1:
+                return Fault(_parent(p.name), f"runs {p.name} {recorder.calls[p.name]} times, not once", math.inf)
+            names = INPUT_NAMES.get(p.name.rsplit(".", 1)[-1], ("x", "", ""))
+            for i, x in enumerate(p.inputs):
+                got = recorder.forward.get((p.name, f"in{i}"))
+                if names[i] in ("cos", "sin") and got is not None and got.ndim == 3:
+                    got = got[0]  # a table for each text; they are as long as each other
+                cached = p.name.endswith(".attention") and i > 0
+                wanted = x[:, :end] if cached else _positions(x, start, end)
+                error = relative(got[:, :end] if cached and got is not None else got, wanted)
+                if error > allowed:
+                    where = "rotary table" if names[i] in ("cos", "sin") else "kv_cache" if cached else p.name
+                    return Fault(where, f"in what reaches {p.name} ({names[i]}), positions {start} to {end - 1}", error)
+            error = relative(recorder.forward.get((p.name, "out")), _positions(p.output, start, end))
+            if error > allowed:
+                return Fault(p.name, f"in positions {start} to {end - 1}, given the right keys and values", error)
+    return None
+
+
+def _positions(x: np.ndarray, start: int, end: int) -> np.ndarray:
+    """A piece of the sequence, whose axis is the second, or the first of a table."""
+    return x[start:end] if x.ndim == 2 else x[:, start:end]
+
+
+def piece_values(points: list[Point], start: int, end: int) -> Values:
+    """What is handed on while a piece of the sequence is fed: the specification's values there, but for the cache's."""
+    forward, _ = given([p for p in points if p.name != "loss"])
+    cached = lambda key: key[0].endswith(".attention") and key[1] in ("in1", "in2")
+    return {key: _positions(x, start, end) for key, x in forward.items() if not cached(key)}

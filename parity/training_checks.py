@@ -25,6 +25,7 @@ from parity.compare import (
     worst,
 )
 from parity.settings import Settings
+from parity.trace import located
 
 # Error of the update p_n - p_0 in float64. An element whose gradient is near eps = 1e-8 turns a rounding error of 1e-17 into
 # 1e-9 of its own update, and there are few such: measured 1e-15 to 6e-13. A wrong beta, decay or correction shows above 1e-6.
@@ -32,7 +33,6 @@ UPDATE_ALLOWED = 1e-10
 # Moments have no such amplification: measured 6e-15. They, not the update, whose direction hardly depends on the scale of the
 # gradient, see the smallest planted bug: torch's clip epsilon of 1e-6 changes a gradient of norm 100 by 1e-8.
 MOMENTS_ALLOWED = 1e-12
-STEPS = (1, 3, 100)
 # Free-running float64: 10 x what one ulp in one weight does within one framework, floor 1e-11; past 1e-9 it is chaos.
 DRIFT_FLOOR, DRIFT_FACTOR, CHAOTIC = 1e-11, 10.0, 1e-9
 # Low precision: a multiple of the control, and a floor for runs in which nothing moves. Measured over 30 random configs:
@@ -85,29 +85,29 @@ def _float64_steps(s: Settings) -> Iterator[Row]:
         norms.append({})
 
         def keep(step, state, metrics, states=states, norms=norms[-1]):
-            if step in STEPS:
+            if step in s.updates:
                 states[step] = state()
             if step <= 3:
                 norms[f"step {step}"] = np.array(metrics["grad_norm"])
 
-        side.train(start_state(weights), opt, data, STEPS[-1], keep)
+        side.train(start_state(weights), opt, data, s.updates[-1], keep)
         kept.append(states)
-    _, states, norm_curve = spec_train(s, start_state(weights), opt, data, STEPS[-1], STEPS)
+    _, states, norm_curve = spec_train(s, start_state(weights), opt, data, s.updates[-1], s.updates)
     kept.append(states)
     norms.append({f"step {i + 1}": np.array(norm) for i, (_, norm) in enumerate(norm_curve[:3])})
-    yield three_way("adamw", "gradient norms of 3 steps", "float64", norms, MOMENTS_ALLOWED)
-    for n in STEPS:
+    yield located(three_way("adamw", "gradient norms of 3 steps", "float64", norms, MOMENTS_ALLOWED), s)
+    for n in s.updates:
         updates = [update_of(states[n].weights, weights) for states in kept]
         norm = global_norm(updates[0])
         row = three_way("adamw", f"update after {n} steps, clip active", "float64", updates, UPDATE_ALLOWED)
         if not norm > 0:
             row = dataclasses.replace(row, ok=False, side=JAX, note="the update is zero")
-        yield row
+        yield located(row, s)
     moments = [
         {f"mu.{k}": x for k, x in states[3].mu.items()} | {f"nu.{k}": x for k, x in states[3].nu.items()}
         for states in kept
     ]
-    yield three_way("adamw", "moments after 3 steps", "float64", moments, MOMENTS_ALLOWED)
+    yield located(three_way("adamw", "moments after 3 steps", "float64", moments, MOMENTS_ALLOWED), s)
 
     # the norm stays below max_norm: the gradients are not scaled up to it
     loose = dataclasses.replace(opt, max_grad_norm=2 * norm_curve[0][1])
@@ -142,7 +142,7 @@ def _float32_updates(s: Settings) -> Iterator[Row]:
     """
     opt = OptimizerConfig(lr_max=1e-3, lr_min=1e-4, total_steps=1000, max_grad_norm=None)
     weights, grads = _given_gradients(s, "float32", 100)
-    exact, travelled = _spec_adamw(weights, grads, opt)
+    exact, travelled = _spec_adamw(weights, grads, opt, (100,))
     results = [side.adamw(weights, grads, opt, (100,), library=False) for side in s.sides("float32")]
     shares = []
     for result in results:
@@ -178,9 +178,9 @@ def _given_gradients(s: Settings, dtype: str, n: int) -> tuple[Tensors, list[Ten
 
 
 def _spec_adamw(
-    weights: Tensors, grads: list[Tensors], opt: OptimizerConfig
+    weights: Tensors, grads: list[Tensors], opt: OptimizerConfig, keep: tuple[int, ...]
 ) -> tuple[dict[int, Tensors], dict[str, float]]:
-    """The specification's weights after STEPS, and for every tensor the length of its path, sum ||lr update||."""
+    """The specification's weights after the updates in `keep`, and for every tensor the length of its path, sum ||lr update||."""
     state = start_state(weights)
     w, mu, nu, kept = state.weights, state.mu, state.nu, {}
     travelled = dict.fromkeys(weights, 0.0)
@@ -189,7 +189,7 @@ def _spec_adamw(
         for name in travelled:
             travelled[name] += float(np.linalg.norm(new[name] - w[name]))
         w = new
-        if n in STEPS:
+        if n in keep:
             kept[n] = w
     return kept, travelled
 
@@ -198,17 +198,17 @@ def check_library(s: Settings) -> Iterator[Row]:
     """`optax.adamw` and `torch.optim.AdamW`, whose formula is the same, beside the specification: same gradients."""
     opt = OptimizerConfig(lr_max=1e-3, lr_min=1e-4, total_steps=1000, max_grad_norm=None)
     for dtype in [d for d in ("float64", "float32") if d in s.dtypes]:
-        weights, grads = _given_gradients(s, dtype, STEPS[-1])
-        exact, travelled = _spec_adamw(weights, grads, opt)
+        weights, grads = _given_gradients(s, dtype, s.updates[-1])
+        exact, travelled = _spec_adamw(weights, grads, opt, s.updates)
         # float32: torch keeps 1 - lr * decay rounded, a relative error of u / 2 in p at every step, on top of rounding
         # p twice a step; relative to the path that is far larger than for our own form, and proportional to t.
         for side, library in zip(s.sides(dtype), ("optax.adamw", "torch.optim.AdamW"), strict=True):
-            results = side.adamw(weights, grads, opt, STEPS, library=True)
-            for n in STEPS:
+            results = side.adamw(weights, grads, opt, s.updates, library=True)
+            for n in s.updates:
                 if dtype == "float64":
                     name, error = worst(tensor_errors(update_of(results[n], weights), update_of(exact[n], weights)))
                     allowed = UPDATE_ALLOWED
-                elif n == STEPS[-1]:
+                elif n == s.updates[-1]:
                     share = {}
                     for key, p64 in exact[n].items():
                         bound = EPS[dtype] / 2 * (3 * n * np.linalg.norm(p64) + 8 * travelled[key])

@@ -1,0 +1,311 @@
+"""Planted bugs of checkpoints, data, held-out loss and tokenizer."""
+
+from parity.catalogue.mutant import area, jax, shared, torch
+
+# --- files
+area("checkpoint")
+FILES = {"check": "files"}
+shared(
+    "masters rounded to bfloat16",
+    "checkpoint:_write_files",
+    "write_tensors(folder / MODEL_FILE, state.weights)",
+    "write_tensors(folder / MODEL_FILE, {k: (x.view('uint32') & 0xFFFF0000).view('float32') for k, x in state.weights.items()})",
+    place="save_checkpoint",
+    **FILES,
+)
+shared(
+    "mu and nu swapped on saving",
+    "checkpoint:_write_files",
+    '{f"mu.{name}": x for name, x in state.mu.items()} | {f"nu.{name}": x for name, x in state.nu.items()}',
+    '{f"nu.{name}": x for name, x in state.mu.items()} | {f"mu.{name}": x for name, x in state.nu.items()}',
+    place="save_checkpoint",
+    **FILES,
+)
+shared(
+    "the update count is the step",
+    "checkpoint:_write_files",
+    "state.adam_count",
+    "state.step",
+    place="save_checkpoint",
+    **FILES,
+)
+shared(
+    "mu and nu swapped on loading",
+    "checkpoint:load_checkpoint",
+    "mu, nu = moments",
+    "nu, mu = moments",
+    place="load_checkpoint",
+    quick=True,
+    **FILES,
+)
+shared("loaded at step 0", "checkpoint:load_checkpoint", "content['step']", "0", place="load_checkpoint", **FILES)
+shared(
+    "the update count is not restored",
+    "checkpoint:load_checkpoint",
+    "content['adam_count']",
+    "0",
+    place="load_checkpoint",
+    **FILES,
+)
+shared(
+    "the same moment twice",
+    "checkpoint:load_checkpoint",
+    "name.startswith(label + '.')",
+    "name.startswith('mu.')",
+    place="load_checkpoint",
+    **FILES,
+)
+shared(
+    "bfloat16 cut off, not rounded",
+    "export:_bytes",
+    "bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))",
+    "bits",
+    place="export",
+    **FILES,
+)
+shared(
+    "config: eps of the default",
+    "hf_config:from_hf",
+    "return ModelConfig.from_dict(config)",
+    "return ModelConfig.from_dict(config | {'rms_norm_eps': 1e-6})",
+    place="to_hf",
+    **FILES,
+)
+shared(
+    "config: scaling of the frequencies lost",
+    "hf_config:_take_rope",
+    "config['rope_scaling'] = scalings[0] if scalings else None",
+    "config['rope_scaling'] = None",
+    place="to_hf",
+    **FILES,
+)
+shared("config: window lost", "hf_config:to_hf", "cfg.model_type != 'mistral'", "True", place="to_hf", **FILES)
+shared(
+    "config: heads for key/value heads",
+    "hf_config:from_hf",
+    "config['num_key_value_heads'] is None",
+    "True",
+    place="to_hf",
+    **FILES,
+)
+jax(
+    "layer 10 before layer 2",
+    "model:build_params",
+    'stack([tensor(f"model.layers.{i}.{suffix}") for i in range(cfg.num_hidden_layers)])',
+    'stack([tensor(f"model.layers.{i}.{suffix}") for i in sorted(range(cfg.num_hidden_layers), key=str)])',
+    place="model.layers.2.input_layernorm",
+    runs="logits",
+)
+torch("moments not restored", "checkpoint:from_training_state", "copy(mu, saved.mu[name])", "pass", "resume")
+jax(
+    "mu restored as nu",
+    "checkpoint:from_training_state",
+    "optax.tree_utils.tree_set(opt_state, mu=mu, nu=nu)",
+    "optax.tree_utils.tree_set(opt_state, mu=nu, nu=nu)",
+    "resume",
+)
+jax(
+    "schedule starts again on resuming",
+    "train:fit",
+    "step, adam_count, skipped_in_row = int(state.step), int(state.adam_count), 0",
+    "step, adam_count, skipped_in_row = 0 * int(state.step), int(state.adam_count), 0\nuntil_step = until_step and until_step - int(state.step)",
+    "resume",
+)
+torch(
+    "bias correction starts again on resuming",
+    "checkpoint:from_training_state",
+    "trainer.step, trainer.optimizer.count = saved.step, saved.adam_count",
+    "trainer.step = saved.step",
+    "resume",
+)
+
+area("data")
+DATA = {"check": "data"}
+shared(
+    "targets not shifted",
+    "data:TokenDataset.batch",
+    "windows[:, 1:]",
+    "windows[:, :-1]",
+    place="TokenDataset.batch",
+    **DATA,
+)
+shared(
+    "windows overlap",
+    "data:TokenDataset.batch",
+    "self._order(number) * self.seq_len",
+    "self._order(number) * (self.seq_len - 1)",
+    place="TokenDataset.batch",
+    **DATA,
+)
+shared(
+    "windows one token apart",
+    "data:TokenDataset.batch",
+    "self._order(number) * self.seq_len",
+    "self._order(number) * self.seq_len + 1",
+    place="TokenDataset.batch",
+    **DATA,
+)
+shared(
+    "the same order every epoch",
+    "data:Order.__call__",
+    "random_bits.fold_in(random_bits.fold_in(random_bits.key(self.seed), ORDER), epoch)",
+    "random_bits.fold_in(random_bits.key(self.seed), ORDER)",
+    place="Order",
+    **DATA,
+)
+shared("no order at all", "data:Order.__call__", "int(self._orders[epoch][offset])", "offset", place="Order", **DATA)
+shared(
+    "samples drawn with repetition",
+    "data:Order.__call__",
+    "np.argsort(random_bits.random_bits(key, self.n), kind='stable')",
+    "random_bits.random_bits(key, self.n) % self.n",
+    place="TokenDataset.batch",
+    quick=True,
+    **DATA,
+)
+shared(
+    "all hosts read the same rows",
+    "data:host_rows",
+    "step * batch_size + host * rows",
+    "step * batch_size",
+    place="host_rows",
+    **DATA,
+)
+shared(
+    "hosts skip ahead of each other",
+    "data:host_rows",
+    "step * batch_size + host * rows",
+    "(step + host) * batch_size + host * rows",
+    place="host_rows",
+    **DATA,
+)
+shared(
+    "the prompt is learned too",
+    "examples:ExampleDataset.batch",
+    "targets[row, answer - 1 - start : end - 1 - start] = self.tokens[answer:end]",
+    "targets[row, : end - 1 - start] = self.tokens[start + 1 : end]",
+    place="ExampleDataset.batch",
+    **DATA,
+)
+shared(
+    "answers one token late",
+    "examples:ExampleDataset.batch",
+    "targets[row, answer - 1 - start : end - 1 - start] = self.tokens[answer:end]",
+    "targets[row, answer - start : end - 1 - start] = self.tokens[answer + 1:end]",
+    place="ExampleDataset.batch",
+    **DATA,
+)
+
+area("held-out loss")
+EVALUATION = {"check": "evaluation"}
+shared(
+    "the last window is dropped",
+    "evaluation:Evaluation.batches",
+    "len(window) > 1",
+    "len(window) > self.seq_len",
+    **EVALUATION,
+)
+shared(
+    "padding counted",
+    "evaluation:Evaluation.batches",
+    "np.full((self.batch_size, self.seq_len), -100, np.int32)",
+    "np.zeros((self.batch_size, self.seq_len), np.int32)",
+    place="tokens",
+    **EVALUATION,
+)
+shared(
+    "bits per byte in nats", "evaluation:Evaluation.summary", "math.log(2)", "1.0", place="bits per byte", **EVALUATION
+)
+shared(
+    "bytes of the inputs",
+    "evaluation:Evaluation.summary",
+    "self.tokens[1 : 1 + self.n_targets]",
+    "self.tokens[: self.n_targets]",
+    place="bits per byte",
+    **EVALUATION,
+)
+jax(
+    "mean of the batches' means",
+    "evaluate:evaluate",
+    "total, count = total + float(loss), count + int(n)",
+    "total, count = total + float(loss) / int(n), count + 1",
+    place="tokens",
+    **EVALUATION,
+)
+torch(
+    "sum in the last batch alone",
+    "evaluate:evaluate",
+    "total, count = total + float(loss), count + int(n)",
+    "total, count = float(loss), count + int(n)",
+    place="loss",
+    **EVALUATION,
+)
+
+area("tokenizer")
+BPE = {"check": "tokenizer"}
+shared(
+    "of equal pairs the lesser first",
+    "tokenizer:_Greatest.__init__",
+    "(count, left, right)",
+    "(count, tuple(-b for b in left), tuple(-b for b in right))",
+    place="train_bpe",
+    **BPE,
+)
+shared(
+    "pairs counted once a word",
+    "tokenizer:train_bpe",
+    "counts = list(word_counts.values())",
+    "counts = [1] * len(word_counts)",
+    place="train_bpe",
+    **BPE,
+)
+shared("counts not updated", "tokenizer:train_bpe", "pair_counts[pair] -= counts[w]", "pass", place="train_bpe", **BPE)
+shared("merges without overlap forgotten", "tokenizer:_merge", "i += 2", "i += 1", place="train_bpe", quick=True, **BPE)
+shared(
+    "special token learned from",
+    "tokenizer:train_bpe",
+    "piece not in splitter.special_tokens",
+    "True",
+    place="train_bpe",
+    **BPE,
+)
+shared(
+    "latest merge first",
+    "tokenizer:Tokenizer._encode_word",
+    "(rank, i, parts[i], parts[j])",
+    "(-rank, i, parts[i], parts[j])",
+    place="Tokenizer.encode",
+    **BPE,
+)
+shared(
+    "special tokens cut like text",
+    "tokenizer:Tokenizer._pieces",
+    "self._specials.split(text) if self._specials else [text]",
+    "[text]",
+    place="train_bpe",
+    **BPE,
+)
+shared(
+    "chunks cut a word",
+    "tokenizer:Tokenizer.encode_iterable",
+    "len(held) - reserve",
+    "len(held)",
+    place="Tokenizer.encode",
+    **BPE,
+)
+shared(
+    "decoding drops what is not UTF-8",
+    "tokenizer:Tokenizer.decode",
+    "self.vocab.get(int(i), replacement)",
+    "self.vocab.get(int(i), replacement).strip()",
+    place="Tokenizer.decode",
+    **BPE,
+)
+shared(
+    "characters for bytes",
+    "tokenizer:Tokenizer._encode_word",
+    "word.encode('utf-8', errors='replace')",
+    "word.encode('ascii', errors='replace')",
+    place="Tokenizer.encode",
+    **BPE,
+)
