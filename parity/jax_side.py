@@ -95,6 +95,19 @@ class JaxSide:
             loss, grads = self._grads(self._params(weights), jnp.array(ids), jnp.array(targets), accumulation_steps)
             return float(loss), self._tensors(grads)
 
+    def uncompiled_logits(self, weights: Tensors, ids: np.ndarray) -> np.ndarray:
+        """The logits, operation by operation."""
+        with self.scope():
+            logits, _ = self._model(ids).apply({"params": self._params(weights)}, jnp.array(ids))  # type: ignore[misc]
+            return np.asarray(logits).astype(np.float64)
+
+    def unoptimised_gradients(self, weights: Tensors, ids: np.ndarray, targets: np.ndarray) -> Tensors:
+        """The gradients of a program that the compiler did not optimise."""
+        with self.scope():
+            args = self._params(weights), jnp.array(ids), jnp.array(targets)
+            function = lambda params, ids, targets: loss_and_grads(self._model(ids), params, ids, targets)[1]
+            return self._tensors(jax.jit(function, compiler_options={"xla_backend_optimization_level": 0})(*args))
+
     def tapped(self, weights: Tensors, ids: np.ndarray, targets: np.ndarray, given: Values, given_back: Values):
         """One loss and its gradients under taps, uncompiled: what they recorded, the loss, the gradients."""
         recorder = JaxRecorder(given, given_back)

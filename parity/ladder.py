@@ -1,7 +1,12 @@
 """The ladder: all checks in order, from initial weights to sampled tokens."""
 
+import multiprocessing
+import os
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+
+import torch
 
 from llm_common.errors import UserError
 from parity.common_checks import (
@@ -14,6 +19,7 @@ from parity.common_checks import (
 )
 from parity.compare import Row
 from parity.model_checks import check_cache, check_gradients, check_init, check_logits, check_spec
+from parity.noise import check_noise, with_noise
 from parity.precision_checks import check_precision
 from parity.settings import Settings
 from parity.token_checks import check_tokens
@@ -27,6 +33,7 @@ CHECKS: dict[str, Callable[[Settings], Iterator[Row]]] = {
     "logits": check_logits,
     "gradients": check_gradients,
     "precision": check_precision,
+    "noise": check_noise,
     "schedule": check_schedule,
     "adamw": check_adamw,
     "library": check_library,
@@ -38,25 +45,53 @@ CHECKS: dict[str, Callable[[Settings], Iterator[Row]]] = {
     "tokens": check_tokens,
 }
 
+LONG = ("trajectory", "noise", "tokens", "gradients")  # begun first where several processes share the checks
+
 
 def run_checks(
-    settings: Settings, names: tuple[str, ...] = (), on_check: Callable[[str, list[Row], float], None] | None = None
+    settings: Settings,
+    names: tuple[str, ...] = (),
+    on_check: Callable[[str, list[Row], float], None] | None = None,
+    jobs: int = 1,
 ) -> list[Row]:
     """All rows of the named checks (none named: all). `on_check` is told each check's rows and seconds as they come.
 
-    A check that raises is a failed row with the error in it, not the end of the ladder.
+    A check that raises is a failed row with the error in it, not the end of the ladder. jobs: how many processes share the
+    checks; each compiles for itself.
     """
     for name in names:
         if name not in CHECKS:
             raise UserError(f"unknown check {name!r}; known: {', '.join(CHECKS)}")
-    rows: list[Row] = []
-    for name in names or tuple(CHECKS):
-        start = time.perf_counter()
-        found = list(rows_of(name, settings))
-        rows += found
+    names = names or tuple(CHECKS)
+    found: dict[str, list[Row]] = {}
+
+    def take(name: str, rows: list[Row], seconds: float) -> None:
+        found[name] = rows
         if on_check is not None:
-            on_check(name, found, time.perf_counter() - start)
-    return rows
+            on_check(name, rows, seconds)
+
+    if jobs <= 1 or len(names) == 1:
+        for name in names:
+            take(name, *_timed(name, settings))
+    else:
+        with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), start_worker, (jobs,)) as pool:
+            longest_first = sorted(names, key=lambda name: LONG.index(name) if name in LONG else len(LONG))
+            futures = {pool.submit(_timed, name, settings): name for name in longest_first}
+            for future in as_completed(futures):
+                take(futures[future], *future.result())
+    return with_noise([row for name in names for row in found[name]])
+
+
+def start_worker(jobs: int) -> None:
+    """A process of `jobs` that share the cores. XLA reads its threads when it is first used."""
+    if jobs >= (os.cpu_count() or 1):
+        os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_cpu_multi_thread_eigen=false"
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // jobs))
+
+
+def _timed(check: str, settings: Settings) -> tuple[list[Row], float]:
+    start = time.perf_counter()
+    return list(rows_of(check, settings)), time.perf_counter() - start
 
 
 def rows_of(check: str, settings: Settings) -> Iterator[Row]:

@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 
 import jax
-import torch
 from rich.console import Console
 from rich.table import Table
 
@@ -22,11 +21,11 @@ from llm_common.errors import UserError
 from parity.catalogue import EQUIVALENTS, MUTANTS, Mutant
 from parity.compare import Row
 from parity.jax_side import clear_train_step
-from parity.ladder import rows_of
+from parity.ladder import rows_of, start_worker
 from parity.planting import planted
 from parity.settings import Settings
 
-QUICK = Settings(steps=20, tokens=320, updates=(1, 3), seeds=2)
+QUICK = Settings(steps=20, tokens=320, updates=(1, 3), seeds=2, noise=False)
 EFFECT_WANTED = 10.0  # a tolerance lies below a tenth of what it is there to see
 # what must stay green though the code is another: equal by mathematics
 EQUIVALENT_CHECKS = {
@@ -168,7 +167,7 @@ def run_mutants(
 
 
 def _start_worker(jobs: int, cache: str) -> None:
-    torch.set_num_threads(max(1, (os.cpu_count() or 1) // jobs))
+    start_worker(jobs)
     # the single operations that uncompiled JAX compiles are compiled by one process for all
     jax.config.update("jax_compilation_cache_dir", cache)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)

@@ -48,7 +48,7 @@ def planted(edits: Sequence[Edit]) -> Iterator[None]:
 @contextlib.contextmanager
 def _planted_in(target: str, edits: Sequence[Edit]) -> Iterator[None]:
     value = _find(target)
-    function = inspect.unwrap(value.fget if isinstance(value, property) else value) if callable(value) else value
+    function = inspect.unwrap(value) if callable(value) else value
     if not inspect.isfunction(function):
         yield from _replaced_constant(value, edits[0])
         return

@@ -40,6 +40,15 @@ def number(x: float) -> str:
     return str(int(x)) if x == int(x) and abs(x) < 1e6 else f"{x:.1e}" if abs(x) < 1e-2 or abs(x) > 1e3 else f"{x:.2f}"
 
 
+def standing(row: Row) -> str:
+    """How a row that holds stands to the frameworks' own noise."""
+    if row.measured == 0:
+        return "equal"
+    if row.noise is None:
+        return "ok"
+    return "noise" if row.measured <= row.noise else "ok, above the noise"
+
+
 def grouped(rows: list[Row]) -> list[Row]:
     """Rows of one check together, in the order in which the checks first appear."""
     order = list(dict.fromkeys(row.check for row in rows))
@@ -47,11 +56,16 @@ def grouped(rows: list[Row]) -> list[Row]:
 
 
 def print_table(console: Console, rows: list[Row]) -> None:
-    table = Table(title="measured error against what is allowed", title_justify="left", pad_edge=False)
+    table = Table(
+        title="measured error against what is allowed, and each framework's own noise",
+        title_justify="left",
+        pad_edge=False,
+    )
     for column, justify in (
         ("check", "left"),
         ("what", "left"),
         ("dtype", "left"),
+        ("noise", "right"),
         ("measured", "right"),
         ("allowed", "right"),
     ):
@@ -62,8 +76,9 @@ def print_table(console: Console, rows: list[Row]) -> None:
         if last and row.check != last:
             table.add_section()
         last = row.check
-        verdict = "[green]ok[/green]" if row.ok else f"[bold red]{row.side}[/bold red] {escape(row.note)}"
-        table.add_row(row.check, row.item, row.dtype, number(row.measured), number(row.allowed), verdict)
+        verdict = f"[green]{standing(row)}[/green]" if row.ok else f"[bold red]{row.side}[/bold red] {escape(row.note)}"
+        noise = "-" if row.noise is None else number(row.noise)
+        table.add_row(row.check, row.item, row.dtype, noise, number(row.measured), number(row.allowed), verdict)
     console.print(table)
 
 
@@ -90,10 +105,11 @@ def write_markdown(path: Path, rows: list[Row], paragraphs: list[str], device: s
     """A page to send to a colleague or to paste into a pull request."""
     versions = ", ".join(f"{name} {version}" for name, version in environment()["versions"].items() if version)
     lines = ["# Parity report", "", f"**{verdict_line(rows)}**", "", *paragraphs]
-    lines += ["", "| check | what | dtype | measured | allowed | verdict |", "|---|---|---|---|---|---|"]
+    lines += ["", "| check | what | dtype | noise | measured | allowed | verdict |", "|---|---|---|---|---|---|---|"]
     for row in grouped(rows):
-        verdict = "ok" if row.ok else f"**{row.side}** {row.note}"
-        cells = (row.check, row.item, row.dtype, number(row.measured), number(row.allowed), verdict)
+        verdict = standing(row) if row.ok else f"**{row.side}** {row.note}"
+        noise = "" if row.noise is None else number(row.noise)
+        cells = (row.check, row.item, row.dtype, noise, number(row.measured), number(row.allowed), verdict)
         lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
     lines += [
         "",

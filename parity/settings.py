@@ -20,6 +20,8 @@ class Settings:
     steps: int = 1000  # of a trajectory
     tokens: int = 4000  # draws in float32
     updates: tuple[int, ...] = (1, 3, 100)  # after how many AdamW steps the weights are compared
+    noise: bool = True  # measure each framework's own noise beside the figures
+    compile: bool = False  # torch.compile as one of the noise controls: half a minute
     seeds: int = 16  # pooled in float32 and bfloat16
     device: str = "cpu"  # of both frameworks; the specification is NumPy
     attention: str = "reference"  # "auto": each framework's fastest kernel for the device, reference in float64

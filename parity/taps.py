@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import torch
+from jax.core import Tracer
 
 import jax_llm.attention
 import jax_llm.layers
@@ -99,7 +100,7 @@ class JaxRecorder(Recorder):
         if not isinstance(x, jax.Array) or not jnp.issubdtype(x.dtype, jnp.floating):
             return x
         value, back = self.hands_on(x, key), self.given_back.get(key)
-        if not isinstance(x, jax.core.Tracer):
+        if not isinstance(x, Tracer):
             self.detached.add(key)
 
         @jax.custom_vjp

@@ -54,6 +54,11 @@ class TorchSide:
         with torch.no_grad(), self.scope():
             return self._model(weights)(self._tensor(ids)).double().cpu().numpy()
 
+    def compiled_logits(self, weights: Tensors, ids: np.ndarray) -> np.ndarray:
+        """The logits through torch.compile."""
+        with torch.no_grad(), self.scope():
+            return torch.compile(self._model(weights))(self._tensor(ids)).double().cpu().numpy()
+
     def cached_logits(self, weights: Tensors, ids: np.ndarray, prompt: int) -> np.ndarray:
         """The logits of ids (B, T) fed in pieces: the first `prompt` positions, then two, then one by one."""
         model = self._model(weights)
@@ -133,7 +138,7 @@ class TorchSide:
             if on_step is not None:
                 on_step(step, lambda: checkpoint.to_training_state(trainer), metrics)
 
-        trainer = checkpoint.from_training_state(Trainer(self.cfg, train, opt, self.device), state)
+        trainer = checkpoint.from_training_state(Trainer(self.cfg, train, opt, self.device, init_weights=False), state)
         trainer.fit(dataset, until_step, hook)
         return checkpoint.to_training_state(trainer)
 

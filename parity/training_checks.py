@@ -96,10 +96,14 @@ def _float64_steps(s: Settings) -> Iterator[Row]:
     kept.append(states)
     norms.append({f"step {i + 1}": np.array(norm) for i, (_, norm) in enumerate(norm_curve[:3])})
     yield located(three_way("adamw", "gradient norms of 3 steps", "float64", norms, MOMENTS_ALLOWED), s)
+    noise = None
+    if s.noise and 3 in s.updates:
+        noise = max(_update_noise(side, weights, opt, data, kept[k][3]) for k, side in enumerate(sides))
     for n in s.updates:
         updates = [update_of(states[n].weights, weights) for states in kept]
         norm = global_norm(updates[0])
         row = three_way("adamw", f"update after {n} steps, clip active", "float64", updates, UPDATE_ALLOWED)
+        row = dataclasses.replace(row, noise=noise)
         if not norm > 0:
             row = dataclasses.replace(row, ok=False, side=JAX, note="the update is zero")
         yield located(row, s)
@@ -133,6 +137,17 @@ def _float64_steps(s: Settings) -> Iterator[Row]:
         bad.append(not (same and still and end.step == 2 and end.adam_count == 0))
     side = verdict(*bad, alike=True)
     yield Row("adamw", "a non-finite gradient skips the update", "float64", sum(bad), 0, not side, side)
+
+
+def _update_noise(side, weights: Tensors, opt: OptimizerConfig, data: RandomBatches, end: TrainingState) -> float:
+    """How far three updates move within one framework when the sequences of each batch come in reverse order."""
+
+    class Reversed:
+        def batch(self, step, host=0, n_hosts=1):
+            return tuple(x[::-1].copy() for x in data.batch(step))
+
+    other = side.train(start_state(weights), opt, Reversed(), 3)
+    return worst(tensor_errors(update_of(other.weights, weights), update_of(end.weights, weights)))[1]
 
 
 def _float32_updates(s: Settings) -> Iterator[Row]:
@@ -277,10 +292,12 @@ def _float64_trajectory(s: Settings) -> Iterator[Row]:
     allowed = max(DRIFT_FLOOR, DRIFT_FACTOR * noise)
     item, note = f"max |dp| after {s.steps} free steps", f"one ulp in one weight makes {noise:.1e}"
     if noise > CHAOTIC:
-        yield Row("trajectory", item, "float64", max(drift), math.inf, True, "", note + ": chaotic, not judged")
+        yield Row(
+            "trajectory", item, "float64", max(drift), math.inf, True, "", note + ": chaotic, not judged", "", noise
+        )
         return
     side = verdict(not drift[0] <= allowed, not drift[1] <= allowed, drift[2] <= allowed)
-    yield Row("trajectory", item, "float64", max(drift), allowed, not side, side, note)
+    yield Row("trajectory", item, "float64", max(drift), allowed, not side, side, note, noise=noise)
 
 
 def _max_difference(a: TrainingState, b: TrainingState) -> float:
@@ -334,7 +351,7 @@ def _low_precision_trajectory(s: Settings, dtype: str) -> Iterator[Row]:
     else:  # they agree; an error that both share shows against the specification, beyond what low precision explains
         band = 10 * allowed
         side = verdict(not errors[0] <= band, not errors[1] <= band, True)
-    yield Row("trajectory", item, dtype, pair, allowed, not side, side, f"within JAX: {noise:.1e}")
+    yield Row("trajectory", item, dtype, pair, allowed, not side, side, f"within JAX: {noise:.1e}", noise=noise)
 
 
 def _rms(x: np.ndarray) -> float:
