@@ -1,19 +1,30 @@
-"""The command line: `parity run` (the ladder; also the default) and `parity demo` (training and ladder).
+"""The command line of the parity suite. `parity` alone is `parity run`.
 
-parity                                  the ladder on the tiny preset
+parity                                            the ladder on the tiny preset
 parity run --check gradients --dtype float64 --seed 7
 parity run --model-config path/to/config.json --length 33
-parity demo --data my_texts/
+parity trace                                      every module given identical inputs: where do the sides part?
+parity mutants                                    planted bugs: is each caught, on the right side, at the right place?
+parity pair examples/mlp.py                       a pair that is not ours
+parity report                                     one HTML page of all that was run; what was not is run first
+parity calibrate --seeds 4                        how far every tolerance is from correct code
+parity demo --data my_texts/                      train a small model in both frameworks, then the ladder
 """
 
 import argparse
 import dataclasses
+import json
+import math
+import os
+import runpy
 import sys
 import time
 from pathlib import Path
 
 from llm_common.config import DTYPES, PRESETS, ModelConfig, preset
 from llm_common.errors import UserError, require_framework, run_main
+
+OUT = Path("runs/parity")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -22,24 +33,57 @@ def _parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(dest="command")
     run = commands.add_parser("run", help="the ladder of checks (default)")
-    model = run.add_mutually_exclusive_group()
-    model.add_argument("--preset", default="tiny", help=f"one of {', '.join(PRESETS)} (default: tiny)")
-    model.add_argument("--model-config", type=Path, help="a config.json with Hugging Face keys instead of a preset")
+    _model_flags(run)
     run.add_argument("--check", action="append", help="one check alone; may be repeated (unknown names list the known)")
     run.add_argument("--dtype", action="append", choices=DTYPES, help="one dtype alone; may be repeated")
-    run.add_argument("--seed", type=int, default=0)
-    run.add_argument("--batch", type=int, default=3, help="sequences in a batch")
-    run.add_argument("--length", type=int, default=13, help="positions in a sequence")
     run.add_argument("--steps", type=int, default=1000, help="steps of a trajectory")
     run.add_argument("--tokens", type=int, default=4000, help="sampled tokens in float32")
-    run.add_argument("--device", default="cpu", help="cpu, gpu or tpu, for both frameworks (default: cpu)")
-    run.add_argument("--attention", default="reference", choices=["reference", "auto"], help="auto: the fused kernels")
-    run.add_argument("--out", type=Path, default=Path("runs/parity"), help="folder of report.json and report.md")
+    run.add_argument("--compile", action="store_true", help="torch.compile as one more noise control (half a minute)")
+    run.add_argument("--jobs", type=int, help="processes (default: 2 on a CPU with 2 cores or more)")
+    trace = commands.add_parser("trace", help="every module of both sides given identical inputs and gradients")
+    _model_flags(trace)
+    trace.add_argument("--dtype", default="float64", choices=DTYPES)
+    mutants = commands.add_parser("mutants", help="plant bugs and see that each is caught")
+    mutants.add_argument("words", nargs="*", help="only those with one of these words in their area or name")
+    mutants.add_argument("--quick", action="store_true", help="one or two of each area")
+    mutants.add_argument("--list", action="store_true", help="show what would be planted, and where")
+    mutants.add_argument("--jobs", type=int, help="processes (default: one for each core)")
+    mutants.add_argument("--out", type=Path, default=OUT)
+    pair = commands.add_parser("pair", help="compare a pair of your own: a script that makes a parity.pair.Pair")
+    pair.add_argument("script", type=Path, help="Python file; every Pair among its names is compared")
+    pair.add_argument("--dtype", action="append", choices=DTYPES[:2], help="float64 and float32 by default")
+    pair.add_argument("--out", type=Path, default=Path("runs/pair"))
+    report = commands.add_parser("report", help="one HTML page of all that was run")
+    report.add_argument("--out", type=Path, default=OUT, help="the folder that `run`, `trace` and `mutants` wrote to")
+    calibrate = commands.add_parser("calibrate", help="the ladder over seeds and shapes: the margin of every tolerance")
+    calibrate.add_argument("--seeds", type=int, default=4, help="seeds for each shape")
+    calibrate.add_argument("--first-seed", type=int, default=1000)
+    calibrate.add_argument("--steps", type=int, default=1000, help="steps of a trajectory")
+    calibrate.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
+    calibrate.add_argument("--seconds", type=float, default=math.inf, help="begin no run after so many")
+    calibrate.add_argument(
+        "--merge", type=Path, action="append", default=[], help="figures.json of another calibration"
+    )
+    calibrate.add_argument("--out", type=Path, default=Path("runs/calibration"))
     demo = commands.add_parser("demo", help="train a small model in both frameworks, then the ladder")
     demo.add_argument("--data", help="a UTF-8 file or a folder of .txt and .md files (default: Python's documentation)")
     demo.add_argument("--steps", type=int, default=200, help="training steps of each framework")
     demo.add_argument("--out", type=Path, default=Path("runs/demo"))
     return parser
+
+
+def _model_flags(parser: argparse.ArgumentParser) -> None:
+    model = parser.add_mutually_exclusive_group()
+    model.add_argument("--preset", default="tiny", help=f"one of {', '.join(PRESETS)} (default: tiny)")
+    model.add_argument("--model-config", type=Path, help="a config.json with Hugging Face keys instead of a preset")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--batch", type=int, default=3, help="sequences in a batch")
+    parser.add_argument("--length", type=int, default=13, help="positions in a sequence")
+    parser.add_argument("--device", default="cpu", help="cpu, gpu or tpu, for both frameworks (default: cpu)")
+    parser.add_argument(
+        "--attention", default="reference", choices=["reference", "auto"], help="auto: the fused kernels"
+    )
+    parser.add_argument("--out", type=Path, default=OUT, help="folder of report.json, report.md and report.html")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -49,46 +93,156 @@ def main(argv: list[str] | None = None) -> int:
     args = _parser().parse_args(argv)
     for framework in ("jax", "torch"):
         require_framework(framework)
-    if args.command == "demo":
-        if args.steps < 20:
-            raise UserError(f"--steps {args.steps}: the demo needs at least 20 steps")
-        from parity.demo import run_demo
+    commands = {
+        "run": _run,
+        "trace": _trace,
+        "mutants": _mutants,
+        "pair": _pair,
+        "report": _report,
+        "calibrate": _calibrate,
+        "demo": _demo,
+    }
+    return 0 if commands[args.command](args) else 1
 
-        return 0 if run_demo(args.out, args.data, args.steps) else 1
-    return _run(args)
+
+def _settings(args: argparse.Namespace, **more):
+    from parity.settings import Settings
+
+    cfg = ModelConfig.from_file(args.model_config) if args.model_config else preset(args.preset)
+    shape = {"seed": args.seed, "batch": args.batch, "length": args.length}
+    return Settings(cfg=cfg, device=args.device, attention=args.attention, **shape, **more)
 
 
-def _run(args: argparse.Namespace) -> int:
+def _run(args: argparse.Namespace) -> bool:
+    from parity.figures import figures
     from parity.ladder import run_checks
     from parity.report import conclude, make_console, print_progress
     from parity.settings import Settings
 
-    settings = Settings(
-        cfg=_config(args),
-        seed=args.seed,
-        dtypes=tuple(args.dtype) if args.dtype else Settings().dtypes,
-        batch=args.batch,
-        length=args.length,
-        steps=args.steps,
-        tokens=args.tokens,
-        device=args.device,
-        attention=args.attention,
-    )
+    dtypes = tuple(args.dtype) if args.dtype else Settings().dtypes
+    settings = _settings(args, dtypes=dtypes, steps=args.steps, tokens=args.tokens, compile=args.compile)
     console, start, name = make_console(), time.perf_counter(), settings.device_name()
     console.print(
         f"identical weights into JAX, PyTorch and the specification; seed {settings.seed}, {name}, "
         f"{settings.attention} attention, {settings.cfg}"
     )
-    rows = run_checks(settings, tuple(args.check or ()), lambda *found: print_progress(console, *found))
+    jobs = args.jobs or (min(2, os.cpu_count() or 1) if args.device == "cpu" else 1)
+    rows = run_checks(settings, tuple(args.check or ()), lambda *found: print_progress(console, *found), jobs)
     if not rows:
         raise UserError("nothing was checked: the chosen check has no part in the chosen dtype")
     paragraphs = [f"Seed {settings.seed}, {settings.attention} attention, `{settings.cfg}`."]
     content = {"seconds": time.perf_counter() - start, "settings": dataclasses.asdict(settings)}
-    return 0 if conclude(console, args.out, rows, paragraphs, name, **content) else 1
+    drawn = {} if args.check else {"figures": figures(settings)}
+    return conclude(console, args.out, rows, paragraphs, name, **content, **drawn)
 
 
-def _config(args: argparse.Namespace) -> ModelConfig:
-    return ModelConfig.from_file(args.model_config) if args.model_config else preset(args.preset)
+def _trace(args: argparse.Namespace) -> bool:
+    from parity.report import make_console, print_trace, write_trace
+    from parity.trace import trace
+
+    found, console = trace(_settings(args), dtype=args.dtype), make_console()
+    print_trace(console, found)
+    write_trace(args.out / "trace.json", found)
+    return found.faults() == (None, None)
+
+
+def _mutants(args: argparse.Namespace) -> bool:
+    from parity.mutants import print_outcomes, run_mutants, select, to_json
+    from parity.report import make_console
+
+    console, chosen = make_console(), select(args.words, args.quick)
+    if args.list:
+        for m in chosen:
+            where = "; ".join(edit.target for edit in m.edits)
+            console.print(f"{m.area}: {m.name}  [dim]{where}[/dim]  {m.check} {m.side} {m.place}", soft_wrap=True)
+        return True
+    start = time.perf_counter()
+    console.print(f"planting {len(chosen)} bugs, one by one")
+    done = [0]
+
+    def tell(outcome) -> None:
+        done[0] += 1
+        if not outcome.ok:
+            console.print(f"  not as expected: {outcome.area}: {outcome.name}")
+        elif done[0] % 25 == 0:
+            console.print(f"  {done[0]} ({time.perf_counter() - start:.0f} s)")
+
+    outcomes = run_mutants(chosen, args.jobs, tell)
+    print_outcomes(console, outcomes)
+    args.out.mkdir(parents=True, exist_ok=True)
+    content = to_json(outcomes) | {"seconds": time.perf_counter() - start}
+    (args.out / "mutants.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    console.print(f"{content['seconds']:.0f} s; {args.out / 'mutants.json'}")
+    return all(outcome.ok for outcome in outcomes)
+
+
+def _pair(args: argparse.Namespace) -> bool:
+    from parity.pair import Pair
+
+    if not args.script.is_file():
+        raise UserError(f"{args.script}: no such script; it is a Python file that makes a parity.pair.Pair")
+    names = runpy.run_path(str(args.script))
+    pairs = {name: value for name, value in names.items() if isinstance(value, Pair)}
+    if not pairs:
+        raise UserError(f"{args.script}: makes no parity.pair.Pair; see examples/mlp.py")
+    ok = True
+    for name, pair in pairs.items():
+        comparison = pair.compare(args.dtype or ("float64", "float32")).show()
+        comparison.write(args.out if len(pairs) == 1 else args.out / name)
+        ok &= comparison.ok
+    return ok
+
+
+def _report(args: argparse.Namespace) -> bool:
+    from parity.report import make_console, write_html_of
+
+    console, out = make_console(), ["--out", str(args.out)]
+    for file, command in (("report.json", "run"), ("trace.json", "trace"), ("mutants.json", "mutants")):
+        if not (args.out / file).is_file():
+            console.rule(f"parity {command}", align="left")
+            main([command, *out])
+    page = write_html_of(args.out)
+    console.print(f"{page}: {page.stat().st_size / 1024:.0f} KiB, one file")
+    return json.loads((args.out / "report.json").read_text(encoding="utf-8"))["ok"]
+
+
+def _calibrate(args: argparse.Namespace) -> bool:
+    from parity.calibrate import calibrate, merged, write_figures, write_table
+    from parity.report import make_console
+
+    console, runs = make_console(), [0]
+
+    def tell(shape: str, seed: int, rows, seconds: float) -> None:
+        runs[0] += 1
+        bad = [
+            f"{row.check} ({row.item}, {row.dtype}): {row.measured} > {row.allowed} {row.side}"
+            for row in rows
+            if not row.ok
+        ]
+        console.print(
+            f"  {shape:16} seed {seed}  {len(rows)} figures  ({seconds:.0f} s)  {'; '.join(bad)}", markup=False
+        )
+
+    seeds = range(args.first_seed, args.first_seed + args.seeds)
+    figures = (
+        calibrate(seeds, steps=args.steps, jobs=args.jobs, seconds=args.seconds, on_run=tell) if args.seeds else []
+    )
+    figures, total = merged(figures, runs[0], args.merge)
+    write_figures(args.out / "figures.json", figures, total)
+    mutants = OUT / "mutants.json"
+    effects = json.loads(mutants.read_text(encoding="utf-8"))["smallest effects"] if mutants.is_file() else None
+    write_table(args.out / "tolerances.md", figures, total, "Tolerances and their margins", effects)
+    alarms = sum(figure.alarms for figure in figures)
+    console.print(f"{total} runs, {alarms} false alarms; {args.out / 'tolerances.md'}")
+    return alarms == 0
+
+
+def _demo(args: argparse.Namespace) -> bool:
+    if args.steps < 20:
+        raise UserError(f"--steps {args.steps}: the demo needs at least 20 steps")
+    from parity.demo import run_demo
+
+    return run_demo(args.out, args.data, args.steps)
 
 
 def entry() -> None:
