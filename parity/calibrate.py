@@ -89,14 +89,16 @@ def calibrate(
     jobs: int = 2,
     checks: tuple[str, ...] = tuple(CHECKS),
     seconds: float = math.inf,
-    on_run: Callable[[str, int, list[Row], float], None] | None = None,
+    on_run: Callable[[str, int, list[Row], float, list[Figure]], None] | None = None,
 ) -> list[Figure]:
     """The figures over all seeds and shapes. seconds: no run is begun after so many."""
     figures: dict[tuple[str, str, str], Figure] = {}
     begun = time.perf_counter()
+    context = multiprocessing.get_context("spawn")
+    turn = context.Value("i", 0)
     with (
         tempfile.TemporaryDirectory() as cache,
-        ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), _start_worker, (cache,)) as pool,
+        ProcessPoolExecutor(jobs, context, _start_worker, (cache, turn)) as pool,
     ):
         futures = [pool.submit(one_run, shape, seed, steps, checks) for seed in seeds for shape in shapes]
         for future in as_completed(futures):
@@ -107,16 +109,21 @@ def calibrate(
                 key = (row.check, _kind(row.item), row.dtype)
                 figures.setdefault(key, Figure(*key)).add(row)
             if on_run is not None:
-                on_run(shape, seed, rows, took)
+                on_run(shape, seed, rows, took, list(figures.values()))
             if time.perf_counter() - begun > seconds:
                 for waiting in futures:
                     waiting.cancel()
     return list(figures.values())
 
 
-def _start_worker(cache: str) -> None:
+def _start_worker(cache: str, turn: Any) -> None:
+    """One core for each process: XLA and torch would else start as many threads in each as there are cores."""
     torch.set_num_threads(1)
-    os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_cpu_multi_thread_eigen=false"
+    if hasattr(os, "sched_setaffinity"):
+        with turn.get_lock():
+            cores = sorted(os.sched_getaffinity(0))
+            os.sched_setaffinity(0, {cores[turn.value % len(cores)]})
+            turn.value += 1
     jax.config.update("jax_compilation_cache_dir", cache)  # all seeds of a shape run the same programs
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 

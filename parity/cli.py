@@ -212,8 +212,9 @@ def _calibrate(args: argparse.Namespace) -> bool:
 
     console, runs = make_console(), [0]
 
-    def tell(shape: str, seed: int, rows, seconds: float) -> None:
+    def tell(shape: str, seed: int, rows, seconds: float, so_far) -> None:
         runs[0] += 1
+        write_figures(args.out / "figures.json", so_far, runs[0])  # what a run cut off leaves behind
         bad = [
             f"{row.check} ({row.item}, {row.dtype}): {row.measured} > {row.allowed} {row.side}"
             for row in rows
