@@ -9,7 +9,7 @@ import os
 import platform
 import sys
 import time
-from datetime import UTC, datetime
+from datetime import UTC, date, datetime
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -27,6 +27,7 @@ def environment() -> dict[str, Any]:
         except importlib.metadata.PackageNotFoundError:
             versions[package] = None
     return {
+        "date": date.today().isoformat(),
         "python": sys.version.split()[0],
         "system": platform.system(),
         "machine": platform.machine(),

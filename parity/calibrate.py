@@ -179,7 +179,7 @@ def merged(figures: list[Figure], runs: int, files: list[Path]) -> tuple[list[Fi
         content = json.loads(file.read_text(encoding="utf-8"))
         runs += content["runs"]
         for row in content["figures"]:
-            other = Figure(**{k: float(v) if k in ("largest", "allowed", "share") else v for k, v in row.items()})
+            other = Figure(**(row | {k: float(row[k]) for k in ("largest", "allowed", "share")}))
             mine = by_key.setdefault((other.check, other.item, other.dtype), other)
             if mine is other:
                 continue

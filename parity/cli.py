@@ -114,8 +114,7 @@ def _settings(args: argparse.Namespace, **more):
 
 
 def _run(args: argparse.Namespace) -> bool:
-    from parity.figures import figures
-    from parity.ladder import run_checks
+    from parity.ladder import run_checks, run_with_figures
     from parity.report import conclude, make_console, print_progress
     from parity.settings import Settings
 
@@ -127,13 +126,16 @@ def _run(args: argparse.Namespace) -> bool:
         f"{settings.attention} attention, {settings.cfg}"
     )
     jobs = args.jobs or (min(2, os.cpu_count() or 1) if args.device == "cpu" else 1)
-    rows = run_checks(settings, tuple(args.check or ()), lambda *found: print_progress(console, *found), jobs)
+    tell, drawn = lambda *found: print_progress(console, *found), {}
+    if args.check:
+        rows = run_checks(settings, tuple(args.check), tell, jobs)
+    else:
+        rows, drawn = run_with_figures(settings, tell, jobs)
     if not rows:
         raise UserError("nothing was checked: the chosen check has no part in the chosen dtype")
     paragraphs = [f"Seed {settings.seed}, {settings.attention} attention, `{settings.cfg}`."]
     content = {"seconds": time.perf_counter() - start, "settings": dataclasses.asdict(settings)}
-    drawn = {} if args.check else {"figures": figures(settings)}
-    return conclude(console, args.out, rows, paragraphs, name, **content, **drawn)
+    return conclude(console, args.out, rows, paragraphs, name, **content, figures=drawn)
 
 
 def _trace(args: argparse.Namespace) -> bool:
@@ -187,7 +189,7 @@ def _pair(args: argparse.Namespace) -> bool:
         raise UserError(f"{args.script}: makes no parity.pair.Pair; see examples/mlp.py")
     ok = True
     for name, pair in pairs.items():
-        comparison = pair.compare(args.dtype or ("float64", "float32")).show()
+        comparison = pair.compare(args.dtype).show()
         comparison.write(args.out if len(pairs) == 1 else args.out / name)
         ok &= comparison.ok
     return ok

@@ -1,5 +1,6 @@
 """The whole story on one page: a tokenizer, one model trained in both frameworks, the ladder, the same text from both."""
 
+import os
 import shutil
 import time
 from pathlib import Path
@@ -19,7 +20,7 @@ from llm_common.tokenizer import FILE_NAME, Tokenizer, train_bpe
 from parity.cases import start_state
 from parity.compare import JAX, TORCH, Row
 from parity.jax_side import JaxSide
-from parity.ladder import run_checks
+from parity.ladder import run_with_figures
 from parity.report import conclude, draw_curves, make_console, print_progress
 from parity.settings import Settings
 from parity.torch_side import TorchSide
@@ -58,7 +59,10 @@ def run_demo(out: Path, data: str | None = None, steps: int = STEPS, ladder: Set
 
     console.rule("[bold]3. the ladder: logits, gradients, optimizer, trajectories, tokens", align="left")
     settings = ladder or Settings()
-    rows += run_checks(settings, on_check=lambda *args: print_progress(console, *args))
+    found, drawn = run_with_figures(
+        settings, lambda *args: print_progress(console, *args), jobs=min(2, os.cpu_count() or 1)
+    )
+    rows += found
 
     console.rule("[bold]4. the same text from both", align="left")
     row, text = _generate(console, folders, tokenizer)
@@ -72,6 +76,7 @@ def run_demo(out: Path, data: str | None = None, steps: int = STEPS, ladder: Set
     )
     paragraphs = [summary, "", f"![loss curves]({picture.name})", "", "```", *text, "```"]
     content = {"seconds": time.perf_counter() - start, "losses": curves, "unigram_entropy": unigram}
+    content |= {"figures": drawn, "texts": text, "title": "Parity report: one language model, trained twice"}
     ok = conclude(console, out, rows, paragraphs, settings.device_name(), **content)
     console.print(f"{summary} Picture: {picture}")
     return ok

@@ -1,10 +1,12 @@
 """The ladder: all checks in order, from initial weights to sampled tokens."""
 
+import contextlib
 import multiprocessing
 import os
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from typing import Any
 
 import torch
 
@@ -18,6 +20,7 @@ from parity.common_checks import (
     check_tokenizer,
 )
 from parity.compare import Row
+from parity.figures import figures
 from parity.model_checks import check_cache, check_gradients, check_init, check_logits, check_spec
 from parity.noise import check_noise, with_noise
 from parity.precision_checks import check_precision
@@ -53,11 +56,12 @@ def run_checks(
     names: tuple[str, ...] = (),
     on_check: Callable[[str, list[Row], float], None] | None = None,
     jobs: int = 1,
+    pool: ProcessPoolExecutor | None = None,
 ) -> list[Row]:
     """All rows of the named checks (none named: all). `on_check` is told each check's rows and seconds as they come.
 
     A check that raises is a failed row with the error in it, not the end of the ladder. jobs: how many processes share the
-    checks; each compiles for itself.
+    checks (those of `pool`, if it is given); each compiles for itself.
     """
     for name in names:
         if name not in CHECKS:
@@ -74,12 +78,28 @@ def run_checks(
         for name in names:
             take(name, *_timed(name, settings))
     else:
-        with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), start_worker, (jobs,)) as pool:
+        own = (
+            ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), start_worker, (jobs,))
+            if pool is None
+            else None
+        )
+        with own or contextlib.nullcontext(pool) as workers:
             longest_first = sorted(names, key=lambda name: LONG.index(name) if name in LONG else len(LONG))
-            futures = {pool.submit(_timed, name, settings): name for name in longest_first}
+            futures = {workers.submit(_timed, name, settings): name for name in longest_first}  # type: ignore[union-attr]
             for future in as_completed(futures):
                 take(futures[future], *future.result())
     return with_noise([row for name in names for row in found[name]])
+
+
+def run_with_figures(
+    settings: Settings, on_check: Callable[[str, list[Row], float], None] | None = None, jobs: int = 1
+) -> tuple[list[Row], dict[str, Any]]:
+    """The whole ladder, and beside it what the report draws, in the same processes."""
+    if jobs <= 1:
+        return run_checks(settings, (), on_check), figures(settings)
+    with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), start_worker, (jobs,)) as pool:
+        drawn = pool.submit(figures, settings)
+        return run_checks(settings, (), on_check, jobs, pool), drawn.result()
 
 
 def start_worker(jobs: int) -> None:

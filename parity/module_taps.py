@@ -8,6 +8,7 @@ each is judged alone. Linen modules are seen by `flax.linen.intercept_methods`; 
 import contextlib
 import dataclasses
 import math
+import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 from unittest import mock
@@ -74,15 +75,25 @@ def module_names(pair: Any) -> dict[str, str]:
     found: dict[str, set[str]] = {}
     for name, source in pair.matching.sources.items():
         leaf = getattr(source, "leaf", None)
-        if leaf is None or getattr(source, "index", None) is not None:
+        if leaf is None:
             continue
-        a, b = name.rpartition(".")[0], leaf.removeprefix("params.").rpartition(".")[0]
+        a, b = name.rpartition(".")[0], numbered(leaf.removeprefix("params.").rpartition(".")[0])
+        if source.index is not None:  # a stack: the layer's number stands where torch has it
+            stack = re.search(rf"(\w+)\.{source.index}(?:\.|$)", a)
+            if stack is None or not re.search(rf"(^|\.){stack[1]}(\.|$)", b):
+                continue
+            b = re.sub(rf"((?:^|\.){stack[1]})(?=\.|$)", rf"\1.{source.index}", b, count=1)
         while a and b:
             found.setdefault(a, set()).add(b)
             a, b = a.rpartition(".")[0], b.rpartition(".")[0]
     names = {a: next(iter(b)) for a, b in found.items() if len(b) == 1}
     twice = {b for b in names.values() if list(names.values()).count(b) > 1}
     return {a: b for a, b in names.items() if b not in twice} | pair.modules
+
+
+def numbered(name: str) -> str:
+    """A module's name with its number as a part of its own: Dense_0 and Dense.0 are the same."""
+    return re.sub(r"_(\d+)(?=\.|$)", r".\1", name)
 
 
 class PairTorchRecorder(TorchRecorder):
@@ -118,17 +129,20 @@ class PairJaxRecorder(JaxRecorder):
 
     def __init__(self, names: Mapping[str, str], *values: Values) -> None:
         super().__init__(*values)
-        self.torch_name = {jax_name: torch_name for torch_name, jax_name in names.items()}
+        self.torch_name = {numbered(jax_name): torch_name for torch_name, jax_name in names.items()}
 
     @contextlib.contextmanager
     def attached_to(self, model: Any) -> Iterator[None]:
         """The Linen modules that run, and the classes of any other module that `model` is made of."""
 
         def intercept(next_fun, args, kwargs, context):
-            name = ".".join(map(str, context.module.path))
             if context.method_name != "__call__":
                 return next_fun(*args, **kwargs)
-            return self._run(name, next_fun, args, kwargs)
+            self.path.append(numbered(context.module.name or ""))
+            try:
+                return self._run(self.name(), next_fun, args, kwargs)
+            finally:
+                self.path.pop()
 
         with contextlib.ExitStack() as stack:
             stack.enter_context(nn.intercept_methods(intercept))
@@ -143,7 +157,7 @@ class PairJaxRecorder(JaxRecorder):
             if id(module) not in self.table:  # an outermost call: its parts get their paths
                 self.table |= _paths(module)
             name, _ = self.table[id(module)]
-            return self._run(name, lambda *a, **k: call(module, *a, **k), args, kwargs)
+            return self._run(numbered(name), lambda *a, **k: call(module, *a, **k), args, kwargs)
 
         self.table = table
         return wrapped
@@ -187,6 +201,8 @@ def trace_pair(pair: Any, dtype: str) -> PairTrace:
     with theirs.attached_to(module, names):
         _, their_grads = pair.run_torch(dtype, module)
     points = [name for name in theirs.order if (name, "out") in theirs.forward]
+    if not points:
+        return PairTrace(nothing, 0.0, names, f"torch runs none of {', '.join(names)} as modules of their own")
     runs = []
     try:
         for values in ((theirs.forward, theirs.backward), ({}, {})):

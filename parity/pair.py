@@ -86,7 +86,8 @@ class Pair:
     names: torch name -> path of a leaf, or a function of all leaves by path; what is not named is matched by itself.
     weights: "jax" copies JAX's weights into torch, "torch" the other way, "shared" compares them as they are.
     optimizers: an optax transformation and a function of parameters that makes a torch optimizer.
-    modules: torch module -> JAX module, where their parameters do not tell.
+    modules: torch module -> JAX module, where their parameters do not tell. dtypes: what to run in; float32 alone where one of
+    the two computes in float32 whatever it is given, as transformers' norms do.
     """
 
     def __init__(
@@ -100,6 +101,7 @@ class Pair:
         optimizers: tuple[Any, Callable] | None = None,
         modules: Mapping[str, str] | None = None,
         witness: Callable[..., Any] | None = None,
+        dtypes: Sequence[str] = ("float64", "float32"),
         name: str = "pair",
     ) -> None:
         if weights not in ("jax", "torch", "shared"):
@@ -109,7 +111,7 @@ class Pair:
         self.function, self.params, self.module = functional(jax, params)
         self.torch, self.inputs = torch, [np.asarray(x) for x in inputs]
         self.weights, self.optimizers, self.witness, self.name = weights, optimizers, witness, name
-        self.modules = dict(modules or {})
+        self.modules, self.dtypes = dict(modules or {}), tuple(dtypes)
         self.leaves = leaves_of(self.params)
         self.tensors = {key: p.detach().double().cpu().numpy() for key, p in torch.named_parameters()}
         self.matching = match(self.tensors, self.leaves, names)
@@ -121,8 +123,9 @@ class Pair:
                     )
                 source.put(self.leaves, self.tensors[key])
 
-    def compare(self, dtypes: Sequence[str] = ("float64", "float32"), steps: Sequence[int] = STEPS) -> Comparison:
-        """Outputs, gradients and optimizer steps in each dtype, and a trace if something differs."""
+    def compare(self, dtypes: Sequence[str] | None = None, steps: Sequence[int] = STEPS) -> Comparison:
+        """Outputs, gradients and optimizer steps in each dtype (default: the pair's), and a trace if something differs."""
+        dtypes = tuple(dtypes or self.dtypes)
         rows = [self._weights_row()]
         trace, gradients = None, {}
         if rows[0].ok:
@@ -134,7 +137,7 @@ class Pair:
                 for dtype in dtypes:
                     rows += compare_optimizers(*self.optimizers, self._mapped(self.leaves), steps, (dtype,))
             if any(row.check in ("outputs", "gradients") and not row.ok for row in rows):
-                trace = self.trace()
+                trace = self.trace(dtypes[0])
         return Comparison(self.name, rows, self.matching, trace, gradients)
 
     def trace(self, dtype: str = "float64") -> PairTrace:
@@ -355,7 +358,7 @@ def _optax_run(optimizer, params, grads, dtype, steps) -> dict[int, Arrays]:
         updates, state = optimizer.update({k: jnp.array(x, jnp.dtype(dtype)) for k, x in g.items()}, state, values)
         values = optax.apply_updates(values, updates)
         if n in steps:
-            kept[n] = {k: _numpy(x) - _numpy(start[k]) for k, x in values.items()}
+            kept[n] = {k: _numpy(values[k]) - _numpy(start[k]) for k in start}  # type: ignore[index]
     return kept
 
 
@@ -428,8 +431,8 @@ def _flatten(x: Any) -> list[Any]:
 def _numpy(x: Any) -> np.ndarray:
     if isinstance(x, torch.Tensor):
         x = x.detach().cpu()
-        return (x.double() if x.is_floating_point() else x).numpy()
-    return np.asarray(x, np.float64) if jnp.issubdtype(x.dtype, jnp.floating) else np.asarray(x)
+        return np.array((x.double() if x.is_floating_point() else x).numpy())  # a copy: torch works in place
+    return np.array(x, np.float64) if jnp.issubdtype(x.dtype, jnp.floating) else np.array(x)
 
 
 def _with_values(params: Any, values: Mapping[str, jax.Array]) -> Any:

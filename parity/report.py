@@ -82,11 +82,11 @@ def print_table(console: Console, rows: list[Row]) -> None:
     console.print(table)
 
 
-def write_json(path: Path, rows: list[Row], **content: Any) -> None:
+def write_json(path: Path, rows: list[Row], verdict: str | None = None, **content: Any) -> None:
     """The rows, the environment and whatever else describes the run."""
     path.parent.mkdir(parents=True, exist_ok=True)
     document = {
-        "verdict": verdict_line(rows),
+        "verdict": verdict or verdict_line(rows),
         "ok": all(row.ok for row in rows),
         "environment": environment(),
         **content,
@@ -101,15 +101,15 @@ def _json_value(x: Any) -> Any:
     return str(x) if isinstance(x, float) and not math.isfinite(x) else x  # JSON has no infinity
 
 
-def write_markdown(path: Path, rows: list[Row], paragraphs: list[str], device: str) -> None:
+def write_markdown(path: Path, rows: list[Row], paragraphs: list[str], device: str, verdict: str | None = None) -> None:
     """A page to send to a colleague or to paste into a pull request."""
     versions = ", ".join(f"{name} {version}" for name, version in environment()["versions"].items() if version)
-    lines = ["# Parity report", "", f"**{verdict_line(rows)}**", "", *paragraphs]
+    lines = ["# Parity report", "", f"**{verdict or verdict_line(rows)}**", "", *paragraphs]
     lines += ["", "| check | what | dtype | noise | measured | allowed | verdict |", "|---|---|---|---|---|---|---|"]
     for row in grouped(rows):
-        verdict = standing(row) if row.ok else f"**{row.side}** {row.note}"
+        result = standing(row) if row.ok else f"**{row.side}** {row.note}"
         noise = "" if row.noise is None else number(row.noise)
-        cells = (row.check, row.item, row.dtype, noise, number(row.measured), number(row.allowed), verdict)
+        cells = (row.check, row.item, row.dtype, noise, number(row.measured), number(row.allowed), result)
         lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
     lines += [
         "",
@@ -135,9 +135,10 @@ def conclude(
     print_table(console, rows)
     write_json(out / "report.json", rows, seconds=seconds, **content)
     write_markdown(out / "report.md", rows, paragraphs, device)
+    page = write_html_of(out)
     ok = all(row.ok for row in rows)
     console.print(f"[bold {'green' if ok else 'red'}]{escape(verdict_line(rows))}[/]")
-    console.print(f"{seconds:.0f} s; report: {out / 'report.md'}, {out / 'report.json'}")
+    console.print(f"{seconds:.0f} s; report: {page}, {out / 'report.md'}, {out / 'report.json'}")
     return ok
 
 
@@ -176,3 +177,102 @@ def draw_curves(path: Path, curves: dict[str, list[float]], unigram: float, titl
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
     plt.close(figure)
+
+
+# --- pairs and traces
+
+
+def print_comparison(comparison: Any) -> None:
+    """Which tensor is which, the table and the verdict of a pair."""
+    console = make_console()
+    m = comparison.matching
+    table = Table(title=f"{comparison.name}: which tensor is which", title_justify="left", pad_edge=False)
+    table.add_column("torch")
+    table.add_column("JAX")
+    for name, how in m.how.items():
+        table.add_row(escape(name), escape(how))
+    for name, why in m.missing.items():
+        table.add_row(f"[bold red]{escape(name)}[/]", escape(why))
+    for leaf in m.unused:
+        table.add_row("[bold red]none[/]", f"{escape(leaf)}: no tensor uses it")
+    console.print(table)
+    print_table(console, comparison.rows)
+    console.print(f"[bold {'green' if comparison.ok else 'red'}]{escape(comparison.verdict())}[/]", soft_wrap=True)
+
+
+def print_trace(console: Console, found: Any) -> None:
+    """Every point with its errors: running free, and given identical inputs and gradients."""
+    title = f"errors of {found.dtype} against the specification; allowed at one module: {found.allowed:.0e}"
+    table = Table(title=title, title_justify="left", pad_edge=False)
+    table.add_column("point")
+    for side in ("JAX", "torch"):
+        for column in ("free", "output", "gradient"):
+            table.add_column(f"{side}\n{column}", justify="right")
+    jax, torch = found.sides
+    for a, b in zip(jax.points, torch.points, strict=False):
+        cells = []
+        for p in (a, b):
+            gradient = max((x for x in (p.arriving, p.leaving) if not math.isnan(x)), default=math.nan)
+            output = max(x for x in (p.received, p.output) if not math.isnan(x))
+            cells.append(number(p.free))
+            cells += [f"[bold red]{number(x)}[/]" if x > found.allowed else number(x) for x in (output, gradient)]
+        table.add_row(a.name, *cells)
+    console.print(table)
+    ok = found.faults() == (None, None)
+    console.print(f"[bold {'green' if ok else 'red'}]{escape(found.sentence())}[/]", soft_wrap=True)
+
+
+def trace_json(found: Any) -> dict[str, Any]:
+    """A trace as JSON: the verdict, and the errors of every point on both sides."""
+    jax, torch = found.sides
+    points = []
+    for a, b in zip(jax.points, torch.points, strict=False):
+        sides = {
+            side: {k: _json_value(v) for k, v in asdict(p).items() if k != "name"}
+            for side, p in (("JAX", a), ("torch", b))
+        }
+        points.append({"name": a.name, **sides})
+    gradients = {name: [_json_value(s.free_grads.get(name, math.inf)) for s in found.sides] for name in jax.free_grads}
+    optimizers = [
+        {k: v if k in ("side", "norm") else max(v.values()) for k, v in asdict(o).items()} for o in found.optimizers
+    ]
+    return {
+        "verdict": found.sentence(),
+        "ok": found.faults() == (None, None),
+        "dtype": found.dtype,
+        "allowed": found.allowed,
+        "points": points,
+        "gradients": gradients,
+        "optimizer": [{k: _json_value(v) for k, v in o.items()} for o in optimizers],
+    }
+
+
+def write_trace(path: Path, found: Any) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(trace_json(found), indent=1) + "\n", encoding="utf-8")
+
+
+def write_html_of(folder: Path) -> Path:
+    """report.html from what report.json, trace.json and mutants.json of a folder hold."""
+    from parity.page import render
+
+    read = lambda name: json.loads((folder / name).read_text(encoding="utf-8")) if (folder / name).is_file() else None
+    page = folder / "report.html"
+    page.write_text(render(read("report.json"), read("trace.json"), read("mutants.json")), encoding="utf-8")
+    return page
+
+
+def write_comparison(comparison: Any, folder: Path | str) -> None:
+    """report.json, report.md and report.html of a pair."""
+    folder, m = Path(folder), comparison.matching
+    lines = ["| torch | JAX |", "|---|---|", *(f"| {name} | {how} |" for name, how in m.how.items())]
+    lines += [f"| **{name}** | {why} |" for name, why in m.missing.items()] + [f"| **none** | {x} |" for x in m.unused]
+    content = {
+        "title": comparison.name,
+        "seconds": 0.0,
+        "matching": {"how": m.how, "missing": m.missing, "unused": m.unused},
+        "figures": {"gradients": {name: [_json_value(e)] for name, e in comparison.gradients.items()}},
+    }
+    write_json(folder / "report.json", comparison.rows, **content, verdict=comparison.verdict())
+    write_markdown(folder / "report.md", comparison.rows, lines, "cpu", verdict=comparison.verdict())
+    write_html_of(folder)
