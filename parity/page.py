@@ -176,7 +176,9 @@ def _ladder(rows: list[dict]) -> str:
             lines.append(inside)
             continue
         opened = "" if all(r["ok"] for r in found) else " open"
-        lines.append(f"<details{opened}><summary>{_ladder_row(nearest, scale, f'{check}: {len(found)} figures')}</summary>{inside}</details>")
+        lines.append(
+            f"<details{opened}><summary>{_ladder_row(nearest, scale, f'{check}: {len(found)} figures')}</summary>{inside}</details>"
+        )
     return (
         "<h2>The ladder</h2><p>Each error on a logarithmic axis, between the frameworks' own noise (compiled or not, sequences "
         "together or alone, fused attention or not) and what is allowed. What is 0 lies at the left end. A check stands for the one of its figures that is "
@@ -386,7 +388,7 @@ def _trace(trace: dict) -> str:
         f'<th class="num">{s}, free</th><th class="num">{s}, alone</th>' for s in ("JAX", "torch")
     )
     return (
-        f'<h2>Module by module</h2><p class="{tone}">{_text(trace["verdict"])}</p><details><summary class='more'>{len(trace["points"])} points in {trace["dtype"]}: '
+        f'<h2>Module by module</h2><p class="{tone}">{_text(trace["verdict"])}</p><details><summary class=more>{len(trace["points"])} points in {trace["dtype"]}: '
         "the error running free, and alone, with the specification's values and gradients at its inputs</summary>"
         f'<div class="scroll"><table>{head}</tr>{"".join(rows)}</table></div></details>'
     )
@@ -432,4 +434,4 @@ def _environment(report: dict) -> str:
     add("", report.get("environment", {}))
     add("", {k: report[k] for k in ("settings", "seconds") if k in report})
     rows = "".join(f"<tr><td>{_text(k)}</td><td><code>{_text(v)}</code></td></tr>" for k, v in flat)
-    return f"<h2>Environment, versions, flags</h2><details><summary class='more'>{len(flat)} entries</summary><table>{rows}</table></details>"
+    return f"<h2>Environment, versions, flags</h2><details><summary class=more>{len(flat)} entries</summary><table>{rows}</table></details>"
