@@ -16,7 +16,7 @@ from llm_common.tensors import Tensors
 # 6e-17 of the global norm (measured over random configs), which must stay below 1e-12 after the division. A bug that changes
 # a tensor as small as 1e-5 of the global norm by one part in a million still shows as 1e-8.
 FLOOR = 1e-3
-EPS = {"float64": 2.0**-52, "float32": 2.0**-23, "bfloat16": 2.0**-7}  # spacing of numbers at 1
+EPS = {"float64": 2.0**-52, "float32": 2.0**-23, "bfloat16": 2.0**-7, "tf32": 2.0**-10}  # spacing of numbers at 1
 JAX, TORCH, BOTH, SHARED = "JAX", "torch", "JAX and torch, differently", "both alike: shared code or the specification"
 
 

@@ -54,10 +54,12 @@ class JaxSide:
         backend = resolve_backend(self.attention, self.device.platform, self.dtype, self.cfg, ids.shape[1])
         return CausalLM(self.cfg, backend=backend)
 
+    tf32 = False  # float32 products in TF32 where the device has it; a jitted function is traced anew for it
+
     @contextlib.contextmanager
     def scope(self):
         """x64 on for float64 and off, asserted, for the rest; float32 products in full precision."""
-        precision = matmul_precision(self.dtype)
+        precision = jax.default_matmul_precision("tensorfloat32") if self.tf32 else matmul_precision(self.dtype)
         with jax.enable_x64(self.dtype == "float64"), precision, jax.default_device(self.device):
             assert jnp.zeros(()).dtype == (jnp.float64 if self.dtype == "float64" else jnp.float32)
             yield

@@ -20,6 +20,7 @@ from parity.common_checks import (
     check_tokenizer,
 )
 from parity.compare import Row
+from parity.device_checks import check_device
 from parity.figures import figures
 from parity.model_checks import check_cache, check_gradients, check_init, check_logits, check_spec
 from parity.noise import check_noise, with_noise
@@ -46,6 +47,7 @@ CHECKS: dict[str, Callable[[Settings], Iterator[Row]]] = {
     "evaluation": check_evaluation,
     "cache": check_cache,
     "tokens": check_tokens,
+    "device": check_device,
 }
 
 LONG = ("trajectory", "noise", "tokens", "gradients")  # begun first where several processes share the checks

@@ -77,7 +77,7 @@ def module_names(pair: Any) -> dict[str, str]:
         leaf = getattr(source, "leaf", None)
         if leaf is None:
             continue
-        a, b = name.rpartition(".")[0], numbered(leaf.removeprefix("params.").rpartition(".")[0])
+        a, b = name.rpartition(".")[0], leaf.removeprefix("params.").rpartition(".")[0]
         if source.index is not None:  # a stack: the layer's number stands where torch has it
             stack = re.search(rf"(\w+)\.{source.index}(?:\.|$)", a)
             if stack is None or not re.search(rf"(^|\.){stack[1]}(\.|$)", b):

@@ -255,8 +255,9 @@ def _chart(
     values = [v for _, _, ys in series for v in ys if math.isfinite(v) and (v > 0 or not log)]
     if not values:
         return ""
-    place = (lambda v: math.log10(max(v, min(values)))) if log else (lambda v: v)
-    low, high = place(min(values)), place(max(values))
+    place = (lambda v: math.log10(v) if v > 0 else low) if log else (lambda v: v)
+    low = math.log10(min(values)) if log else min(values)
+    high = place(max(values))
     if log:
         low, high = math.floor(low), max(math.ceil(high), math.floor(low) + 1)
     high = high if high > low else low + 1

@@ -121,7 +121,9 @@ def write_markdown(path: Path, rows: list[Row], paragraphs: list[str], device: s
 
 
 def print_progress(console: Console, name: str, rows: list[Row], seconds: float) -> None:
-    """One line for a finished check."""
+    """One line for a finished check; none for one that has no part in these settings."""
+    if not rows:
+        return
     bad = [row for row in rows if not row.ok]
     mark = "[green]ok  [/green]" if not bad else "[bold red]FAIL[/bold red]"
     text = f"{len(rows)} figures" if not bad else escape(f"{bad[0].item}: side {bad[0].side}")

@@ -44,6 +44,10 @@ class Settings:
         jax_side, _ = self.sides("float32")
         return jax_side.device.device_kind
 
+    def on(self, device: str, attention: str) -> "Settings":
+        """The same on another device."""
+        return dataclasses.replace(self, device=device, attention=attention)
+
     def sides(self, dtype: str, cfg: ModelConfig | None = None) -> tuple[JaxSide, TorchSide]:
         """The two frameworks behind one interface, for this config or another."""
         return tuple(side(cfg or self.cfg, dtype, self.device, self.attention) for side in (JaxSide, TorchSide))  # type: ignore[return-value]

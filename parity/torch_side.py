@@ -35,9 +35,11 @@ class TorchSide:
         self.master = "float64" if dtype == "float64" else "float32"
         self.backend = resolve_backend(attention, self.device.type, dtype)
 
+    tf32 = False  # float32 products in TF32 where the device has it
+
     def scope(self):
         """float32 products in full precision."""
-        return matmul_precision(self.dtype)
+        return matmul_precision("bfloat16" if self.tf32 else self.dtype)
 
     def _tensor(self, x: np.ndarray) -> torch.Tensor:
         return torch.tensor(x, device=self.device)

@@ -1,0 +1,88 @@
+"""What only an accelerator has: each framework against itself on the CPU, and float32 with its matrix products in TF32."""
+
+from collections.abc import Iterator
+
+import numpy as np
+
+from parity import spec
+from parity.cases import random_batch, random_weights
+from parity.compare import JAX, TORCH, Row, Tensors, tensor_errors, verdict, worst
+from parity.model_checks import CEILING, FLOAT64_ALLOWED, one_ulp_noise
+from parity.settings import Settings
+
+# TF32 keeps 10 bits of each factor: what moving everything by one ulp of such a number does is the ceiling. Where it is really
+# used the error is far above float32's.
+TF32_AT_LEAST = 10.0
+
+
+def check_device(s: Settings) -> Iterator[Row]:
+    """Nothing on a CPU. Elsewhere logits and gradients of either framework there against its own on the CPU; then TF32."""
+    if s.device == "cpu":
+        return
+    for dtype in s.dtypes:
+        weights = random_weights(s.cfg, s.seed, dtype)
+        ids, targets = random_batch(s.cfg, s.seed, s.batch, s.length)
+        exact = _specification(s, weights, ids, targets)
+        allowed = dict.fromkeys(exact, 2 * FLOAT64_ALLOWED)
+        if dtype != "float64":
+            moved = _specification(s, weights, ids, targets, one_ulp_noise(s.seed, dtype))
+            allowed = {what: 2 * CEILING[dtype] * worst(tensor_errors(moved[what], exact[what]))[1] for what in exact}
+        for here, there in zip(s.sides(dtype), s.on("cpu", "reference").sides(dtype), strict=True):
+            for what in exact:
+                name, error = worst(
+                    tensor_errors(_run(here, what, weights, ids, targets), _run(there, what, weights, ids, targets))
+                )
+                ok = error <= allowed[what]
+                item = f"{here.name}, {what}: {s.device} against cpu"
+                yield Row("device", item, dtype, error, allowed[what], ok, "" if ok else here.name, name, name)
+    if "float32" in s.dtypes and s.device == "gpu":
+        yield from _tf32(s)
+
+
+def _tf32(s: Settings) -> Iterator[Row]:
+    """float32 with TF32 allowed, against float64: below its own ceiling, and far above float32's error, or it is not in use."""
+    weights = random_weights(s.cfg, s.seed, "float32")
+    ids, targets = random_batch(s.cfg, s.seed, s.batch, s.length)
+    exact = _specification(s, weights, ids, targets)
+    moved = _specification(s, weights, ids, targets, one_ulp_noise(s.seed, "tf32"))
+    for what in exact:
+        found = []
+        for side in s.sides("float32"):
+            plain = worst(tensor_errors(_run(side, what, weights, ids, targets), exact[what]))[1]
+            side.tf32 = True
+            found.append((worst(tensor_errors(_run(side, what, weights, ids, targets), exact[what]))[1], plain))
+        allowed = worst(tensor_errors(moved[what], exact[what]))[1]
+        bad = [not error <= allowed for error, _ in found]
+        side = verdict(*bad, alike=True)
+        used = [
+            f"{name} {error / plain:.0f} times float32"
+            for name, (error, plain) in zip((JAX, TORCH), found, strict=True)
+        ]
+        unused = [n for n, (e, p) in zip((JAX, TORCH), found, strict=True) if e < TF32_AT_LEAST * p]
+        note = ", ".join(used) + (f"; not in use in {' and '.join(unused)} for these shapes" if unused else "")
+        yield Row(
+            "device",
+            f"{what} in TF32 against float64",
+            "float32",
+            max(e for e, _ in found),
+            allowed,
+            not side,
+            side,
+            note,
+        )
+
+
+def _specification(
+    s: Settings, weights: Tensors, ids: np.ndarray, targets: np.ndarray, noise=None
+) -> dict[str, Tensors]:
+    if noise is not None:
+        weights = {name: noise(x) for name, x in weights.items()}
+    rnd = noise or spec.exact
+    return {
+        "logits": {"logits": spec.forward(weights, ids, s.cfg, rnd)[0]},
+        "gradients": spec.loss_and_grads(weights, ids, targets, s.cfg, rnd)[1],
+    }
+
+
+def _run(side, what: str, weights: Tensors, ids: np.ndarray, targets: np.ndarray) -> Tensors:
+    return {"logits": side.logits(weights, ids)} if what == "logits" else side.loss_and_grads(weights, ids, targets)[1]
