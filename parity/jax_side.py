@@ -5,6 +5,7 @@ The twin is `parity/torch_side.py`. Each method goes through the code that a use
 
 import contextlib
 from collections.abc import Callable
+from typing import Any
 from unittest import mock
 
 import jax
@@ -45,14 +46,21 @@ class JaxSide:
     def __init__(self, cfg: ModelConfig, dtype: str, device: str = "cpu", attention: str = "reference") -> None:
         self.cfg, self.dtype, self.device, self.attention = cfg, dtype, select_device(device), attention
         self.master = "float64" if dtype == "float64" else "float32"
+        self.fields: dict[str, Any] = {}  # of the model, beside config and backend
         self._logits = jax.jit(lambda params, ids: self._model(ids).apply({"params": params}, ids)[0])
         self._cached = jax.jit(lambda params, ids, cache: self._model(ids).apply({"params": params}, ids, cache))
         grads = lambda params, ids, targets, steps: loss_and_grads(self._model(ids), params, ids, targets, steps)
         self._grads = jax.jit(grads, static_argnums=3)
 
+    def variant(self, **fields) -> "JaxSide":
+        """The same with another `remat` or `scan_layers`."""
+        other = JaxSide(self.cfg, self.dtype, self.device.platform, self.attention)
+        other.fields = fields
+        return other
+
     def _model(self, ids) -> CausalLM:
         backend = resolve_backend(self.attention, self.device.platform, self.dtype, self.cfg, ids.shape[1])
-        return CausalLM(self.cfg, backend=backend)
+        return CausalLM(self.cfg, backend=backend, **self.fields)
 
     tf32 = False  # float32 products in TF32 where the device has it; a jitted function is traced anew for it
 

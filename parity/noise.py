@@ -13,7 +13,7 @@ import numpy as np
 
 from llm_common.errors import UserError
 from parity import spec
-from parity.cases import random_batch, random_weights
+from parity.cases import families, random_batch, random_weights
 from parity.compare import Row, Tensors, tensor_errors, worst
 from parity.settings import Settings
 
@@ -34,11 +34,29 @@ def check_noise(s: Settings) -> Iterator[Row]:
                 "logits": {"logits": side.logits(weights, ids)},
                 "gradients": side.loss_and_grads(weights, ids, targets)[1],
             }
+            if dtype != "bfloat16":
+                yield from _fused_window(s, side, dtype, weights, ids, allowed)
             for what, control, found in _controls(s, side, dtype, weights, ids, targets):
                 error = worst(tensor_errors(found, base[what]))[1]
                 ok = error <= allowed
                 item = f"{side.name}, {what}: {control}"
                 yield Row("noise", item, dtype, error, allowed, ok, "" if ok else side.name)
+
+
+def _fused_window(
+    s: Settings, side: Any, dtype: str, weights: Tensors, ids: np.ndarray, allowed: float
+) -> Iterator[Row]:
+    """Fused attention has a code of its own for a window."""
+    cfg = families(s.cfg)["Mistral: window of 4"]
+    with contextlib.suppress(UserError):
+        found = [
+            {"logits": type(side)(cfg, dtype, s.device, attention).logits(weights, ids)}
+            for attention in ("fused", "reference")
+        ]
+        error = worst(tensor_errors(*found))[1]
+        ok = error <= allowed
+        item = f"{side.name}, logits: fused attention with a window against the reference"
+        yield Row("noise", item, dtype, error, allowed, ok, "" if ok else side.name)
 
 
 def _controls(
@@ -58,6 +76,14 @@ def _controls(
         yield "gradients", "compiled without optimisation", side.unoptimised_gradients(weights, ids, targets)
     elif s.compile:
         yield "logits", "torch.compile against eager", {"logits": side.compiled_logits(weights, ids)}
+    if dtype == "float64":  # the other ways to run the same layers
+        variants: dict[str, dict[str, Any]] = {
+            f"remat {remat} against none": {"remat": remat} for remat in ("full", "dots")
+        }
+        if side.name == "JAX":
+            variants["layers scanned against one by one"] = {"scan_layers": True}
+        for control, fields in variants.items():
+            yield "gradients", control, side.variant(**fields).loss_and_grads(weights, ids, targets)[1]
     with contextlib.suppress(UserError):  # there is no fused attention for float64 in JAX
         fused = type(side)(side.cfg, dtype, s.device, "fused" if side.attention == "reference" else "reference")
         yield "logits", "fused attention against the reference", {"logits": fused.logits(weights, ids)}
