@@ -8,6 +8,8 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+from parity.charts import CONTROL, SIDES, Scale, chart, escaped, key, number
+
 STYLE = """
 :root { color-scheme: light dark; --ink: #1c2430; --soft: #5b6675; --line: #d8dde4; --page: #fbfbfa; --card: #ffffff;
   --jax: #2a6fdb; --torch: #c2410c; --good: #15803d; --bad: #b91c1c; --band: #dfe7f1; --noise: #9aa5b3; }
@@ -48,8 +50,6 @@ td.num, th.num { overflow-wrap: normal; } .scroll { overflow-x: auto; } summary 
 .tokens { display: flex; flex-wrap: wrap; gap: 4px; } .tokens span { border: 1px solid var(--line); border-radius: 4px;
   padding: 1px 6px; font-size: .82rem; text-align: center; background: var(--card); } .tokens small { display: block; color: var(--soft); }
 """
-SIDES = (("JAX", "var(--jax)"), ("torch", "var(--torch)"))
-CONTROL = "var(--noise)"
 
 
 def render(report: dict | None, trace: dict | None = None, mutants: dict | None = None) -> str:
@@ -86,19 +86,6 @@ def render(report: dict | None, trace: dict | None = None, mutants: dict | None 
     )
 
 
-def _text(x: Any) -> str:
-    return html.escape(str(x))
-
-
-def _number(x: Any) -> str:
-    x = float(x)
-    if math.isnan(x):
-        return "nan"
-    if math.isinf(x):
-        return "none"
-    return "0" if x == 0 else str(int(x)) if x == int(x) and abs(x) < 1e4 else f"{x:.1e}"
-
-
 def _head(report: dict, trace: dict | None, mutants: dict | None) -> str:
     rows, tone = report["rows"], "good" if report["ok"] else "bad"
     held = sum(row["ok"] for row in rows)
@@ -115,10 +102,12 @@ def _head(report: dict, trace: dict | None, mutants: dict | None) -> str:
         tiles.append(
             ("agree" if trace["ok"] else "differ", f"all {len(trace['points'])} modules, given identical inputs")
         )
-    boxes = "".join(f'<div class="tile"><b>{_text(a)}</b><span class="soft">{_text(b)}</span></div>' for a, b in tiles)
+    boxes = "".join(
+        f'<div class="tile"><b>{escaped(a)}</b><span class="soft">{escaped(b)}</span></div>' for a, b in tiles
+    )
     return (
-        f"<h1>{_text(report.get('title', 'Parity report: one language model, written twice'))}</h1>"
-        f'<div class="verdict {tone}" id="verdict">{_text(report["verdict"])}</div>'
+        f"<h1>{escaped(report.get('title', 'Parity report: one language model, written twice'))}</h1>"
+        f'<div class="verdict {tone}" id="verdict">{escaped(report["verdict"])}</div>'
         f'<p class="soft">{_stamp(report)}</p><div class="tiles">{boxes}</div>'
     )
 
@@ -126,40 +115,10 @@ def _head(report: dict, trace: dict | None, mutants: dict | None) -> str:
 def _stamp(report: dict) -> str:
     environment = report.get("environment", {})
     versions = ", ".join(f"{name} {v}" for name, v in environment.get("versions", {}).items() if v)
-    return _text(" · ".join(x for x in (environment.get("date", ""), environment.get("system", ""), versions) if x))
+    return escaped(" · ".join(x for x in (environment.get("date", ""), environment.get("system", ""), versions) if x))
 
 
 # --- rows on a log axis
-
-
-class Scale:
-    """A logarithmic axis, in percent of its width; 0 lies at its left end."""
-
-    def __init__(self, values: Sequence[float]) -> None:
-        finite = [math.log10(v) for v in values if v > 0 and math.isfinite(v)]
-        self.low = math.floor(min(finite, default=-16.0))
-        self.high = max(math.ceil(max(finite, default=0.0)), self.low + 1)
-
-    def __call__(self, x: float) -> float:
-        if not x > 0:
-            return 0.0
-        if not math.isfinite(x):
-            return 100.0
-        return min(100.0, max(0.0, 100 * (math.log10(x) - self.low) / (self.high - self.low)))
-
-    def axis(self) -> str:
-        step = max(1, (self.high - self.low) // 6)
-        ticks = range(self.low, self.high + 1, step)
-        labels = "".join(f'<span style="left:{self(10.0**t):.1f}%">1e{t}</span>' for t in ticks)
-        return f'<div class="axis"><div></div><div class="track">{labels}</div><div></div></div>'
-
-
-def _key(*items: tuple[str, str]) -> str:
-    return (
-        '<p class="key soft">'
-        + "".join(f'<span><i style="background:{c}"></i>{_text(n)}</span>' for n, c in items)
-        + "</p>"
-    )
 
 
 def _ladder(rows: list[dict]) -> str:
@@ -183,7 +142,7 @@ def _ladder(rows: list[dict]) -> str:
         "<h2>The ladder</h2><p>Each error on a logarithmic axis, between the frameworks' own noise (compiled or not, sequences "
         "together or alone, fused attention or not) and what is allowed. What is 0 lies at the left end. A check stands for the one of its figures that is "
         "nearest to its limit; open it for all. At the right: measured / allowed.</p>"
-        + _key(("holds", "var(--good)"), ("fails", "var(--bad)"), ("noise", "var(--noise)"), ("allowed", "var(--soft)"))
+        + key(("holds", "var(--good)"), ("fails", "var(--bad)"), ("noise", "var(--noise)"), ("allowed", "var(--soft)"))
         + scale.axis()
         + f'<div id="ladder">{"".join(lines)}</div>'
     )
@@ -200,12 +159,12 @@ def _ladder_row(row: dict, scale: Scale, title: str = "") -> str:
     if noise:
         track += f'<i class="tick" style="left:{scale(noise):.1f}%;background:var(--noise)"></i>'
     track += f'<i class="dot" style="left:{scale(measured):.1f}%;background:{color}"></i>'
-    place = _text(row.get("place") or row["note"])
-    side = "" if row["ok"] else f'<br><span class="bad">{_text(row["side"])}: {place}</span>'
-    name = f"<b>{_text(title)}</b>" if title else f"{_text(row['check'])} · {_text(row['item'])}"
+    place = escaped(row.get("place") or row["note"])
+    side = "" if row["ok"] else f'<br><span class="bad">{escaped(row["side"])}: {place}</span>'
+    name = f"<b>{escaped(title)}</b>" if title else f"{escaped(row['check'])} · {escaped(row['item'])}"
     return (
         f'<div class="row"><div>{name} <span class="soft">{row["dtype"]}</span>{side}</div><div class="track">{track}</div>'
-        f'<div class="num">{_number(measured)} / {_number(allowed)}</div></div>'
+        f'<div class="num">{number(measured)} / {number(allowed)}</div></div>'
     )
 
 
@@ -217,11 +176,11 @@ def _dots(title: str, text: str, values: dict[str, list[float]], names: Sequence
             f'<i class="dot" style="left:{scale(float(x)):.1f}%;background:{color};opacity:.85"></i>'
             for x, (_, color) in zip(pair, names, strict=False)
         )
-        figure = " / ".join(_number(x) for x in pair)
+        figure = " / ".join(number(x) for x in pair)
         lines.append(
-            f'<div class="row"><code>{_text(name)}</code><div class="track">{dots}</div><div class="num">{figure}</div></div>'
+            f'<div class="row"><code>{escaped(name)}</code><div class="track">{dots}</div><div class="num">{figure}</div></div>'
         )
-    return f"<h2>{title}</h2><p>{text}</p>{_key(*names)}{scale.axis()}{''.join(lines)}"
+    return f"<h2>{title}</h2><p>{text}</p>{key(*names)}{scale.axis()}{''.join(lines)}"
 
 
 def _gradients(layers: dict) -> str:
@@ -239,52 +198,12 @@ def _matching(matching: dict) -> str:
     rows = [(n, h, "") for n, h in matching["how"].items()] + [(n, w, "bad") for n, w in matching["missing"].items()]
     rows += [("none", f"{leaf}: no tensor uses it", "bad") for leaf in matching["unused"]]
     cells = "".join(
-        f'<tr class="{c}"><td><code>{_text(a)}</code></td><td><code>{_text(b)}</code></td></tr>' for a, b, c in rows
+        f'<tr class="{c}"><td><code>{escaped(a)}</code></td><td><code>{escaped(b)}</code></td></tr>' for a, b, c in rows
     )
     return f"<h2>Which tensor is which</h2><div class='scroll'><table><tr><th>torch</th><th>JAX</th></tr>{cells}</table></div>"
 
 
 # --- lines
-
-
-def _chart(
-    caption: str, series: Sequence[tuple[str, str, Sequence[float]]], xs: Sequence[Any], log: bool = True, dashed=()
-) -> str:
-    """A line chart; xs are numbers, or names that stand below."""
-    width, height, left, right, top, bottom = 380, 230, 46, 8, 10, 26
-    values = [v for _, _, ys in series for v in ys if math.isfinite(v) and (v > 0 or not log)]
-    if not values:
-        return ""
-    place = (lambda v: math.log10(v) if v > 0 else low) if log else (lambda v: v)
-    low = math.log10(min(values)) if log else min(values)
-    high = place(max(values))
-    if log:
-        low, high = math.floor(low), max(math.ceil(high), math.floor(low) + 1)
-    high = high if high > low else low + 1
-    x = lambda i: left + (width - left - right) * (i / max(len(xs) - 1, 1))
-    y = lambda v: top + (height - top - bottom) * (1 - (place(v) - low) / (high - low))
-    out = []
-    ticks = (
-        range(int(low), int(high) + 1, max(1, int(high - low) // 4))
-        if log
-        else [low + (high - low) * k / 4 for k in range(5)]
-    )
-    for t in ticks:
-        at = y(10.0**t if log else t)
-        label = f"1e{t}" if log else f"{t:.2f}"
-        out.append(f'<line x1="{left}" x2="{width - right}" y1="{at:.1f}" y2="{at:.1f}" stroke="var(--line)"/>')
-        out.append(f'<text x="{left - 5}" y="{at + 4:.1f}" text-anchor="end">{label}</text>')
-    shown = range(len(xs)) if len(xs) <= 6 else (0, len(xs) // 2, len(xs) - 1)
-    for i in shown:
-        anchor = "start" if i == 0 else "end" if i == len(xs) - 1 else "middle"
-        out.append(f'<text x="{x(i):.1f}" y="{height - 6}" text-anchor="{anchor}">{_text(xs[i])}</text>')
-    for name, color, ys in series:
-        points = " ".join(f"{x(i):.1f},{y(v):.1f}" for i, v in enumerate(ys) if math.isfinite(v))
-        dash = ' stroke-dasharray="5 3"' if name in dashed else ""
-        out.append(f'<polyline points="{points}" fill="none" stroke="{color}" stroke-width="2"{dash}/>')
-    key = " ".join(f'<span><i style="background:{c}"></i>{_text(n)}</span>' for n, c, _ in series)
-    picture = f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{_text(caption)}">{"".join(out)}</svg>'
-    return f'<figure><figcaption>{_text(caption)}<br><span class="key">{key}</span></figcaption>{picture}</figure>'
 
 
 def _layers(layers: dict) -> str:
@@ -296,7 +215,7 @@ def _layers(layers: dict) -> str:
         ]
         for way, caption in (("forward", "activations"), ("backward", "gradients flowing back")):
             series = [(n, c, ys) for (n, c), ys in zip(SIDES, found[way], strict=True)]
-            charts.append(_chart(f"{dtype}: {caption}, error against the specification", series, short))
+            charts.append(chart(f"{dtype}: {caption}, error against the specification", series, short))
     return (
         "<h2>The error through the layers</h2><p>Running free: what one layer rounds, the next inherits.</p>"
         f'<div class="charts">{"".join(charts)}</div>'
@@ -313,16 +232,16 @@ def _trajectory(found: dict) -> str:
     first = next(d for d in ("float32", "float64") if d in found)
     losses = found[first]["losses"]
     series = [(n, c, losses[n]) for n, c in SIDES]
-    charts.append(_chart(f"loss, nats per token ({first})", series, steps, log=False))
+    charts.append(chart(f"loss, nats per token ({first})", series, steps, log=False))
     for dtype in [d for d in ("float64", "float32") if d in found]:
         losses, drift = found[dtype]["losses"], found[dtype]["drift"]
         pairs = [
             ("JAX against torch", "var(--ink)", _difference(losses["JAX"], losses["torch"])),
             ("JAX moved by one ulp", CONTROL, _difference(losses["JAX"], losses["control"])),
         ]
-        charts.append(_chart(f"{dtype}: difference of the losses", pairs, steps))
+        charts.append(chart(f"{dtype}: difference of the losses", pairs, steps))
         lines = [(n, c, drift[n]) for n, c in SIDES] + [("JAX moved by one ulp", CONTROL, drift["control"])]
-        charts.append(_chart(f"{dtype}: furthest weight from the specification's", lines, found["drift steps"]))
+        charts.append(chart(f"{dtype}: furthest weight from the specification's", lines, found["drift steps"]))
     return (
         f"<h2>{len(spec)} steps of training</h2><p>From the same start on the same batches. Optimizer drift is the largest difference of any "
         "weight; grey is what rounding alone does: JAX against JAX with every tenth weight moved by one ulp.</p>"
@@ -333,7 +252,7 @@ def _trajectory(found: dict) -> str:
 def _training(report: dict) -> str:
     losses = report["losses"]
     steps = list(range(1, len(losses["jax"]) + 1))
-    curves = _chart(
+    curves = chart(
         "loss, nats per token",
         [("JAX", SIDES[0][1], losses["jax"]), ("torch", SIDES[1][1], losses["torch"])],
         steps,
@@ -343,11 +262,11 @@ def _training(report: dict) -> str:
         ("JAX against torch", "var(--ink)", _difference(losses["jax"], losses["torch"])),
         ("JAX moved by one ulp", CONTROL, _difference(losses["jax"], losses["control"])),
     ]
-    texts = "".join(f"<p><code>{_text(line)}</code></p>" for line in report.get("texts", []))
+    texts = "".join(f"<p><code>{escaped(line)}</code></p>" for line in report.get("texts", []))
     return (
         f"<h2>One model, trained twice</h2><p>{len(steps)} steps on real text. Unigram entropy {report.get('unigram_entropy', math.nan):.3f} nats: "
         "what a model has that learned nothing but how frequent tokens are.</p>"
-        f'<div class="charts">{curves}{_chart("difference of the losses", pairs, steps)}</div>{texts}'
+        f'<div class="charts">{curves}{chart("difference of the losses", pairs, steps)}</div>{texts}'
     )
 
 
@@ -383,13 +302,13 @@ def _trace(trace: dict) -> str:
             numbers = [float(e[k]) for k in ("received", "output", "arriving", "leaving")]
             worst = max((x for x in numbers if not math.isnan(x)), default=0.0)
             bad = ' class="num bad"' if worst > trace["allowed"] else ' class="num"'
-            cells += f'<td class="num">{_number(e["free"])}</td><td{bad}>{_number(worst)}</td>'
-        rows.append(f"<tr><td><code>{_text(p['name'])}</code></td>{cells}</tr>")
+            cells += f'<td class="num">{number(e["free"])}</td><td{bad}>{number(worst)}</td>'
+        rows.append(f"<tr><td><code>{escaped(p['name'])}</code></td>{cells}</tr>")
     head = "<tr><th>point</th>" + "".join(
         f'<th class="num">{s}, free</th><th class="num">{s}, alone</th>' for s in ("JAX", "torch")
     )
     return (
-        f'<h2>Module by module</h2><p class="{tone}">{_text(trace["verdict"])}</p><details><summary class=more>{len(trace["points"])} points in {trace["dtype"]}: '
+        f'<h2>Module by module</h2><p class="{tone}">{escaped(trace["verdict"])}</p><details><summary class=more>{len(trace["points"])} points in {trace["dtype"]}: '
         "the error running free, and alone, with the specification's values and gradients at its inputs</summary>"
         f'<div class="scroll"><table>{head}</tr>{"".join(rows)}</table></div></details>'
     )
@@ -401,15 +320,15 @@ def _mutants(mutants: dict) -> str:
         if not o["equivalent"]:
             areas.setdefault(o["area"], []).append(o)
     rows = "".join(
-        f"<tr><td>{_text(area)}</td><td class='num'>{sum(bool(o['ok']) for o in found)} of {len(found)}</td></tr>"
+        f"<tr><td>{escaped(area)}</td><td class='num'>{sum(bool(o['ok']) for o in found)} of {len(found)}</td></tr>"
         for area, found in areas.items()
     )
     levels = "".join(
-        f"<tr><td>{_text(level)}</td><td class='num'>{effect if effect == 'exact' else _number(effect)}</td><td>{_text(name)}</td></tr>"
+        f"<tr><td>{escaped(level)}</td><td class='num'>{effect if effect == 'exact' else number(effect)}</td><td>{escaped(name)}</td></tr>"
         for level, (effect, name) in mutants["smallest effects"].items()
     )
     wrong = "".join(
-        f"<li>{_text(o['area'])}: {_text(o['name'])}: found {_text(' / '.join(o['found']) or 'nothing')}</li>"
+        f"<li>{escaped(o['area'])}: {escaped(o['name'])}: found {escaped(' / '.join(o['found']) or 'nothing')}</li>"
         for o in mutants["outcomes"]
         if not o["ok"]
     )
@@ -434,5 +353,5 @@ def _environment(report: dict) -> str:
 
     add("", report.get("environment", {}))
     add("", {k: report[k] for k in ("settings", "seconds") if k in report})
-    rows = "".join(f"<tr><td>{_text(k)}</td><td><code>{_text(v)}</code></td></tr>" for k, v in flat)
+    rows = "".join(f"<tr><td>{escaped(k)}</td><td><code>{escaped(v)}</code></td></tr>" for k, v in flat)
     return f"<h2>Environment, versions, flags</h2><details><summary class=more>{len(flat)} entries</summary><table>{rows}</table></details>"

@@ -26,15 +26,9 @@ from llm_common.errors import UserError
 from parity.compare import EPS, JAX, TORCH, Row, tensor_errors, worst
 from parity.matching import Arrays, Matching, Source, leaves_of, match, with_leaves
 from parity.module_taps import PairTrace, functional, trace_pair
+from parity.optimizer_pair import EITHER, STEPS, allowed_error, compare_optimizers, scope, to_numpy
 
-EITHER = "JAX or torch: give a witness to tell"
-# What is allowed is this many times what one ulp in every weight and input does within JAX, and at least FLOOR ulps: every
-# operation between rounds as well, and for a network of some depth that adds up to a few times the effect of one rounding of
-# all its inputs. Measured over the examples and 20 seeds: at most 3 times.
-NOISE_FACTOR = 16.0
-FLOOR = 64.0
 DRAWS = 3
-STEPS = (1, 3, 10)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -203,7 +197,7 @@ class Pair:
             return rows, {}
         errors = tensor_errors(our_grads, their_grads)
         name, error = worst(errors)
-        allowed = _allowed(dtype, noise_grad)
+        allowed = allowed_error(dtype, noise_grad)
         if any(not np.isfinite(x).all() for x in (*our_grads.values(), *their_grads.values())) and all(
             r.ok for r in rows
         ):
@@ -223,7 +217,7 @@ class Pair:
         module = module or self.torch_module(dtype)
         inputs = self.torch_inputs(dtype)
         outputs = [x for x in _flatten(module(*inputs)) if isinstance(x, torch.Tensor)]
-        arrays = [_numpy(x) for x in outputs]
+        arrays = [to_numpy(x) for x in outputs]
         total = sum(
             (x * torch.tensor(_direction(i, x.shape), dtype=x.dtype)).sum()
             for i, x in enumerate(outputs)
@@ -232,10 +226,10 @@ class Pair:
         if not isinstance(total, torch.Tensor):
             return arrays, {}
         total.backward()
-        grads = {n: _numpy(p.grad) if p.grad is not None else np.zeros(p.shape) for n, p in module.named_parameters()}
+        grads = {n: to_numpy(p.grad) if p.grad is not None else np.zeros(p.shape) for n, p in module.named_parameters()}
         for i, x in enumerate(inputs):
             if x.requires_grad:
-                grads[f"input {i}"] = _numpy(x.grad) if x.grad is not None else np.zeros(x.shape)
+                grads[f"input {i}"] = to_numpy(x.grad) if x.grad is not None else np.zeros(x.shape)
         return arrays, grads
 
     def run_jax(self, dtype: str, leaves: Mapping[str, np.ndarray], inputs: Sequence[np.ndarray]):
@@ -257,11 +251,11 @@ class Pair:
 
         grad = jax.grad(total, argnums=(0, 1), has_aux=True)
         (by_leaf, by_input), outputs = grad(values, [arrays[i] for i in float_inputs])
-        arrays_out = [_numpy(x) for x in outputs]
+        arrays_out = [to_numpy(x) for x in outputs]
         if not any(np.issubdtype(x.dtype, np.floating) for x in arrays_out):
             return arrays_out, {}
-        grads = self._mapped({name: _numpy(x) for name, x in by_leaf.items()})
-        return arrays_out, grads | {f"input {i}": _numpy(g) for i, g in zip(float_inputs, by_input, strict=True)}
+        grads = self._mapped({name: to_numpy(x) for name, x in by_leaf.items()})
+        return arrays_out, grads | {f"input {i}": to_numpy(g) for i, g in zip(float_inputs, by_input, strict=True)}
 
     def _noise(self, dtype: str, outputs: list[np.ndarray], grads: Arrays) -> tuple[float, float]:
         """What one ulp in every weight and input does within JAX: the largest error of an output, and of a gradient."""
@@ -289,96 +283,6 @@ class Pair:
 _Module = torch.nn.Module
 
 
-def scope(dtype: str):
-    """float64 exists in JAX where x64 is on; everything runs on the CPU in full precision."""
-    import contextlib
-
-    stack = contextlib.ExitStack()
-    stack.enter_context(jax.enable_x64(dtype == "float64"))
-    stack.enter_context(jax.default_matmul_precision("highest"))
-    stack.enter_context(jax.default_device(jax.devices("cpu")[0]))
-    return stack
-
-
-def compare_optimizers(
-    optax_optimizer: Any,
-    torch_optimizer: Callable[[list[torch.Tensor]], torch.optim.Optimizer],
-    params: Mapping[str, np.ndarray],
-    steps: Sequence[int] = STEPS,
-    dtypes: Sequence[str] = ("float64", "float32"),
-) -> list[Row]:
-    """An optax transformation against a torch optimizer: the same parameters, the same gradients, step by step.
-
-    The error is that of the update since the start. Allowed: what one ulp in every gradient and parameter does within optax.
-    """
-    rows = []
-    for dtype in dtypes:
-        rng = np.random.default_rng(12)
-        grads = [{n: rng.standard_normal(p.shape) * 0.1 for n, p in params.items()} for _ in range(max(steps))]
-        with scope(dtype):
-            ours = _optax_run(optax_optimizer, params, grads, dtype, steps)
-            theirs = _torch_run(torch_optimizer, params, grads, dtype, steps)
-            nudge = lambda x, rng=rng, dtype=dtype: x * (1 + EPS[dtype] * rng.choice([-1.0, 1.0], np.shape(x)))
-            nudged = [{n: nudge(g) for n, g in step.items()} for step in grads]
-            control = _optax_run(optax_optimizer, {n: nudge(p) for n, p in params.items()}, nudged, dtype, steps)
-        for n in steps:
-            name, error = worst(tensor_errors(ours[n], theirs[n]))
-            noise = worst(tensor_errors(control[n], ours[n]))[1]
-            allowed = _allowed(dtype, noise)
-            # an update is a difference of weights, each rounded to its own spacing
-            size = min(
-                float(np.linalg.norm(x)) / max(float(np.linalg.norm(params[k])), 1e-300) for k, x in theirs[n].items()
-            )
-            allowed += 2 * (n + 1) * EPS[dtype] / max(size, 1e-300)
-            ok = error <= allowed and any(x.any() for x in theirs[n].values())
-            note = "" if any(x.any() for x in theirs[n].values()) else "torch's optimizer changed nothing"
-            rows.append(
-                Row(
-                    "optimizer",
-                    f"update after {n} steps",
-                    dtype,
-                    error,
-                    allowed,
-                    ok,
-                    "" if ok else EITHER,
-                    note or name,
-                    name,
-                    noise,
-                )
-            )
-    return rows
-
-
-def _optax_run(optimizer, params, grads, dtype, steps) -> dict[int, Arrays]:
-    import optax
-
-    start = {n: jnp.array(p, jnp.dtype(dtype)) for n, p in params.items()}
-    values, state, kept = start, optimizer.init(start), {}
-    for n, g in enumerate(grads, start=1):
-        updates, state = optimizer.update({k: jnp.array(x, jnp.dtype(dtype)) for k, x in g.items()}, state, values)
-        values = optax.apply_updates(values, updates)
-        if n in steps:
-            kept[n] = {k: _numpy(values[k]) - _numpy(start[k]) for k in start}  # type: ignore[index]
-    return kept
-
-
-def _torch_run(make, params, grads, dtype, steps) -> dict[int, Arrays]:
-    values = {n: torch.nn.Parameter(torch.tensor(p, dtype=getattr(torch, dtype))) for n, p in params.items()}
-    start = {n: _numpy(p) for n, p in values.items()}
-    optimizer, kept = make(list(values.values())), {}
-    for n, g in enumerate(grads, start=1):
-        for k, p in values.items():
-            p.grad = torch.tensor(g[k], dtype=p.dtype)
-        optimizer.step()
-        if n in steps:
-            kept[n] = {k: _numpy(p) - start[k] for k, p in values.items()}
-    return kept
-
-
-def _allowed(dtype: str, noise: float) -> float:
-    return max(FLOOR * EPS[dtype], NOISE_FACTOR * noise)
-
-
 def _output_row(item: str, dtype: str, a: np.ndarray, b: np.ndarray, noise: float, exact: np.ndarray | None) -> Row:
     shapes = f"shape {a.shape}"
     if a.shape != b.shape:
@@ -391,7 +295,7 @@ def _output_row(item: str, dtype: str, a: np.ndarray, b: np.ndarray, noise: floa
             "outputs", f"{item}, {a.dtype}: elements that differ", dtype, differing, 0, not differing, side, shapes
         )
     nan_a, nan_b = ~np.isfinite(a), ~np.isfinite(b)
-    allowed = _allowed(dtype, noise)
+    allowed = allowed_error(dtype, noise)
     if (nan_a != nan_b).any():
         note = f"not finite: {nan_a.sum()} elements in JAX, {nan_b.sum()} in torch, of {a.size}"
         side = JAX if nan_a.any() and not nan_b.any() else TORCH if nan_b.any() and not nan_a.any() else EITHER
@@ -426,13 +330,6 @@ def _flatten(x: Any) -> list[Any]:
     if isinstance(x, (tuple, list)):
         return [y for value in x for y in _flatten(value)]
     return [] if x is None else [x]
-
-
-def _numpy(x: Any) -> np.ndarray:
-    if isinstance(x, torch.Tensor):
-        x = x.detach().cpu()
-        return np.array((x.double() if x.is_floating_point() else x).numpy())  # a copy: torch works in place
-    return np.array(x, np.float64) if jnp.issubdtype(x.dtype, jnp.floating) else np.array(x)
 
 
 def _with_values(params: Any, values: Mapping[str, jax.Array]) -> Any:

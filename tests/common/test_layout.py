@@ -78,3 +78,7 @@ def test_the_teaching_text_fits_one_sitting(side):
 @pytest.mark.parametrize("side", ["jax_llm", "torch_llm"])
 def test_all_families_fit_two_short_files(side):
     assert sum(len((ROOT / side / f"{name}.py").read_text().splitlines()) for name in ("model", "attention")) < 350
+
+
+def test_the_specification_of_text_imports_none_of_the_packages_either():
+    assert imported(ROOT / "parity/spec_text.py") == {"itertools", "collections", "regex"}

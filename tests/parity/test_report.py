@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from parity.charts import Scale
 from parity.compare import Row
 from parity.noise import with_noise
-from parity.page import Scale, render
+from parity.page import render
 from parity.report import standing, write_comparison, write_html_of, write_json, write_markdown
 from parity.settings import Settings
 

@@ -8,8 +8,9 @@ import pytest
 from parity.cases import variants
 from parity.compare import BOTH, JAX, SHARED, TORCH
 from parity.planting import Edit, planted
+from parity.points import Point, given, specification
 from parity.settings import Settings
-from parity.trace import Point, given, local_allowed, own_errors, specification, trace
+from parity.trace import local_allowed, own_errors, trace
 
 S = Settings()
 NORM = "torch_llm.layers:RMSNorm.forward"
