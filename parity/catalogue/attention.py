@@ -340,3 +340,28 @@ both(
     ),
     place=ATTENTION,
 )
+
+# --- the other ways to run the same model
+area("variants")
+torch(
+    "fused attention: window one long",
+    "attention:fused_attention",
+    "causal_mask(positions, positions, window)",
+    "causal_mask(positions, positions, window + 1)",
+    "noise",
+)
+jax(
+    "fused attention: window one long",
+    "attention:fused_attention",
+    "(window - 1, 0)",
+    "(window, 0)",
+    "noise",
+    dtype="float32",
+)
+jax(
+    "scanned layers add their input twice",
+    "model:Transformer.__call__",
+    "(apply_layer('all', params, x, None)[0], None)",
+    "(x + apply_layer('all', params, x, None)[0], None)",
+    "noise",
+)

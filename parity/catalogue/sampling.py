@@ -322,6 +322,21 @@ jax(
     place="rotary table",
     **CACHE,
 )
+both(
+    "window ignored with a cache",
+    (
+        "model:Transformer.__call__",
+        "causal_mask(positions, jnp.arange(slots), self.cfg.sliding_window)",
+        "causal_mask(positions, jnp.arange(slots), None)",
+    ),
+    (
+        "model:Transformer.forward",
+        "causal_mask(positions, slots, self.cfg.sliding_window)",
+        "causal_mask(positions, slots, None)",
+    ),
+    place=CORE,
+    **CACHE,
+)
 area("generation")
 GENERATE = {"check": "tokens", "place": "generate"}
 torch("padding kept", "kv_cache:KVCache.set_length", "self.length = length", "pass", **GENERATE)
