@@ -140,9 +140,9 @@ def prune_checkpoints(run: Path, keep_last: int, keep_best: int) -> list[Path]:
 
     keep_last 0 keeps all. What a cut-off save or deletion left behind goes too.
     """
-    for leftover in [*run.glob(".step-*.partial"), *run.glob(".step-*.deleted")]:
+    found = checkpoints(run)  # which puts back what had only stepped aside
+    for leftover in [path for end in (".partial", ".deleted", ASIDE) for path in run.glob(f".step-*{end}")]:
         shutil.rmtree(leftover, ignore_errors=True)
-    found = checkpoints(run)
     losses = {folder: loss for folder in found if (loss := held_out_loss(folder)) is not None}
     best = sorted(losses, key=lambda folder: losses[folder])[:keep_best]
     deleted = [folder for folder in found[: -keep_last or None] if folder not in best] if keep_last else []

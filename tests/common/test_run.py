@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -218,6 +219,16 @@ while True:
         save_checkpoint(run, CFG, make_state(step), {"again": True})  # the same step once more
     prune_checkpoints(run, 2, 0)
 """
+
+
+def test_a_save_killed_before_the_old_folder_was_deleted_leaves_nothing_after_pruning(tmp_path):
+    folder = save_checkpoint(tmp_path, CFG, make_state(3), {})
+    shutil.copytree(folder, tmp_path / f".{folder.name}.old")
+    assert prune_checkpoints(tmp_path, 2, 0) == []
+    assert [path.name for path in tmp_path.iterdir()] == [folder.name]
+    folder.rename(tmp_path / f".{folder.name}.old")  # killed one step earlier: the old one is all there is
+    assert prune_checkpoints(tmp_path, 2, 0) == []
+    assert [path.name for path in tmp_path.iterdir()] == [folder.name]
 
 
 @pytest.mark.parametrize("kills", [12, pytest.param(200, marks=pytest.mark.slow)])

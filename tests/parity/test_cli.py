@@ -1,6 +1,7 @@
 """The command line: exit codes, files, and one clear line for bad input."""
 
 import json
+from pathlib import Path
 
 import pytest
 
@@ -48,7 +49,8 @@ def test_a_side_that_raises_is_a_finding_and_not_the_end(monkeypatch, fresh):
 
     monkeypatch.setattr(torch_llm.layers, "swiglu", broken)
     rows = run_checks(Settings(dtypes=("float64",)), ("logits", "init"))
-    assert [(row.check, row.ok, row.side) for row in rows] == [("logits", False, "torch"), ("init", True, "")]
+    found = [(row.check, row.ok, row.side) for row in rows]
+    assert found == [("logits", False, "torch"), ("init", True, ""), ("init", True, "")]
     assert "RuntimeError: shapes differ" in rows[0].note
 
 
@@ -56,7 +58,7 @@ def test_a_side_that_raises_is_a_finding_and_not_the_end(monkeypatch, fresh):
     ("flags", "words"),
     [
         (["run", "--preset", "huge"], "unknown preset 'huge'"),
-        (["run", "--check", "logit"], "unknown check 'logit'; known: spec, init, logits"),
+        (["run", "--check", "logit"], "unknown check 'logit'; known: spec, tokenizer, data"),
         (["run", "--seed", "-1"], "seed = -1"),
         (["run", "--batch", "0"], "batch = 0"),
         (["run", "--length", "65"], "length needs 65 positions"),
@@ -66,12 +68,51 @@ def test_a_side_that_raises_is_a_finding_and_not_the_end(monkeypatch, fresh):
             "seed = -2",
         ),
         (["demo", "--steps", "3"], "at least 20 steps"),
+        (["mutants", "no such bug"], "no planted bug is called 'no such bug'"),
+        (["trace", "--preset", "huge"], "unknown preset 'huge'"),
+        (["pair", "nothing.py"], "nothing.py: no such script"),
+        (["pair", __file__], "makes no parity.pair.Pair"),
         (["demo", "--data", "nothing"], "nothing: no such file or folder"),
     ],
 )
 def test_bad_input_is_refused_before_any_work(flags, words, tmp_path):
     with pytest.raises(UserError, match=words):
         cli.main([*flags, "--out", str(tmp_path)])
+
+
+def test_a_trace_writes_its_points_and_the_page_shows_them(tmp_path, capsys):
+    assert cli.main(["trace", "--out", str(tmp_path)]) == 0
+    assert "No difference: given identical inputs" in capsys.readouterr().out
+    content = json.loads((tmp_path / "trace.json").read_text())
+    assert content["ok"]
+    assert len(content["points"]) == 37
+    assert cli.main(["run", "--check", "schedule", "--out", str(tmp_path)]) == 0
+    assert "Module by module" in (tmp_path / "report.html").read_text()
+
+
+def test_a_pair_from_a_script(tmp_path, capsys):
+    script = Path(cli.__file__).parents[1] / "examples" / "mlp.py"
+    assert cli.main(["pair", str(script), "--dtype", "float64", "--out", str(tmp_path)]) == 0
+    assert "MLP: JAX and torch agree" in capsys.readouterr().out
+    assert (tmp_path / "report.html").is_file()
+
+
+def test_mutants_are_listed_without_running(tmp_path, capsys):
+    assert cli.main(["mutants", "clip:", "--list", "--out", str(tmp_path)]) == 0
+    assert "1e-6 beside the norm" in capsys.readouterr().out
+
+
+def test_calibrations_are_merged_into_one_table(tmp_path):
+    figure = {"check": "logits", "item": "as given", "dtype": "float64", "largest": "1e-15", "allowed": "1e-12"}
+    for i, share in enumerate(("0.001", "0.002")):
+        rows = [figure | {"share": share, "runs": 3, "alarms": i}]
+        (tmp_path / f"{i}.json").write_text(json.dumps({"runs": 3, "figures": rows}))
+    merge = ["--merge", str(tmp_path / "0.json"), "--merge", str(tmp_path / "1.json")]
+    assert cli.main(["calibrate", "--seeds", "0", *merge, "--out", str(tmp_path)]) == 1, "a false alarm fails"
+    table = (tmp_path / "tolerances.md").read_text()
+    assert "6 runs of the whole ladder" in table
+    assert "**1 false alarms**" in table
+    assert "| logits | as given | float64 | 1.0e-15 | 1.0e-12 | 500.0 |" in table
 
 
 def test_a_check_without_a_part_in_the_dtype_says_so(tmp_path):
