@@ -51,7 +51,7 @@ def _parser() -> argparse.ArgumentParser:
     mutants.add_argument("--out", type=Path, default=OUT)
     pair = commands.add_parser("pair", help="compare a pair of your own: a script that makes a parity.pair.Pair")
     pair.add_argument("script", type=Path, help="Python file; every Pair among its names is compared")
-    pair.add_argument("--dtype", action="append", choices=DTYPES[:2], help="float64 and float32 by default")
+    pair.add_argument("--dtype", action="append", choices=("float64", "float32"), help="float64 and float32 by default")
     pair.add_argument("--out", type=Path, default=Path("runs/pair"))
     report = commands.add_parser("report", help="one HTML page of all that was run")
     report.add_argument("--out", type=Path, default=OUT, help="the folder that `run`, `trace` and `mutants` wrote to")
