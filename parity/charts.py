@@ -54,9 +54,7 @@ def key(*items: tuple[str, str]) -> str:
     )
 
 
-def chart(
-    caption: str, series: Sequence[tuple[str, str, Sequence[float]]], xs: Sequence[Any], log: bool = True, dashed=()
-) -> str:
+def chart(caption: str, series: Sequence[tuple[str, str, Sequence[float]]], xs: Sequence[Any], log: bool = True) -> str:
     """A line chart; xs are numbers, or names that stand below."""
     width, height, left, right, top, bottom = 380, 230, 46, 8, 10, 26
     values = [v for _, _, ys in series for v in ys if math.isfinite(v) and (v > 0 or not log)]
@@ -87,8 +85,10 @@ def chart(
         out.append(f'<text x="{x(i):.1f}" y="{height - 6}" text-anchor="{anchor}">{escaped(xs[i])}</text>')
     for name, color, ys in series:
         points = " ".join(f"{x(i):.1f},{y(v):.1f}" for i, v in enumerate(ys) if math.isfinite(v))
-        dash = ' stroke-dasharray="5 3"' if name in dashed else ""
-        out.append(f'<polyline points="{points}" fill="none" stroke="{color}" stroke-width="2"{dash}/>')
+        under = (
+            ' stroke-width="6" opacity=".4"' if name == "JAX" else ' stroke-width="2"'
+        )  # seen beside what lies on it
+        out.append(f'<polyline points="{points}" fill="none" stroke="{color}" {under}/>')
     key = " ".join(f'<span><i style="background:{c}"></i>{escaped(n)}</span>' for n, c, _ in series)
     picture = f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{escaped(caption)}">{"".join(out)}</svg>'
     return f'<figure><figcaption>{escaped(caption)}<br><span class="key">{key}</span></figcaption>{picture}</figure>'

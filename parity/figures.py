@@ -27,7 +27,7 @@ def layers(s: Settings) -> dict[str, Any]:
     """For each dtype: the error of the residual stream after every layer and of every gradient, running free."""
     found: dict[str, Any] = {}
     for dtype in DTYPES:
-        t = trace(s, dtype=dtype, optimizer=False)
+        t = trace(s, dtype=dtype, optimizer=False, alone=False)
         if any(side.error for side in t.sides):
             continue  # a side that raises has no figures; the table says so
         names = [

@@ -76,37 +76,39 @@ def relative(a: np.ndarray | None, b: np.ndarray, floor: float = 0.0) -> float:
     return error if math.isfinite(error) else math.inf
 
 
-def trace_side(side: Any, weights: Tensors, ids: np.ndarray, targets: np.ndarray, expected=None) -> SideTrace:
-    """One side free and given the specification's values."""
+def trace_side(
+    side: Any, weights: Tensors, ids: np.ndarray, targets: np.ndarray, expected=None, alone: bool = True
+) -> SideTrace:
+    """One side free and given the specification's values; with `alone` False running free stands for both."""
     dtype = side.dtype
     points, loss, grads = expected or specification(weights, ids, targets, side.cfg, lambda x: round_to(x, dtype))
     forward, backward = given(points)
     runs: list[tuple[Recorder, float, Tensors]] = []
     try:
-        for values in ((forward, backward), ({}, {})):
+        for values in ((forward, backward), ({}, {})) if alone else (({}, {}),):
             runs.append(side.tapped(weights, ids, targets, *values))
     except Exception as error:  # a side that raises is a finding too
         return SideTrace(side.name, [], {}, {}, math.inf, f"{type(error).__name__}: {error}")
-    (alone, _, own_grads), (free, free_loss, free_grads) = runs
+    (tapped, _, own_grads), (free, free_loss, free_grads) = runs[0], runs[-1]
     back_floor = FLOOR * max(float(np.linalg.norm(p.d_output)) for p in points if p.name != "loss")
     found = []
     for p in points:
         names = INPUT_NAMES.get(p.name.rsplit(".", 1)[-1], ("x", "", ""))
-        received = {names[i]: relative(alone.forward.get((p.name, f"in{i}")), x) for i, x in enumerate(p.inputs)}
-        leaving = [relative(alone.backward.get((p.name, f"in{i}")), x, back_floor) for i, x in enumerate(p.d_inputs)]
+        received = {names[i]: relative(tapped.forward.get((p.name, f"in{i}")), x) for i, x in enumerate(p.inputs)}
+        leaving = [relative(tapped.backward.get((p.name, f"in{i}")), x, back_floor) for i, x in enumerate(p.d_inputs)]
         which = max(received, key=received.__getitem__) if received else ""
         found.append(
             PointErrors(
                 p.name,
                 max(received.values(), default=math.nan),
-                relative(alone.forward.get((p.name, "out")), p.output),
-                relative(alone.backward.get((p.name, "out")), p.d_output, 0.0 if p.name == "loss" else back_floor),
+                relative(tapped.forward.get((p.name, "out")), p.output),
+                relative(tapped.backward.get((p.name, "out")), p.d_output, 0.0 if p.name == "loss" else back_floor),
                 max(leaving, default=math.nan),
                 relative(free.forward.get((p.name, "out")), p.output),
                 relative(free.backward.get((p.name, "out")), p.d_output, back_floor),
                 which,
-                alone.calls[p.name],
-                any((p.name, f"in{i}") in alone.detached for i in range(len(p.d_inputs))),
+                tapped.calls[p.name],
+                any((p.name, f"in{i}") in tapped.detached for i in range(len(p.d_inputs))),
             )
         )
     loss_error = abs(free_loss - loss) / max(abs(loss), 1e-300)
@@ -249,15 +251,15 @@ def located(row: Row, s: Settings, cfg: ModelConfig | None = None) -> Row:
 
 
 def trace(
-    s: Settings, cfg: ModelConfig | None = None, dtype: str = "float64", optimizer: bool = True, eager: bool = True
+    s: Settings, cfg: ModelConfig | None = None, dtype: str = "float64", optimizer: bool = True, alone: bool = True
 ) -> Trace:
-    """Both sides of a config, traced on random weights and tokens of the settings."""
+    """Both sides of a config, traced on random weights and tokens of the settings. alone: see `trace_side`."""
     cfg = cfg or s.cfg
     weights = random_weights(cfg, s.seed, dtype)
     ids, targets = random_batch(cfg, s.seed, s.batch, s.length)
     expected = specification(weights, ids, targets, cfg, lambda x: round_to(x, dtype))
     sides = s.sides(dtype, cfg)
-    traces = tuple(trace_side(side, weights, ids, targets, expected) for side in sides)
+    traces = tuple(trace_side(side, weights, ids, targets, expected, alone) for side in sides)
     steps = tuple(trace_optimizers(s, cfg)) if optimizer and dtype == "float64" else ()
     return Trace(cfg, dtype, (traces[0], traces[1]), steps)
 

@@ -310,7 +310,7 @@ def _low_precision_trajectory(s: Settings, dtype: str) -> Iterator[Row]:
     float32: the largest difference, bfloat16: the rms difference over the run, because a single step would be noise. The
     control is JAX again with one ulp in every tenth weight, the largest of three such runs.
     """
-    steps = min(s.steps, 400 if dtype == "float32" else 200)
+    steps = min(s.steps, 300 if dtype == "float32" else 200)
     data = RandomBatches(s.cfg, s.seed, batch=s.batch, length=s.length)
     weights = {name: round_to(x, "float32") for name, x in initial_weights(s).items()}
     opt = OptimizerConfig(lr_max=1e-3, lr_min=1e-4, warmup_steps=steps // 10, total_steps=steps)
