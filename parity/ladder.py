@@ -3,11 +3,13 @@
 import contextlib
 import multiprocessing
 import os
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from typing import Any
 
+import jax
 import torch
 
 from llm_common.errors import UserError
@@ -80,14 +82,9 @@ def run_checks(
         for name in names:
             take(name, *_timed(name, settings))
     else:
-        own = (
-            ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), start_worker, (jobs,))
-            if pool is None
-            else None
-        )
-        with own or contextlib.nullcontext(pool) as workers:
+        with processes(jobs) if pool is None else contextlib.nullcontext(pool) as workers:
             longest_first = sorted(names, key=lambda name: LONG.index(name) if name in LONG else len(LONG))
-            futures = {workers.submit(_timed, name, settings): name for name in longest_first}  # type: ignore[union-attr]
+            futures = {workers.submit(_timed, name, settings): name for name in longest_first}
             for future in as_completed(futures):
                 take(futures[future], *future.result())
     return with_noise([row for name in names for row in found[name]])
@@ -99,16 +96,27 @@ def run_with_figures(
     """The whole ladder, and beside it what the report draws, in the same processes."""
     if jobs <= 1:
         return run_checks(settings, (), on_check), figures(settings)
-    with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), start_worker, (jobs,)) as pool:
+    with processes(jobs) as pool:
         drawn = pool.submit(figures, settings)
         return run_checks(settings, (), on_check, jobs, pool), drawn.result()
 
 
-def start_worker(jobs: int) -> None:
-    """A process of `jobs` that share the cores. XLA reads its threads when it is first used."""
+@contextlib.contextmanager
+def processes(jobs: int) -> Iterator[ProcessPoolExecutor]:
+    """Processes that share the cores, and what they compile: a program that one has compiled the others read from a folder."""
+    context = multiprocessing.get_context("spawn")  # a fork of a process with XLA's threads would hang
+    with tempfile.TemporaryDirectory() as cache, ProcessPoolExecutor(jobs, context, _start, (jobs, cache)) as pool:
+        yield pool
+
+
+def _start(jobs: int, cache: str) -> None:
+    """XLA reads its threads when it is first used."""
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // jobs))
     if jobs >= (os.cpu_count() or 1):
         os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_cpu_multi_thread_eigen=false"
-    torch.set_num_threads(max(1, (os.cpu_count() or 1) // jobs))
+    jax.config.update("jax_compilation_cache_dir", cache)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
 
 
 def _timed(check: str, settings: Settings) -> tuple[list[Row], float]:

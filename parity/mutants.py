@@ -6,12 +6,9 @@ mathematics must stay green. Bugs in shared code, or in both sides alike, are se
 
 import dataclasses
 import math
-import multiprocessing
 import os
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
 
 import jax
 from rich.console import Console
@@ -21,7 +18,7 @@ from llm_common.errors import UserError
 from parity.catalogue import EQUIVALENTS, MUTANTS, Mutant
 from parity.compare import Row
 from parity.jax_side import clear_train_step
-from parity.ladder import rows_of, start_worker
+from parity.ladder import processes, rows_of
 from parity.planting import planted
 from parity.settings import Settings
 
@@ -154,24 +151,12 @@ def run_mutants(
         for level in levels:
             take(clean_run(level))
         return outcomes
-    context = multiprocessing.get_context("spawn")  # a fork of a process with XLA's threads would hang
-    with (
-        tempfile.TemporaryDirectory() as cache,
-        ProcessPoolExecutor(jobs, context, _start_worker, (jobs, cache)) as pool,
-    ):
+    with processes(jobs) as pool:
         futures = [pool.submit(run_mutant, mutant) for mutant in mutants]
         futures += [pool.submit(clean_run, level) for level in levels]
         for future in futures:
             take(future.result())
     return outcomes
-
-
-def _start_worker(jobs: int, cache: str) -> None:
-    start_worker(jobs)
-    # the single operations that uncompiled JAX compiles are compiled by one process for all
-    jax.config.update("jax_compilation_cache_dir", cache)
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-    jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
 
 
 # --- what a person reads

@@ -71,7 +71,8 @@ def _controls(
         side.loss_and_grads(weights, ids[::-1].copy(), targets[::-1].copy())[1],
     )
     if side.name == "JAX":
-        yield "logits", "uncompiled against jit", {"logits": side.uncompiled_logits(weights, ids)}
+        if dtype != "float64":
+            yield "logits", "uncompiled against jit", {"logits": side.uncompiled_logits(weights, ids)}
         # operation by operation they would take ten seconds to compile
         yield "gradients", "compiled without optimisation", side.unoptimised_gradients(weights, ids, targets)
     elif s.compile:

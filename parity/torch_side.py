@@ -63,6 +63,8 @@ class TorchSide:
         with torch.no_grad(), self.scope():
             return self._model(weights)(self._tensor(ids)).double().cpu().numpy()
 
+    uncompiled_logits = logits
+
     def compiled_logits(self, weights: Tensors, ids: np.ndarray) -> np.ndarray:
         """The logits through torch.compile."""
         with torch.no_grad(), self.scope():
