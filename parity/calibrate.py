@@ -136,7 +136,7 @@ def _kind(item: str) -> str:
 
 
 def write_table(
-    path: Path, figures: list[Figure], runs: int, title: str, effects: dict[str, Any] | None = None
+    path: Path, figures: list[Figure], runs: int, title: str, steps: int, effects: dict[str, Any] | None = None
 ) -> None:
     """A dated Markdown table. effects: level -> smallest effect of a planted bug over what is allowed there."""
     versions = ", ".join(f"{name} {version}" for name, version in environment()["versions"].items() if version)
@@ -144,7 +144,8 @@ def write_table(
     lines = [
         f"# {title}",
         "",
-        f"{runs} runs of the whole ladder, each on a seed of its own, over {len(SHAPES)} shapes: **{alarms} false alarms**.",
+        f"{runs} runs of the whole ladder, each with another seed or another of {len(SHAPES)} shapes, trajectories of {steps} steps: "
+        f"**{alarms} false alarms**.",
         f"{date.today().isoformat()}, Python {environment()['python']}, {environment()['system']}; {versions}. "
         "Made by `parity calibrate`.",
         "",
@@ -161,7 +162,8 @@ def write_table(
         effect = (effects or {}).get(f"{f.check} {f.dtype or 'float64'}")
         bug = "" if effect is None else "exact" if effect[0] == "exact" else f"{float(effect[0]):.0e}"
         numbers = f"{f.largest:.1e} | {f.allowed:.1e}" if f.allowed else f"{f.largest:.0f} | 0"
-        lines.append(f"| {f.check} | {f.item} | {f.dtype} | {numbers} | {margin} | {bug} |")
+        item = f.item.replace("|", "\\|")
+        lines.append(f"| {f.check} | {item} | {f.dtype} | {numbers} | {margin} | {bug} |")
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
 

@@ -234,7 +234,7 @@ def _calibrate(args: argparse.Namespace) -> bool:
     write_figures(args.out / "figures.json", figures, total)
     mutants = OUT / "mutants.json"
     effects = json.loads(mutants.read_text(encoding="utf-8"))["smallest effects"] if mutants.is_file() else None
-    write_table(args.out / "tolerances.md", figures, total, "Tolerances and their margins", effects)
+    write_table(args.out / "tolerances.md", figures, total, "Tolerances and their margins", args.steps, effects)
     alarms = sum(figure.alarms for figure in figures)
     console.print(f"{total} runs, {alarms} false alarms; {args.out / 'tolerances.md'}")
     return alarms == 0
