@@ -243,10 +243,12 @@ def located(row: Row, s: Settings, cfg: ModelConfig | None = None) -> Row:
         return row
     found = trace(s, cfg)
     place = found.place()
-    if not place:
-        return dataclasses.replace(
-            row, note=f"{row.note}; uncompiled no module differs: only the compiled program does"
-        )
+    if not place:  # the pass without gradients may take another way, which cached decoding takes too
+        other = trace_cache(dataclasses.replace(row, place=""), dataclasses.replace(s, cfg=cfg or s.cfg))
+        if other.place:
+            return dataclasses.replace(other, note=f"without gradients {other.note}")
+        note = "uncompiled and with gradients no module differs: only the compiled program does"
+        return dataclasses.replace(row, note=f"{row.note}; {note}")
     return dataclasses.replace(row, place=place, note=found.sentence())
 
 

@@ -9,7 +9,7 @@ import parity.planting
 import torch_llm.layers
 from llm_common.config import preset
 from llm_common.errors import UserError
-from parity.catalogue import EQUIVALENTS, MUTANTS
+from parity.catalogue import EQUIVALENTS, MUTANTS, Mutant
 from parity.compare import JAX, SHARED, TORCH
 from parity.ladder import run_checks
 from parity.mutants import EFFECT_WANTED, clean_run, run_mutant, run_mutants, score, select, smallest_effects
@@ -130,3 +130,12 @@ def test_a_bug_that_is_not_seen_is_not_counted_as_caught():
     assert not outcome.ok
     blamed_wrongly = dataclasses.replace(QUICK[0], side=SHARED)
     assert not run_mutant(blamed_wrongly).ok
+
+
+def test_a_bug_of_the_pass_without_gradients_is_placed_too():
+    edit = Edit(
+        "torch_llm.layers:embedding", "F.embedding(input_ids, weight)", "F.embedding(input_ids, weight) * 1.0001"
+    )
+    outcome = run_mutant(Mutant("x", "x", (edit,), "logits", TORCH, "model.embed_tokens"))
+    assert outcome.ok, (outcome.found, outcome.note)
+    assert outcome.note.startswith("without gradients torch differs first at model.embed_tokens")
