@@ -18,13 +18,12 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
-import jax
 import torch
 
 from llm_common.config import ModelConfig, preset
 from llm_common.run_log import environment
 from parity.compare import Row
-from parity.ladder import CHECKS, rows_of
+from parity.ladder import CHECKS, rows_of, share_compiled
 from parity.noise import with_noise
 from parity.settings import Settings
 from parity.trace import local_allowed, own_errors, trace
@@ -124,8 +123,7 @@ def _start_worker(cache: str, turn: Any) -> None:
             cores = sorted(os.sched_getaffinity(0))
             os.sched_setaffinity(0, {cores[turn.value % len(cores)]})
             turn.value += 1
-    jax.config.update("jax_compilation_cache_dir", cache)  # all seeds of a shape run the same programs
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    share_compiled(cache)  # all seeds of a shape run the same programs
 
 
 def _kind(item: str) -> str:

@@ -42,7 +42,7 @@ def global_norm(tensors: Tensors) -> float:
 
 def tensor_errors(a: Tensors, b: Tensors) -> dict[str, float]:
     """The error of every tensor of a against b; infinite where a is missing, has another shape or is not finite."""
-    return {name: _error(a.get(name), b[name], size) for name, size in tensor_sizes(b).items()}
+    return {name: tensor_error(a.get(name), b[name], size) for name, size in tensor_sizes(b).items()}
 
 
 def tensor_sizes(b: Tensors) -> dict[str, float]:
@@ -51,7 +51,8 @@ def tensor_sizes(b: Tensors) -> dict[str, float]:
     return {name: max(float(np.linalg.norm(x)), floor) for name, x in b.items()}
 
 
-def _error(a: np.ndarray | None, b: np.ndarray, size: float) -> float:
+def tensor_error(a: np.ndarray | None, b: np.ndarray, size: float) -> float:
+    """||a - b|| / size; infinite if a is missing, of another shape or not finite."""
     if a is None or a.shape != b.shape:
         return math.inf
     if np.array_equal(a, b):

@@ -4,10 +4,9 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from parity import spec
 from parity.cases import random_batch, random_weights
 from parity.compare import JAX, TORCH, Row, Tensors, tensor_errors, verdict, worst
-from parity.model_checks import CEILING, FLOAT64_ALLOWED, one_ulp_noise
+from parity.model_checks import CEILING, FLOAT64_ALLOWED, one_ulp_noise, specified
 from parity.settings import Settings
 
 # TF32 keeps 10 bits of each factor: what moving everything by one ulp of such a number does is the ceiling. Where it is really
@@ -22,10 +21,10 @@ def check_device(s: Settings) -> Iterator[Row]:
     for dtype in s.dtypes:
         weights = random_weights(s.cfg, s.seed, dtype)
         ids, targets = random_batch(s.cfg, s.seed, s.batch, s.length)
-        exact = _specification(s, weights, ids, targets)
+        exact = specified(s, weights, ids, targets)
         allowed = dict.fromkeys(exact, 2 * FLOAT64_ALLOWED)
         if dtype != "float64":
-            moved = _specification(s, weights, ids, targets, one_ulp_noise(s.seed, dtype))
+            moved = specified(s, weights, ids, targets, one_ulp_noise(s.seed, dtype))
             allowed = {what: 2 * CEILING[dtype] * worst(tensor_errors(moved[what], exact[what]))[1] for what in exact}
         for here, there in zip(s.sides(dtype), s.on("cpu", "reference").sides(dtype), strict=True):
             for what in exact:
@@ -43,8 +42,8 @@ def _tf32(s: Settings) -> Iterator[Row]:
     """float32 with TF32 allowed, against float64: below its own ceiling, and far above float32's error, or it is not in use."""
     weights = random_weights(s.cfg, s.seed, "float32")
     ids, targets = random_batch(s.cfg, s.seed, s.batch, s.length)
-    exact = _specification(s, weights, ids, targets)
-    moved = _specification(s, weights, ids, targets, one_ulp_noise(s.seed, "tf32"))
+    exact = specified(s, weights, ids, targets)
+    moved = specified(s, weights, ids, targets, one_ulp_noise(s.seed, "tf32"))
     for what in exact:
         found = []
         for side in s.sides("float32"):
@@ -70,18 +69,6 @@ def _tf32(s: Settings) -> Iterator[Row]:
             side,
             note,
         )
-
-
-def _specification(
-    s: Settings, weights: Tensors, ids: np.ndarray, targets: np.ndarray, noise=None
-) -> dict[str, Tensors]:
-    if noise is not None:
-        weights = {name: noise(x) for name, x in weights.items()}
-    rnd = noise or spec.exact
-    return {
-        "logits": {"logits": spec.forward(weights, ids, s.cfg, rnd)[0]},
-        "gradients": spec.loss_and_grads(weights, ids, targets, s.cfg, rnd)[1],
-    }
 
 
 def _run(side, what: str, weights: Tensors, ids: np.ndarray, targets: np.ndarray) -> Tensors:

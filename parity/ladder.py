@@ -114,6 +114,11 @@ def _start(jobs: int, cache: str) -> None:
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // jobs))
     if jobs >= (os.cpu_count() or 1):
         os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_cpu_multi_thread_eigen=false"
+    share_compiled(cache)
+
+
+def share_compiled(cache: str) -> None:
+    """Read from a folder, and write to it, every program that JAX compiles in this process."""
     jax.config.update("jax_compilation_cache_dir", cache)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)

@@ -212,6 +212,17 @@ def one_ulp_noise(seed: int, dtype: str):
     return lambda x: x + spacing(x, dtype) * rng.choice([-1.0, 1.0], x.shape)
 
 
+def specified(s: Settings, weights: Tensors, ids: np.ndarray, targets: np.ndarray, noise=None) -> dict[str, Tensors]:
+    """The specification's logits and gradients, with `noise` on every weight and intermediate result if it is given."""
+    if noise is not None:
+        weights = {name: noise(x) for name, x in weights.items()}
+    rnd = noise or spec.exact
+    return {
+        "logits": {"logits": spec.forward(weights, ids, s.cfg, rnd)[0]},
+        "gradients": spec.loss_and_grads(weights, ids, targets, s.cfg, rnd)[1],
+    }
+
+
 def _pool(name: str, tensors: Tensors) -> str:
     return re.sub(r"layers\.\d+", "layers.*", name) if tensors[name].size < SMALL else name
 

@@ -20,7 +20,7 @@ import torch
 from flax import nnx
 
 from llm_common.errors import UserError
-from parity.compare import FLOOR
+from parity.compare import FLOOR, tensor_errors
 from parity.taps import JaxRecorder, TorchRecorder, Values
 from parity.trace import Fault, PointErrors, SideTrace, fault, local_allowed, relative
 
@@ -232,7 +232,5 @@ def trace_pair(pair: Any, dtype: str) -> PairTrace:
                 (name, "in0") in alone.detached,
             )
         )
-    from parity.compare import tensor_errors
-
     side = SideTrace("JAX", errors, tensor_errors(own, their_grads), tensor_errors(free_grads, their_grads), math.nan)
     return PairTrace(side, local_allowed(dtype), names)

@@ -124,7 +124,7 @@ def clean_run(level: tuple[str, str]) -> Outcome:
 
 
 def select(names: Sequence[str] = (), quick: bool = False) -> list[Mutant]:
-    """The mutants with one of some words in their name or area, or all; quick: one of each area, and all equivalents' first."""
+    """The mutants with one of some words in their name or area, or all; quick: one or two of each area."""
     found = [m for m in (*MUTANTS, *EQUIVALENTS) if not names or any(word in f"{m.area}: {m.name}" for word in names)]
     if not found:
         areas = ", ".join(dict.fromkeys(m.area for m in MUTANTS))

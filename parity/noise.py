@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 
 from llm_common.errors import UserError
-from parity import spec
 from parity.cases import families, random_batch, random_weights
 from parity.compare import Row, Tensors, tensor_errors, worst
+from parity.model_checks import CEILING, one_ulp_noise, specified
 from parity.settings import Settings
 
 # A control moves each side by rounding alone, as far as the two sides may be from the specification together.
@@ -112,14 +112,6 @@ def with_noise(rows: list[Row]) -> list[Row]:
 
 def _ceiling(s: Settings, dtype: str, weights: Tensors, ids: np.ndarray, targets: np.ndarray) -> float:
     """The error that one ulp in every weight and intermediate result makes in the worst gradient or in the logits."""
-    from parity.model_checks import CEILING, one_ulp_noise
-
-    noise = one_ulp_noise(s.seed, dtype)
-    moved = {name: noise(x) for name, x in weights.items()}
-    pair = [{"logits": spec.forward(moved, ids, s.cfg, noise)[0]}, {"logits": spec.forward(weights, ids, s.cfg)[0]}]
-    logits = worst(tensor_errors(*pair))[1]
-    noisy, exact = (
-        spec.loss_and_grads(moved, ids, targets, s.cfg, noise),
-        spec.loss_and_grads(weights, ids, targets, s.cfg),
-    )
-    return CEILING[dtype] * max(logits, worst(tensor_errors(noisy[1], exact[1]))[1])
+    moved = specified(s, weights, ids, targets, one_ulp_noise(s.seed, dtype))
+    exact = specified(s, weights, ids, targets)
+    return CEILING[dtype] * max(worst(tensor_errors(moved[what], exact[what]))[1] for what in exact)

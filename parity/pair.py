@@ -234,12 +234,12 @@ class Pair:
 
     def run_jax(self, dtype: str, leaves: Mapping[str, np.ndarray], inputs: Sequence[np.ndarray]):
         """The same of JAX, its gradients as torch has them."""
-        params, arrays = with_leaves(self.params, leaves, jnp.dtype(dtype)), self.jax_inputs(dtype, inputs)
+        arrays = self.jax_inputs(dtype, inputs)
         float_inputs = [i for i, x in enumerate(arrays) if jnp.issubdtype(x.dtype, jnp.floating)]
         values = {name: jnp.array(x, jnp.dtype(dtype)) for name, x in leaves.items()}
 
         def total(values, floats):
-            filled = _with_values(params, values)
+            filled = with_leaves(self.params, values, jnp.dtype(dtype))
             full = [floats[float_inputs.index(i)] if i in float_inputs else x for i, x in enumerate(arrays)]
             outputs = [jnp.asarray(x) for x in jax.tree.leaves(self.function(filled, *full)) if hasattr(x, "dtype")]
             parts = [
@@ -330,9 +330,3 @@ def _flatten(x: Any) -> list[Any]:
     if isinstance(x, (tuple, list)):
         return [y for value in x for y in _flatten(value)]
     return [] if x is None else [x]
-
-
-def _with_values(params: Any, values: Mapping[str, jax.Array]) -> Any:
-    from parity.matching import path_name
-
-    return jax.tree_util.tree_map_with_path(lambda path, leaf: values.get(path_name(path), leaf), params)

@@ -16,7 +16,19 @@ from llm_common.checkpoint import TrainingState
 from llm_common.config import ModelConfig, OptimizerConfig
 from parity import spec
 from parity.cases import random_batch, random_weights
-from parity.compare import BOTH, FLOOR, JAX, SHARED, TORCH, Row, Tensors, global_norm, round_to, tensor_errors
+from parity.compare import (
+    BOTH,
+    FLOOR,
+    JAX,
+    SHARED,
+    TORCH,
+    Row,
+    Tensors,
+    global_norm,
+    round_to,
+    tensor_error,
+    tensor_errors,
+)
 from parity.points import INPUT_NAMES, Point, given, piece_values, positions, specification
 from parity.settings import Settings
 from parity.taps import Recorder
@@ -69,11 +81,7 @@ class Fault:
 
 def relative(a: np.ndarray | None, b: np.ndarray, floor: float = 0.0) -> float:
     """||a - b|| / max(||b||, floor); infinite if a is missing, of another shape or not finite."""
-    if a is None or a.shape != b.shape:
-        return math.inf
-    size = max(float(np.linalg.norm(b)), floor, 1e-300)
-    error = float(np.linalg.norm(a - b)) / size
-    return error if math.isfinite(error) else math.inf
+    return tensor_error(a, b, max(float(np.linalg.norm(b)), floor, 1e-300))
 
 
 def trace_side(

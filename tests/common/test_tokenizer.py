@@ -1,11 +1,8 @@
 """The tokenizer: a naive trainer and tiktoken as oracles, and round trips over any text."""
 
-import itertools
 import json
-from collections import Counter
 
 import pytest
-import regex
 import tiktoken
 from hypothesis import given
 from hypothesis import strategies as st
@@ -13,6 +10,7 @@ from hypothesis import strategies as st
 from llm_common.corpus import python_documentation
 from llm_common.errors import UserError
 from llm_common.tokenizer import END_OF_TEXT, PATTERNS, Tokenizer, check_vocabulary, train_bpe
+from parity import spec_text
 
 TEXT = "low lower lowest, newer newest wider; the widest river's banks they'll widen. 12345 été 你好 🙂\n\n  end"
 
@@ -23,36 +21,9 @@ def tokenizer(request) -> Tokenizer:
     return train_bpe([*texts, TEXT], 600, (END_OF_TEXT, "<|user|>"), request.param)
 
 
-def naive_train(texts: list[str], n_merges: int) -> list[tuple[bytes, bytes]]:
-    """BPE by its definition: count every pair, merge the best, over and over."""
-    words = Counter(word for text in texts for word in regex.findall(PATTERNS["gpt2"], text))
-    split = {word: [bytes([b]) for b in word.encode()] for word in words}
-    merges = []
-    for _ in range(n_merges):
-        pairs: Counter = Counter()
-        for word, parts in split.items():
-            for pair in itertools.pairwise(parts):
-                pairs[pair] += words[word]
-        if not pairs:
-            break
-        best = max(pairs, key=lambda pair: (pairs[pair], pair))
-        merges.append(best)
-        for word, parts in split.items():
-            i, merged = 0, []
-            while i < len(parts):
-                if tuple(parts[i : i + 2]) == best:
-                    merged.append(parts[i] + parts[i + 1])
-                    i += 2
-                else:
-                    merged.append(parts[i])
-                    i += 1
-            split[word] = merged
-    return merges
-
-
 def test_training_is_the_naive_algorithm():
     texts = [TEXT * 3, "aaaa aaa aa abababab", "the cat the cat the hat " * 5]
-    assert train_bpe(texts, 256 + 80 + 1).merges == naive_train(texts, 80)
+    assert train_bpe(texts, 256 + 80 + 1).merges == spec_text.train(texts, 80, END_OF_TEXT)
 
 
 def test_encoding_equals_tiktoken(tokenizer):
