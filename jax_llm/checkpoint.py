@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax import Array
+from jax.experimental import multihost_utils
 
 from jax_llm.model import Params, build_params, get_canonical
 from jax_llm.optim import make_optimizer
@@ -51,7 +52,14 @@ def _put(stack: Array, x: Array, i: int | Array) -> Array:
 
 def to_canonical(cfg: ModelConfig, params: Params) -> dict[str, np.ndarray]:
     """Canonical tensors, each a NumPy array of its own, from a parameter tree (or a gradient or moment tree)."""
-    return {name: np.array(get_canonical(params, name)) for name in tensor_shapes(cfg)}
+    return {name: to_host(get_canonical(params, name)) for name in tensor_shapes(cfg)}
+
+
+def to_host(x: Array) -> np.ndarray:
+    """x as a NumPy array of its own, whole on every host, however it is cut over their devices."""
+    if x.is_fully_addressable:
+        return np.array(x)
+    return multihost_utils.process_allgather(x, tiled=True)
 
 
 def to_training_state(cfg: ModelConfig, state: TrainState) -> TrainingState:

@@ -4,11 +4,12 @@ B batch, T positions.
 """
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
 from jax_llm.checkpoint import from_canonical
@@ -29,14 +30,21 @@ def batch_loss(
     return cross_entropy_sum(logits, targets)
 
 
-def evaluate(model: CausalLM, params: Params, compute_dtype: str, evaluation: Evaluation) -> tuple[float, int]:
-    """Sum of the losses in nats over all held-out tokens, added up in float64, and how many tokens those are."""
+def evaluate(
+    model: CausalLM,
+    params: Params,
+    compute_dtype: str,
+    evaluation: Evaluation,
+    put: Callable[[np.ndarray], Array] = jnp.array,
+) -> tuple[float, int]:
+    """Sum of the losses in nats over all held-out tokens, added up in float64, and how many tokens those are.
+
+    put: brings a batch's inputs or targets (B, T) to the device, or to the devices of a mesh.
+    """
     total, count = 0.0, 0
     with matmul_precision(compute_dtype):
         for inputs, targets in evaluation.batches():
-            loss, n = batch_loss(
-                params, jnp.array(inputs), jnp.array(targets), model=model, compute_dtype=compute_dtype
-            )
+            loss, n = batch_loss(params, put(inputs), put(targets), model=model, compute_dtype=compute_dtype)
             total, count = total + float(loss), count + int(n)
     return total, count
 

@@ -21,7 +21,7 @@ from jax import Array
 
 from jax_llm import random_bits
 from jax_llm.attention import resolve_backend
-from jax_llm.checkpoint import from_canonical
+from jax_llm.checkpoint import from_canonical, to_host
 from jax_llm.kv_cache import KVCache, init_cache
 from jax_llm.model import CausalLM, Params
 from jax_llm.sampling import sample
@@ -115,22 +115,12 @@ def generate_stream(
     """
     padded, lengths = check_prompts(prompts, model.cfg, max_new_tokens)
     b = len(padded)
-    row_numbers = jnp.arange(b) if numbers is None else jnp.array(numbers, jnp.int32)
-    seed, sampling = (
-        jnp.uint32(sampling.seed),
-        dataclasses.replace(sampling, seed=0),
-    )  # the seed is a value, not a program
+    row_numbers = np.arange(b, dtype=np.int32) if numbers is None else np.array(numbers, np.int32)
+    seed, sampling = np.uint32(sampling.seed), dataclasses.replace(sampling, seed=0)  # a value, not a program
     settings = {"model": model, "sampling": sampling}
-    cache, tokens = prefill(
-        params,
-        jnp.array(padded),
-        jnp.array(lengths),
-        row_numbers,
-        seed,
-        slots=padded.shape[1] + max_new_tokens,
-        **settings,
-    )
-    drawn, total = np.asarray(tokens)[:, None], 1
+    slots = padded.shape[1] + max_new_tokens
+    cache, tokens = prefill(params, padded, lengths, row_numbers, seed, slots=slots, **settings)
+    drawn, total = to_host(tokens)[:, None], 1
     texts: list[list[int]] = [[] for _ in range(b)]
     done = [False] * b
     while True:
@@ -146,9 +136,8 @@ def generate_stream(
         if all(done) or total == max_new_tokens:
             return
         n = min(chunk, CHUNK, max_new_tokens - total)
-        last = jnp.array(drawn[:, -1])
-        cache, tokens = decode(params, cache, last, row_numbers, seed, jnp.int32(n), **settings)
-        drawn, total = np.asarray(tokens)[:, :n], total + n
+        cache, tokens = decode(params, cache, drawn[:, -1], row_numbers, seed, np.int32(n), **settings)
+        drawn, total = to_host(tokens)[:, :n], total + n
 
 
 def generate(

@@ -108,15 +108,20 @@ def x64(master_dtype: str):
     return jax.enable_x64(True) if master_dtype == "float64" else contextlib.nullcontext()
 
 
-def select_device(name: str):
-    """The first device of a platform ("cpu", "gpu" or "tpu"), or the default one for "auto"."""
+def platform_devices(name: str) -> list[Any]:
+    """All devices of a platform ("cpu", "gpu" or "tpu"), of every host, or those of the default one for "auto"."""
     try:
-        return jax.devices(None if name == "auto" else name)[0]
+        return jax.devices(None if name == "auto" else name)
     except RuntimeError:
         found = ", ".join(sorted({d.platform for d in jax.devices()}))
         raise UserError(
             f"JAX sees no {name} here, only: {found}; use one of these or install jax[cuda13] / jax[tpu]"
         ) from None
+
+
+def select_device(name: str) -> Any:
+    """This host's first device of a platform (by name)."""
+    return next(d for d in platform_devices(name) if d.process_index == jax.process_index())
 
 
 def describe(cfg: ModelConfig, train: TrainConfig, device: str) -> str:
@@ -205,6 +210,14 @@ def compiled_train_step(cfg: ModelConfig, train: TrainConfig, opt: OptimizerConf
     return jax.jit(step, donate_argnums=0, compiler_options=options)
 
 
+def read_batch(dataset: Dataset, step: int, cfg: ModelConfig) -> tuple[Array, Array]:
+    """Inputs and targets of a step, each (B, T), on the default device. Raises UserError for an id outside the vocabulary."""
+    batch = dataset.batch(step)
+    check_batch(*batch, cfg.vocab_size, f"step {step}")
+    inputs, targets = (jnp.array(np.ascontiguousarray(x)) for x in batch)
+    return inputs, targets
+
+
 def fit(
     state: TrainState,
     cfg: ModelConfig,
@@ -213,21 +226,22 @@ def fit(
     dataset: Dataset,
     until_step: int | None = None,
     on_step: Callable[[int, TrainState, dict[str, float]], bool | None] | None = None,
+    train_step: Callable | None = None,
+    read_batch: Callable[..., tuple[Array, Array]] = read_batch,
 ) -> TrainState:
     """Train from `state.step` to `until_step` (default: opt.total_steps) and return the new state.
 
     The state that comes in is donated: do not use it afterwards. `on_step(step, state, metrics)` is called after each
     step with loss, grad_norm, lr and skipped; if it returns True, training ends there. Raises UserError if too many updates in
-    a row were skipped, naming the tensor that is the first to be not finite.
+    a row were skipped, naming the tensor that is the first to be not finite. train_step, read_batch: those for many devices,
+    of `jax_llm.distributed`.
     """
     check_length(cfg, train.seq_len, "seq_len")
     (platform,) = {d.platform for d in state.step.devices()}
-    train_step = compiled_train_step(cfg, train, opt, platform)
+    train_step = train_step or compiled_train_step(cfg, train, opt, platform)
     step, adam_count, skipped_in_row = int(state.step), int(state.adam_count), 0
     while step < (opt.total_steps if until_step is None else until_step):
-        batch = dataset.batch(step)
-        check_batch(*batch, cfg.vocab_size, f"step {step}")
-        inputs, targets = (jnp.array(np.ascontiguousarray(x)) for x in batch)
+        inputs, targets = read_batch(dataset, step, cfg)
         scalars = step_scalars(opt, step, adam_count)
         state, metrics = train_step(state, inputs, targets, scalars)
         step, adam_count = step + 1, int(state.adam_count)

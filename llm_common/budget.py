@@ -5,6 +5,7 @@ import resource
 import sys
 
 from llm_common.config import ModelConfig, TrainConfig
+from llm_common.sharding import ONE_DEVICE, MeshConfig
 
 # Peak of dense bfloat16 matrix products, FLOP/s, by a part of the device's name. Source: the makers' data sheets.
 PEAKS = {
@@ -47,29 +48,36 @@ def flops_per_step(cfg: ModelConfig, train: TrainConfig) -> float:
     return 6.0 * (products + attention) * train.batch_size * train.seq_len
 
 
-def memory_per_step(cfg: ModelConfig, train: TrainConfig, fused_attention: bool, compiled: bool) -> dict[str, int]:
-    """About how many bytes a step needs: exact for what is kept, an estimate for activations.
+def memory_per_step(
+    cfg: ModelConfig, train: TrainConfig, fused_attention: bool, compiled: bool, mesh: MeshConfig = ONE_DEVICE
+) -> dict[str, int]:
+    """About how many bytes a step needs on each device: exact for what is kept, an estimate for activations.
 
     Keys: weights, moments, gradients (master dtype, and the cast copies of both), activations (of one micro-batch). Measured
     on an H100 at 124m, bfloat16, 32,768 tokens: the sum is 0.9 to 1.2 times the peak of both frameworks.
     """
+    parts, tensor = mesh.fsdp * mesh.tensor, mesh.tensor
     p, master = cfg.num_parameters(), 8 if train.compute_dtype == "float64" else 4
     c = {"float64": 8, "float32": 4, "bfloat16": 2}[train.compute_dtype]
     wide = max(c, 4)
-    cast = 2 * p * c if c != master else 0
-    tokens = train.batch_size // train.gradient_accumulation_steps * train.seq_len
-    d, f, t = cfg.hidden_size, cfg.intermediate_size, train.seq_len
-    heads = (cfg.num_attention_heads + 2 * cfg.num_key_value_heads) * cfg.head_dim
+    cast = 2 * p * c // tensor if c != master and mesh.fsdp == 1 else 0
+    if mesh.fsdp > 1:  # weights and gradients of the embedding, the head and two layers at a time are whole
+        embeddings = cfg.vocab_size * cfg.hidden_size * (1 if cfg.tie_word_embeddings else 2)
+        layer = (p - embeddings) // cfg.num_hidden_layers
+        cast = 2 * (embeddings + 2 * layer) * c // tensor
+    tokens = train.batch_size // train.gradient_accumulation_steps * train.seq_len // mesh.batch_shards
+    d, f, t = cfg.hidden_size, cfg.intermediate_size // tensor, train.seq_len
+    heads = (cfg.num_attention_heads + 2 * cfg.num_key_value_heads) * cfg.head_dim // tensor
     # Scores of the reference attention and their softmax. A compiler fuses the float32 middle of norms and SwiGLU away.
-    scores = 0 if fused_attention else cfg.num_attention_heads * t * (wide + c)
+    scores = 0 if fused_attention else cfg.num_attention_heads // tensor * t * (wide + c)
     layer = c * (5 * d + heads + 2 * f) if compiled else c * (5 * d + 2 * heads + 3 * f) + wide * (4 * d + 2 * f)
     kept = {"none": layer + scores, "dots": c * (3 * d + heads + 2 * f), "full": c * d}[train.remat]
     working = layer + scores if train.remat != "none" else 0
-    logits = cfg.vocab_size * (c + wide * (1 if compiled else 2))
+    logits = cfg.vocab_size // tensor * (c + wide * (1 if compiled else 2))
     return {
-        "weights": p * master,
-        "moments": 2 * p * master,
-        "gradients": p * master + cast,
+        "weights": p * master // parts,
+        "moments": 2 * p * master // parts,
+        "gradients": p * master // parts + cast,
         "activations": tokens * (cfg.num_hidden_layers * kept + working + logits),
     }
 

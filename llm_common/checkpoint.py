@@ -4,6 +4,7 @@
       config.json            the model, as transformers reads it
       model.safetensors      master weights under their canonical names
       optimizer.safetensors  mu.<name> and nu.<name>
+                             (large ones, and those of several hosts, in shards with an index, as transformers has them)
       bpe.json, tokenizer.json, ...   the tokenizer, if the run has one, as this program and as transformers load it
       state.json             counters, seed, settings, sha256 of every other file; written last, as the commit mark
 
@@ -13,9 +14,11 @@ checkpoint as it was. There is no pickle anywhere. The folder is also one that t
 
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -26,8 +29,18 @@ from llm_common.config import ModelConfig, OptimizerConfig, TrainConfig
 from llm_common.data import Dataset
 from llm_common.errors import UserError, read_json
 from llm_common.hf_tokenizer import AnyTokenizer, companions, token_ids
-from llm_common.tensor_files import MODEL_FILE, TensorFiles, check_plain_file, open_model_files, sync, write_tensors
-from llm_common.tensors import Tensors, check_tensors
+from llm_common.hosts import ONE_HOST, Hosts
+from llm_common.tensor_files import (
+    MODEL_FILE,
+    TensorFiles,
+    check_plain_file,
+    open_model_files,
+    plan_shards,
+    shard_index,
+    sync,
+    write_tensors,
+)
+from llm_common.tensors import ReadOnDemand, Tensors, check_tensors, tensor_shapes
 
 FORMAT = 1
 ASIDE = ".old"  # with a leading dot, the name of a checkpoint that is about to be replaced
@@ -64,59 +77,128 @@ def save_checkpoint(
     state: TrainingState,
     settings: dict[str, Any],
     tokenizer: AnyTokenizer | None = None,
+    hosts: Hosts = ONE_HOST,
 ) -> Path:
     """Write `run/step-XXXXXXXX`; returns it. `settings` is any JSON: hyper-parameters, data fingerprint, framework.
 
-    Raises UserError if the disk is full or cannot be written; what was saved before is not touched.
+    Several hosts write to one folder, which all of them must see, each its share of the files; none holds more than a file and
+    a tensor in memory. Raises UserError, on all hosts, if one cannot write; what was saved before is not touched.
     """
     folder = run / f"step-{state.step:08d}"
     partial = run / f".{folder.name}.partial"
-    need = sum(x.nbytes for tensors in (state.weights, state.mu, state.nu) for x in tensors.values())
+    dtype = next(iter(state.weights.values())).dtype
+
+    def written(action: Callable[[], Any]) -> Callable[[], Any]:
+        return lambda: _written(action, folder, 3 * cfg.num_parameters() * dtype.itemsize)
+
     try:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        _write_files(partial, cfg, state, settings, tokenizer)
-        if folder.exists():  # the same step saved again: the old one steps aside and goes when the new one is in place
-            aside = run / f".{folder.name}{ASIDE}"
-            shutil.rmtree(aside, ignore_errors=True)
-            os.rename(folder, aside)
-            os.rename(partial, folder)
-            shutil.rmtree(aside)
-        else:
-            os.rename(partial, folder)
-        sync(run)
+        hosts.first(written(lambda: _make_empty(partial)))
+        shares = hosts.together(written(lambda: _write_tensors(partial, cfg, state, dtype, hosts)))
+        files = {name: entry for share in shares for name, entry in share.items()}
+        hosts.first(written(lambda: _write_rest(partial, cfg, state, settings, tokenizer, dtype.name, files)))
+        hosts.first(written(lambda: _commit(partial, folder)))
+    except UserError:
+        if hosts.index == 0:
+            shutil.rmtree(partial, ignore_errors=True)
+        raise
+    return folder
+
+
+def _written(action: Callable[[], Any], folder: Path, need: int) -> Any:
+    """The result of an action that writes; where the system refuses it, one error that says what is missing."""
+    run = folder.parent
+    try:
+        return action()
     except OSError as error:
-        shutil.rmtree(partial, ignore_errors=True)
         newest = latest_checkpoint(run)
         free = shutil.disk_usage(run).free if run.is_dir() else 0
         raise UserError(
             f"{folder}: cannot be written ({error.strerror or error}); it needs {need / 2**20:,.0f} MiB, {free / 2**20:,.0f} "
             f"are free. Make room and start again; {'nothing was saved before' if newest is None else f'{newest} is complete'}"
         ) from None
-    return folder
 
 
-def _write_files(folder: Path, cfg: ModelConfig, state: TrainingState, settings: dict[str, Any], tokenizer) -> None:
-    config = cfg.to_hf() | ({} if tokenizer is None else token_ids(tokenizer))
-    dtype = next(iter(state.weights.values())).dtype.name
-    _write(
-        folder / CONFIG_FILE, (json.dumps(config | {"dtype": dtype, "torch_dtype": dtype}, indent=2) + "\n").encode()
+def _make_empty(folder: Path) -> None:
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+
+
+def _write_tensors(
+    folder: Path, cfg: ModelConfig, state: TrainingState, dtype: np.dtype, hosts: Hosts
+) -> dict[str, dict[str, Any]]:
+    """Write this host's share of the files of weights and moments; returns size and sha256 of each.
+
+    Every host asks for every tensor, which may be cut over all of them, and keeps those of its own files.
+    """
+    shapes, failed, entries = tensor_shapes(cfg), None, {}
+    moments = {"mu": state.mu, "nu": state.nu}
+    optimizer = ReadOnDemand(
+        [f"{label}.{name}" for label in moments for name in shapes], lambda name: moments[name[:2]][name[3:]]
     )
-    write_tensors(folder / MODEL_FILE, state.weights)
-    moments = {f"mu.{name}": x for name, x in state.mu.items()} | {f"nu.{name}": x for name, x in state.nu.items()}
-    write_tensors(folder / OPTIMIZER_FILE, moments)
-    for name, content in (companions(tokenizer) if tokenizer is not None else {}).items():
-        _write(folder / name, content)
-    files = {path.name: {"size": path.stat().st_size, "sha256": _sha256(path)} for path in sorted(folder.iterdir())}
+    for file, tensors in ((MODEL_FILE, state.weights), (OPTIMIZER_FILE, optimizer)):
+        sizes = {
+            name: math.prod(shapes[name.removeprefix("mu.").removeprefix("nu.")]) * dtype.itemsize for name in tensors
+        }
+        plan = plan_shards(file, sizes, hosts.count)
+        for i, (shard, names) in enumerate(plan.items()):
+            kept = {}
+            for name in names:
+                tensor = tensors[name]
+                if i % hosts.count == hosts.index:
+                    kept[name] = tensor
+            try:
+                if kept and failed is None:
+                    write_tensors(folder / shard, kept)
+                    entries[shard] = _entry(folder / shard)
+            except OSError as error:
+                failed = error  # raised at the end: the other hosts still ask for what is cut over this one too
+        if len(plan) > 1 and hosts.index == 0:
+            index = folder / f"{file}.index.json"
+            _write(index, _json(shard_index(plan, sizes)))
+            entries[index.name] = _entry(index)
+    if failed is not None:
+        raise failed
+    return entries
+
+
+def _write_rest(
+    folder: Path,
+    cfg: ModelConfig,
+    state: TrainingState,
+    settings: dict[str, Any],
+    tokenizer: AnyTokenizer | None,
+    dtype: str,
+    files: dict[str, dict[str, Any]],
+) -> None:
+    """Write the config, the tokenizer and, as the commit mark, state.json, which lists `files` and these."""
+    config = cfg.to_hf() | ({} if tokenizer is None else token_ids(tokenizer)) | {"dtype": dtype, "torch_dtype": dtype}
+    small = {CONFIG_FILE: _json(config)} | (companions(tokenizer) if tokenizer is not None else {})
+    for name, data in small.items():
+        _write(folder / name, data)
+        files[name] = _entry(folder / name)
     content = {
         "format": FORMAT,
         "step": state.step,
         "adam_count": state.adam_count,
-        "files": files,
+        "files": dict(sorted(files.items())),
         "settings": settings,
     }
-    _write(folder / STATE_FILE, (json.dumps(content, indent=2) + "\n").encode())
+    _write(folder / STATE_FILE, _json(content))
     sync(folder)
+
+
+def _commit(partial: Path, folder: Path) -> None:
+    """Rename a complete folder into its place."""
+    run = folder.parent
+    if folder.exists():  # the same step saved again: the old one steps aside and goes when the new one is in place
+        aside = run / f".{folder.name}{ASIDE}"
+        shutil.rmtree(aside, ignore_errors=True)
+        os.rename(folder, aside)
+        os.rename(partial, folder)
+        shutil.rmtree(aside)
+    else:
+        os.rename(partial, folder)
+    sync(run)
 
 
 def checkpoints(run: Path) -> list[Path]:
@@ -171,7 +253,7 @@ def load_weights(folder: Path) -> tuple[ModelConfig, TensorFiles]:
     Hugging Face folder, in one file or in shards.
     """
     if (folder / STATE_FILE).is_file():
-        _read_state(folder, (CONFIG_FILE, MODEL_FILE))
+        _read_state(folder, "model")
     return _open_weights(folder)
 
 
@@ -189,13 +271,15 @@ def _open_weights(folder: Path) -> tuple[ModelConfig, TensorFiles]:
     return cfg, weights
 
 
-def load_checkpoint(folder: Path, cfg: ModelConfig | None = None) -> tuple[ModelConfig, TrainingState, dict[str, Any]]:
-    """Config, training state and settings of a checkpoint, after checking every file's size and sha256.
+def load_checkpoint(
+    folder: Path, cfg: ModelConfig | None = None, verify: bool = True
+) -> tuple[ModelConfig, TrainingState, dict[str, Any]]:
+    """Config, training state and settings of a checkpoint, after checking every file's size and, to `verify`, sha256.
 
     Raises UserError, naming the file or the field, if the checkpoint is incomplete, damaged, of a newer format, or, with
     `cfg` given, of another model.
     """
-    content = _read_state(folder)
+    content = _read_state(folder, verify=verify)
     saved_cfg, weights = _open_weights(folder)
     if cfg is not None and cfg != saved_cfg:
         saved, asked = asdict(saved_cfg), asdict(cfg)
@@ -205,7 +289,7 @@ def load_checkpoint(folder: Path, cfg: ModelConfig | None = None) -> tuple[Model
         raise UserError(f"{folder}: checkpoint of another model: {'; '.join(differing)}")
     moments = []
     for label in ("mu", "nu"):
-        moment = TensorFiles(folder / OPTIMIZER_FILE)
+        moment = open_model_files(folder, OPTIMIZER_FILE)
         entries = moment.entries.items()
         moment.entries = {name[3:]: entry for name, entry in entries if name.startswith(label + ".")}
         check_tensors(saved_cfg, moment, f"{folder / OPTIMIZER_FILE} ({label})")
@@ -215,8 +299,9 @@ def load_checkpoint(folder: Path, cfg: ModelConfig | None = None) -> tuple[Model
     return saved_cfg, state, content["settings"]
 
 
-def _read_state(folder: Path, only: tuple[str, ...] = ()) -> dict[str, Any]:
-    """The contents of state.json, after checking size and sha256 of all files that it lists (or of `only` some)."""
+def _read_state(folder: Path, only: str = "", verify: bool = True) -> dict[str, Any]:
+    """The contents of state.json, after checking size and sha256 of all files that it lists (or of config and those that begin
+    with `only`)."""
     content = read_json(folder / STATE_FILE, "is this a checkpoint folder?")
     version = content.get("format") if isinstance(content, dict) else None
     if version != FORMAT:
@@ -229,20 +314,23 @@ def _read_state(folder: Path, only: tuple[str, ...] = ()) -> dict[str, Any]:
     well_formed = all(isinstance(x, int) and not isinstance(x, bool) and x >= 0 for x in counters)
     if not (well_formed and isinstance(files, dict) and isinstance(settings, dict)):
         raise UserError(f"{folder / STATE_FILE}: damaged; use an earlier checkpoint")
-    for name in {CONFIG_FILE, MODEL_FILE, OPTIMIZER_FILE} - set(files):
-        raise UserError(f"{folder / STATE_FILE}: does not list {name}; use an earlier checkpoint")
+    needed = (CONFIG_FILE, *(name if name in files else f"{name}.index.json" for name in (MODEL_FILE, OPTIMIZER_FILE)))
+    for name in set(needed) - set(files):
+        raise UserError(
+            f"{folder / STATE_FILE}: does not list {name.removesuffix('.index.json')}; use an earlier checkpoint"
+        )
     for name, expected in files.items():
         if name != os.path.basename(name) or not isinstance(expected, dict) or not {"size", "sha256"} <= set(expected):
             raise UserError(f"{folder / STATE_FILE}: {name!r} is not the entry of a file of this checkpoint")
         path = folder / name
-        if only and name not in only:
+        if only and not name.startswith((CONFIG_FILE, only)):
             continue
         if not path.is_file():
             raise UserError(f"{path}: missing; the checkpoint is incomplete, use an earlier one")
         if path.is_symlink():
             raise UserError(f"{path}: a link; a checkpoint holds its own files")
         check_plain_file(path)
-        if path.stat().st_size != expected["size"] or _sha256(path) != expected["sha256"]:
+        if path.stat().st_size != expected["size"] or (verify and _sha256(path) != expected["sha256"]):
             raise UserError(f"{path}: damaged (its sha256 is not the recorded one); use an earlier checkpoint")
     return content
 
@@ -292,6 +380,14 @@ def load_resumable(
         raise UserError(f"{error}{hint if 'use an earlier' in str(error) else ''}") from None
     check_resumable(folder, saved_settings, settings)
     return folder, state
+
+
+def _json(content: dict[str, Any]) -> bytes:
+    return (json.dumps(content, indent=2) + "\n").encode()
+
+
+def _entry(path: Path) -> dict[str, Any]:
+    return {"size": path.stat().st_size, "sha256": _sha256(path)}
 
 
 def _write(path: Path, content: bytes) -> None:

@@ -10,7 +10,7 @@ import numpy as np
 from llm_common.config import ModelConfig
 from llm_common.errors import UserError
 from llm_common.hf_tokenizer import AnyTokenizer, companions, token_ids
-from llm_common.tensor_files import INDEX_FILE, MODEL_FILE, TensorFiles, sync
+from llm_common.tensor_files import INDEX_FILE, MODEL_FILE, SHARD_BYTES, TensorFiles, plan_shards, shard_index, sync
 from llm_common.tensors import Tensors, check_tensors, tensor_shapes
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -24,7 +24,7 @@ def export(
     weights: Tensors,
     tokenizer: AnyTokenizer | None = None,
     dtype: str = "float32",
-    shard_bytes: int = 5 << 30,
+    shard_bytes: int = SHARD_BYTES,
 ) -> list[str]:
     """Write config.json, the weights and the tokenizer's files to a new folder; returns their names.
 
@@ -33,30 +33,19 @@ def export(
     check_tensors(cfg, weights, "weights")
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
-    shards: list[list[str]] = [[]]
-    room = shard_bytes
-    for name, shape in tensor_shapes(cfg).items():
-        size = int(np.prod(shape)) * SIZES[dtype]
-        if shards[-1] and size > room:
-            shards.append([])
-            room = shard_bytes
-        shards[-1].append(name)
-        room -= size
-    n = len(shards)
-    names = [MODEL_FILE] if n == 1 else [f"model-{i + 1:05}-of-{n:05}.safetensors" for i in range(n)]
+    sizes = {name: int(np.prod(shape)) * SIZES[dtype] for name, shape in tensor_shapes(cfg).items()}
+    plan = plan_shards(MODEL_FILE, sizes, shard_bytes=shard_bytes)
     try:
         partial.mkdir(parents=True)
-        for file, shard in zip(names, shards, strict=True):
+        for file, shard in plan.items():
             _write_shard(partial / file, {name: tensor_shapes(cfg)[name] for name in shard}, weights, dtype)
         files = {} if tokenizer is None else companions(tokenizer)
         config = (
             cfg.to_hf() | ({} if tokenizer is None else token_ids(tokenizer)) | {"dtype": dtype, "torch_dtype": dtype}
         )
         files = {"config.json": _json(config), **files}
-        if n > 1:
-            weight_map = {name: file for file, shard in zip(names, shards, strict=True) for name in shard}
-            total = sum(int(np.prod(shape)) * SIZES[dtype] for shape in tensor_shapes(cfg).values())
-            files[INDEX_FILE] = _json({"metadata": {"total_size": total}, "weight_map": weight_map})
+        if len(plan) > 1:
+            files[INDEX_FILE] = _json(shard_index(plan, sizes))
         for name, data in files.items():
             (partial / name).write_bytes(data)
         for path in partial.iterdir():
@@ -65,7 +54,7 @@ def export(
     except OSError as error:
         shutil.rmtree(partial, ignore_errors=True)
         raise UserError(f"{folder}: cannot be written ({error})") from None
-    return names + sorted(files)
+    return list(plan) + sorted(files)
 
 
 def _write_shard(path: Path, shapes: dict[str, tuple[int, ...]], weights: Tensors, dtype: str) -> None:

@@ -18,6 +18,7 @@ from typing import Any
 from llm_common.checkpoint import (
     TrainingState,
     latest_checkpoint,
+    load_checkpoint,
     load_resumable,
     prune_checkpoints,
     run_settings,
@@ -28,6 +29,7 @@ from llm_common.data import Dataset
 from llm_common.errors import UserError
 from llm_common.evaluation import EvaluateLoss, Evaluation
 from llm_common.hf_tokenizer import AnyTokenizer
+from llm_common.hosts import ONE_HOST, Hosts, text_hash
 from llm_common.run_log import RunLog, TensorBoard
 from llm_common.tensor_files import TensorFiles
 
@@ -38,7 +40,8 @@ class Run:
     """A run's folder and everything about a run that is not a framework's.
 
     initial: weights to start from instead of random ones. evaluation: held-out tokens. on_event: is given every row of the
-    log as it is written: steps, and rows with the key "event" ("resume", "evaluation", "save", "stop", "end").
+    log as it is written: steps, and rows with the key "event" ("resume", "evaluation", "save", "stop", "end"). hosts: the
+    processes that train together, each with a Run of its own over the same folder; the first of them keeps lock and log.
     """
 
     def __init__(
@@ -55,14 +58,16 @@ class Run:
         evaluation: Evaluation | None = None,
         initial: TensorFiles | None = None,
         on_event: Callable[[dict[str, Any]], None] | None = None,
+        hosts: Hosts = ONE_HOST,
     ) -> None:
         self.folder, self.cfg, self.train, self.opt, self.dataset = folder, cfg, train, opt, dataset
         self.framework, self.tokenizer, self.config = framework, tokenizer, config or RunConfig()
-        self.evaluation, self.initial, self.on_event = evaluation, initial, on_event
+        self.evaluation, self.initial, self.on_event, self.hosts = evaluation, initial, on_event, hosts
         self.settings = run_settings(train, opt, dataset, tokenizer)
         if initial is not None:
             self.settings["initial"] = {"weights": fingerprint(initial)}
         self.stop_signal: int | None = None
+        self._lock: int | None = None
         self._log: RunLog | None = None
         self._board: TensorBoard | None = None
         self._evaluated: tuple[int, dict[str, Any]] | None = None  # the last evaluation, and after which step
@@ -72,7 +77,15 @@ class Run:
     # --- beginning and end
 
     def __enter__(self) -> "Run":
-        """Take the folder's lock. Raises UserError if another run has it."""
+        """Take the folder's lock. Raises UserError if another run has it, or if the hosts have other code or settings."""
+        self.hosts.check_same(settings=text_hash([self.settings, self.cfg.to_hf()]))
+        self.hosts.first(self._take_lock)
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._handlers[number] = signal.signal(number, self._request_stop)
+        return self
+
+    def _take_lock(self) -> None:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -89,10 +102,6 @@ class Run:
             ) from None
         os.ftruncate(self._lock, 0)
         os.pwrite(self._lock, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0)
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
-                self._handlers[number] = signal.signal(number, self._request_stop)
-        return self
 
     def _request_stop(self, number: int, frame: object) -> None:
         """The first signal asks for an end after this step; the second ends the process as if there were no handler."""
@@ -107,23 +116,30 @@ class Run:
             self._log.close()
         if self._board is not None:
             self._board.close()
-        os.close(self._lock)
+        if self._lock is not None:
+            os.close(self._lock)
 
     def resume(self) -> TrainingState | None:
         """The state of the newest checkpoint, or None in a new folder; opens the log. Raises UserError, naming what differs,
         if the checkpoint is damaged or of another run.
         """
-        folder, state = load_resumable(self.folder, self.cfg, self.settings)
+        found = self.hosts.first(self._find)  # the one that checks every byte
+        state = None if found is None else load_checkpoint(Path(found), self.cfg, verify=False)[1]
         step = 0 if state is None else state.step
-        if folder is not None:
-            self._saved = (step, folder)
-        prune_checkpoints(self.folder, 0, 0)  # what a cut-off save left behind
-        self._log = RunLog(self.folder / LOG_FILE, step, framework=self.framework, settings=self.settings)
-        self._board = TensorBoard(self.folder / "tensorboard")
+        if found is not None:
+            self._saved = (step, Path(found))
+        if self.hosts.index == 0:
+            prune_checkpoints(self.folder, 0, 0)  # what a cut-off save left behind
+            self._log = RunLog(self.folder / LOG_FILE, step, framework=self.framework, settings=self.settings)
+            self._board = TensorBoard(self.folder / "tensorboard")
         self._start = self._last = self._last_save = time.monotonic()
         if state is not None:
-            self._tell({"event": "resume", "step": step, "checkpoint": str(folder)}, log=False)
+            self._tell({"event": "resume", "step": step, "checkpoint": found}, log=False)
         return state
+
+    def _find(self) -> str | None:
+        folder, _ = load_resumable(self.folder, self.cfg, self.settings)
+        return None if folder is None else str(folder)
 
     # --- called by `fit` after each step
 
@@ -145,6 +161,9 @@ class Run:
             self._evaluate(step, evaluate)
         by_steps = config.save_every is not None and step % config.save_every == 0
         by_time = config.save_minutes is not None and now - self._last_save >= 60 * config.save_minutes
+        if self.hosts.count > 1:  # the first host's clock, and anybody's signal
+            told = self.hosts.gather([by_time, self.stop_signal])
+            by_time, self.stop_signal = told[0][0], next((number for _, number in told if number is not None), None)
         if (by_steps or by_time or self.stop_signal is not None) and not last:
             self._save(step, snapshot, evaluate)
         self._last = time.monotonic()
@@ -173,12 +192,15 @@ class Run:
     def _save(self, step: int, snapshot: Callable[[], TrainingState], evaluate: EvaluateLoss) -> None:
         result = self._evaluate(step, evaluate)
         settings = {"framework": self.framework, **self.settings} | ({"evaluation": result} if result else {})
-        folder = save_checkpoint(self.folder, self.cfg, snapshot(), settings, self.tokenizer)
+        folder = save_checkpoint(self.folder, self.cfg, snapshot(), settings, self.tokenizer, self.hosts)
         self._saved, self._last_save = (step, folder), time.monotonic()
         self._tell({"event": "save", "step": step, "checkpoint": str(folder)}, log=False)
-        prune_checkpoints(self.folder, self.config.keep_last, self.config.keep_best)
+        if self.hosts.index == 0:
+            prune_checkpoints(self.folder, self.config.keep_last, self.config.keep_best)
 
     def _tell(self, row: dict[str, Any], log: bool = True) -> None:
+        if self.hosts.index != 0:
+            return
         if log:
             assert self._log is not None, "call resume() first"
             self._log.write(row)

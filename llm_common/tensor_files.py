@@ -24,6 +24,7 @@ from llm_common.errors import UserError, read_json
 LARGEST_HEADER = 100_000_000  # bytes, the library's own limit
 STORED = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": np.uint16}
 INDEX_FILE, MODEL_FILE = "model.safetensors.index.json", "model.safetensors"
+SHARD_BYTES = 5 << 30  # of a file, about
 
 
 @dataclass(frozen=True)
@@ -136,17 +137,42 @@ def check_plain_file(path: Path) -> None:
         raise UserError(f"{path}: not a plain file")
 
 
-def open_model_files(folder: Path) -> TensorFiles:
-    """The weights of a folder: `model.safetensors`, or the shards that `model.safetensors.index.json` lists."""
-    index = folder / INDEX_FILE
+def plan_shards(
+    file: str, sizes: Mapping[str, int], least: int = 1, shard_bytes: int = SHARD_BYTES
+) -> dict[str, list[str]]:
+    """Which tensors, of these sizes in bytes, go to which files: in order, at least `least` files, of about `shard_bytes` each.
+
+    file: the name if there is one, "model.safetensors"; several are "model-00001-of-00003.safetensors" and so on.
+    """
+    limit = min(shard_bytes, -(-sum(sizes.values()) // least))
+    shards: list[list[str]] = [[]]
+    room = limit
+    for name, size in sizes.items():
+        if shards[-1] and size > room:
+            shards.append([])
+            room = limit
+        shards[-1].append(name)
+        room -= size
+    n, stem = len(shards), file.removesuffix(".safetensors")
+    names = [file] if n == 1 else [f"{stem}-{i + 1:05}-of-{n:05}.safetensors" for i in range(n)]
+    return dict(zip(names, shards, strict=True))
+
+
+def shard_index(plan: Mapping[str, list[str]], sizes: Mapping[str, int]) -> dict[str, Any]:
+    """The contents of the index file that belongs to several shards."""
+    weight_map = {name: file for file, names in plan.items() for name in names}
+    return {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
+
+
+def open_model_files(folder: Path, file: str = MODEL_FILE) -> TensorFiles:
+    """The tensors of a folder: those of `file`, or of the shards that the index beside it (`file`.index.json) lists."""
+    index = folder / f"{file}.index.json"
     if not index.is_file():
-        if not (folder / MODEL_FILE).exists() and (
-            pickles := sorted(folder.glob("*.bin")) + sorted(folder.glob("*.pt*"))
-        ):
+        if not (folder / file).exists() and (pickles := sorted(folder.glob("*.bin")) + sorted(folder.glob("*.pt*"))):
             raise UserError(
                 f"{pickles[0]}: a pickle can run code and is not read; save the model with transformers as safetensors"
             )
-        return TensorFiles(folder / MODEL_FILE)
+        return TensorFiles(folder / file)
     weight_map = read_json(index).get("weight_map") if isinstance(read_json(index), dict) else None
     if not isinstance(weight_map, dict) or not all(isinstance(x, str) for x in weight_map.values()):
         raise UserError(f"{index}: has no weight_map from tensors to files")

@@ -5,7 +5,7 @@ its weights inside (JAX: layers stacked on a leading axis) never leaves that fra
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -16,6 +16,27 @@ from llm_common.tensor_files import TensorFiles
 
 Tensors = Mapping[str, np.ndarray]
 INIT_STD = 0.02
+
+
+class ReadOnDemand(Mapping[str, np.ndarray]):
+    """Tensors by name, each read when it is asked for, so that only one need be in memory.
+
+    read: gives the array of a name. In a run of several processes all of them must ask for the same names in the same order.
+    """
+
+    def __init__(self, names: Iterable[str], read: Callable[[str], np.ndarray]) -> None:
+        self.names, self.read = dict.fromkeys(names), read
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        if name not in self.names:
+            raise KeyError(name)
+        return self.read(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names)
+
+    def __len__(self) -> int:
+        return len(self.names)
 
 
 def tensor_shapes(cfg: ModelConfig) -> dict[str, tuple[int, ...]]:

@@ -19,6 +19,7 @@ import os
 import runpy
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from llm_common.config import DTYPES, PRESETS, ModelConfig, preset
@@ -55,6 +56,11 @@ def _parser() -> argparse.ArgumentParser:
     pair.add_argument("--out", type=Path, default=Path("runs/pair"))
     report = commands.add_parser("report", help="one HTML page of all that was run")
     report.add_argument("--out", type=Path, default=OUT, help="the folder that `run`, `trace` and `mutants` wrote to")
+    sharded = commands.add_parser("sharded", help="training on many devices against the specification, on this CPU")
+    sharded.add_argument("--quick", action="store_true", help="three meshes")
+    sharded.add_argument("--device", default="cpu", choices=["cpu", "gpu"], help="gpu: the meshes of two GPUs")
+    sharded.add_argument("--bugs", action="store_true", help="plant the sharding bugs and see that each is caught")
+    sharded.add_argument("--out", type=Path, default=Path("runs/sharded"))
     calibrate = commands.add_parser("calibrate", help="the ladder over seeds and shapes: the margin of every tolerance")
     calibrate.add_argument("--seeds", type=int, default=4, help="seeds for each shape")
     calibrate.add_argument("--first-seed", type=int, default=1000)
@@ -99,6 +105,7 @@ def main(argv: list[str] | None = None) -> int:
         "mutants": _mutants,
         "pair": _pair,
         "report": _report,
+        "sharded": _sharded,
         "calibrate": _calibrate,
         "demo": _demo,
     }
@@ -206,6 +213,37 @@ def _report(args: argparse.Namespace) -> bool:
     page = write_html_of(args.out)
     console.print(f"{page}: {page.stat().st_size / 1024:.0f} KiB, one file")
     return json.loads((args.out / "report.json").read_text(encoding="utf-8"))["ok"]
+
+
+def _sharded(args: argparse.Namespace) -> bool:
+    from parity.report import conclude, make_console, print_progress
+    from parity.sharded import GROUPS, QUICK, SHARDING_BUGS, TWO_GPUS, plant, run_group
+
+    console, start = make_console(), time.perf_counter()
+    if args.bugs:
+        with ThreadPoolExecutor(2) as pool:
+            outcomes = list(zip(SHARDING_BUGS, pool.map(plant, SHARDING_BUGS), strict=True))
+        for bug, (ok, red) in outcomes:
+            console.print(
+                f"{'caught' if ok else 'NOT AS EXPECTED'}: {bug.name} ({bug.framework}, {bug.mesh}): {red[:160]}"
+            )
+        caught = sum(ok for _, (ok, _) in outcomes)
+        console.print(f"{caught} of {len(outcomes)} sharding bugs caught; {time.perf_counter() - start:.0f} s")
+        return caught == len(outcomes)
+    rows, name = [], "CPU"
+    if args.device == "gpu":
+        from torch_llm.train import device_kind
+
+        name = f"2 x {device_kind('gpu')}"
+    groups = TWO_GPUS if args.device == "gpu" else QUICK if args.quick else GROUPS
+    for group in groups:
+        found = run_group(group, device=args.device)
+        print_progress(console, str(group), found, time.perf_counter() - start)
+        rows += found
+    paragraphs = [
+        "Every mesh against the specification, which knows no devices: float64, uneven token counts, active clip."
+    ]
+    return conclude(console, args.out, rows, paragraphs, name, seconds=time.perf_counter() - start)
 
 
 def _calibrate(args: argparse.Namespace) -> bool:

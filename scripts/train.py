@@ -6,12 +6,15 @@
     python scripts/train.py --framework jax --out runs/tuned --init-from my_llama/ --data data/questions.npz
     python scripts/train.py --config run.toml --framework torch
     python scripts/train.py --framework jax --out runs/first --dry-run
+    python scripts/train.py --framework jax --out runs/many --mesh data=2,fsdp=4
+    torchrun --nproc-per-node 8 scripts/train.py --framework torch --out runs/many --mesh data=2,fsdp=4
 
 The same command again goes on from the newest checkpoint in --out; so does the other framework. Ctrl-C (or SIGTERM) saves and
 ends after the step; a second one ends at once. The exit code is 0 when the run ended or was stopped in this way.
 """
 
 import argparse
+import os
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +30,10 @@ from llm_common.errors import UserError, import_side, is_out_of_memory, run_main
 from llm_common.evaluation import Evaluation
 from llm_common.examples import open_dataset
 from llm_common.hf_tokenizer import AnyTokenizer, open_tokenizer
+from llm_common.hosts import Hosts
 from llm_common.progress import TrainingProgress
 from llm_common.run import LOG_FILE, Run
+from llm_common.sharding import ONE_DEVICE, MeshConfig, check_sharded
 from llm_common.tensor_files import TensorFiles
 from llm_common.tokenizer import check_vocabulary
 
@@ -47,6 +52,8 @@ def make_train_parser() -> argparse.ArgumentParser:
     data.add_argument("--tokenizer", type=Path, help="bpe.json or a folder; is saved with each checkpoint")
     machine = parser.add_argument_group("machine")
     machine.add_argument("--device", default="auto", help="auto, cpu, gpu or tpu")
+    machine.add_argument("--mesh", help="many devices, as data=2,fsdp=4,tensor=2: replicas, cut weights, cut matrices")
+    machine.add_argument("--join-timeout", type=float, default=300, help="seconds to wait for the other processes")
     machine.add_argument("--cache-dir", type=Path, default=Path.home() / ".cache" / "one-model-twice", metavar="FOLDER")
     machine.add_argument("--dry-run", action="store_true", help="say what the run would be, and train nothing")
     add_flags(parser, OptimizerConfig, "optimizer")
@@ -62,14 +69,20 @@ def main() -> None:
     opt, train, config = (from_flags(cls, args) for cls in (OptimizerConfig, TrainConfig, RunConfig))
     cfg, initial = choose_model(args)
     check_length(cfg, train.seq_len, "seq_len")
+    mesh = None if args.mesh is None else MeshConfig.parse(args.mesh)
+    if mesh is not None:
+        check_sharded(mesh, cfg, train)
     tokenizer = open_tokenizer(args.tokenizer or args.init_from or Path("data/bpe.json"))
     check_vocabulary(tokenizer, cfg.vocab_size)
+    hosts = join(args, mesh)
     side = import_side(args.framework, "train")
-    description = side.describe(cfg, train, args.device)  # before the data, which may take long: is the device there?
+    description = side.describe(cfg, train, hosts.device)  # before the data, which may take long: is the device there?
     check_tokenizer(args.data, tokenizer)
     dataset = open_dataset(args.data, train.seq_len, train.batch_size, train.seed, cfg.vocab_size)
     evaluation = open_evaluation(args, cfg, train, config, tokenizer)
-    console = Console(highlight=False, soft_wrap=True)
+    console = Console(highlight=False, soft_wrap=True, quiet=hosts.index > 0)
+    if mesh is not None:
+        description += f", mesh {mesh}, {hosts.count} process" + ("es" if hosts.count > 1 else "")
     console.print(f"{args.framework}: {description}", markup=False)
     size = (
         f"{len(dataset.tokens):,} tokens of data"
@@ -78,14 +91,18 @@ def main() -> None:
     )
     held_out = "nothing held out" if evaluation is None else f"{evaluation.n_targets:,} held-out tokens"
     console.print(f"{cfg.num_parameters():,} parameters, {size}, {held_out}; log: {args.out / LOG_FILE}", markup=False)
-    need = memory_per_step(cfg, train, "reference" not in description, "not compiled" not in description)
-    check_memory(console, cfg, train, need, side.memory_limit(args.device))
+    need = memory_per_step(
+        cfg, train, "reference" not in description, "not compiled" not in description, mesh or ONE_DEVICE
+    )
+    check_memory(console, cfg, train, need, side.memory_limit(hosts.device))
     flops, tokens_per_step = flops_per_step(cfg, train), train.batch_size * train.seq_len
     if args.dry_run:
         dry_run(console, cfg, train, opt, need, dataset, tokenizer)
         return
-    peak = peak_flops(side.device_kind(args.device), train.compute_dtype)
-    memory = lambda: side.memory_used(args.device)
+    peak = peak_flops(side.device_kind(hosts.device), train.compute_dtype)
+    if peak is not None and mesh is not None:
+        peak *= mesh.size
+    memory = lambda: side.memory_used(hosts.device)
     progress = TrainingProgress(
         console, opt.total_steps, config.log_every, tokens_per_step, flops / tokens_per_step, peak, memory
     )
@@ -101,13 +118,17 @@ def main() -> None:
         evaluation=evaluation,
         initial=initial,
         on_event=progress,
+        hosts=hosts,
     )
     trainer = import_side(args.framework, "run")
-    if train.deterministic:
-        console.print(trainer.cost_of_determinism(cfg, train, opt, dataset, args.device))
+    if train.deterministic and mesh is None:
+        console.print(trainer.cost_of_determinism(cfg, train, opt, dataset, hosts.device))
     try:
         with progress:
-            folder = trainer.fit_and_save(run, args.device)
+            if mesh is None:
+                folder = trainer.fit_and_save(run, hosts.device)
+            else:
+                folder = import_side(args.framework, "distributed").fit_and_save(run, mesh, hosts.device)
     except Exception as error:
         if is_out_of_memory(error):
             raise UserError(f"memory ran out: {memory_advice(cfg, train, need)}") from None
@@ -117,6 +138,18 @@ def main() -> None:
         console.print(f"nothing left to do: {folder}", markup=False)
     elif run.stop_signal is not None:
         console.print("stopped as asked; the same command goes on, in either framework")
+
+
+def join(args: argparse.Namespace, mesh: MeshConfig | None) -> Hosts:
+    """The processes of this run: this one alone, or those that the environment knows of."""
+    started = max(int(os.environ.get(name, "1")) for name in ("WORLD_SIZE", "SLURM_NTASKS", "JAX_NUM_PROCESSES"))
+    if mesh is None:
+        if started > 1:
+            raise UserError(f"{started} processes were started: say how they share the work, as --mesh data={started}")
+        hosts = Hosts()
+        hosts.device = args.device
+        return hosts
+    return import_side(args.framework, "hosts").join_hosts(args.device, args.join_timeout)
 
 
 def choose_model(args: argparse.Namespace) -> tuple[ModelConfig, TensorFiles | None]:

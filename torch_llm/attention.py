@@ -85,7 +85,7 @@ class Attention(nn.Module):
     def __init__(self, cfg: ModelConfig, backend: str = "reference") -> None:
         super().__init__()
         n, kv_heads, h, d = cfg.num_attention_heads, cfg.num_key_value_heads, cfg.head_dim, cfg.hidden_size
-        self.n, self.kv_heads, self.h, self.backend, self.window = n, kv_heads, h, backend, cfg.sliding_window
+        self.h, self.backend, self.window = h, backend, cfg.sliding_window
         self.q_proj = Linear(d, n * h, cfg.qkv_bias)
         self.k_proj = Linear(d, kv_heads * h, cfg.qkv_bias)
         self.v_proj = Linear(d, kv_heads * h, cfg.qkv_bias)
@@ -103,13 +103,13 @@ class Attention(nn.Module):
         layer: int = 0,
     ) -> Tensor:
         b, t, _ = x.shape
-        q = self.q_proj(x).reshape(b, t, self.n, self.h)
-        k = self.k_proj(x).reshape(b, t, self.kv_heads, self.h)
-        v = self.v_proj(x).reshape(b, t, self.kv_heads, self.h)
+        q = self.q_proj(x).reshape(b, t, -1, self.h)  # (B, T, N, H), or the heads that this device has of them
+        k = self.k_proj(x).reshape(b, t, -1, self.h)  # (B, T, K, H)
+        v = self.v_proj(x).reshape(b, t, -1, self.h)
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         q, k = apply_rope(q, cos, sin), apply_rope(k, cos, sin)
         if cache is not None:
             k, v = cache.update(layer, k, v)  # (B, S, K, H): the filled slots
         out = dot_product_attention(q, k, v, mask, self.backend, self.window)  # (B, T, N, H)
-        return self.o_proj(out.reshape(b, t, self.n * self.h))
+        return self.o_proj(out.reshape(b, t, -1))

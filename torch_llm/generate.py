@@ -30,7 +30,7 @@ from torch_llm.train import matmul_precision, select_device
 CHUNK = 16  # tokens drawn between two looks of the host at the texts
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def decode_step(
     model: CausalLM,
     cache: KVCache,

@@ -38,8 +38,12 @@ def fold_in(key: Tensor, data: int | Tensor) -> Tensor:
 
 def random_bits(key: Tensor, n: int) -> Tensor:
     """n random words per key, int64 of shape key.shape[:-1] + (n,)."""
-    counter = torch.arange(n, dtype=torch.int64, device=key.device)
-    b0, b1 = threefry2x32(key[..., None, :], torch.zeros_like(counter), counter)
+    return random_bits_at(key[..., None, :], torch.arange(n, dtype=torch.int64, device=key.device))
+
+
+def random_bits_at(key: Tensor, counter: Tensor) -> Tensor:
+    """The random words that have these numbers, int64; `counter` broadcasts against key[..., 0]."""
+    b0, b1 = threefry2x32(key, torch.zeros_like(counter), counter)
     return b0 ^ b1
 
 

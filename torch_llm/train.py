@@ -166,24 +166,57 @@ class Trainer:
         backend = resolve_backend(train.attention_backend, self.device.type, train.compute_dtype)
         master_dtype = getattr(torch, train.master_dtype)
         upcast_dtype = torch.promote_types(self.compute_dtype, torch.float32)
-        self.model = empty_model(cfg, backend, master_dtype, self.device, train.remat)
-        if init_weights:
-            self.model.init_weights(train.seed)
-        self.optimizer = make_optimizer(opt, self.model)
-        self.step = 0
         self._batch_loss = batch_loss
+        self.step = 0
+        self._make_model(backend, master_dtype)
+        if init_weights:
+            self.init_weights()
         if compiles(train, self.device):
             # the table must be on the device before the program is traced, which would be traced again after the first step
             self.model.model.rotary_table(torch.zeros(1, dtype=torch.long, device=self.device), upcast_dtype)
-            self._batch_loss = torch.compile(batch_loss)
-            self.optimizer.compile_update()
+            self._compile()
+
+    # What a trainer for many devices does in another way: `torch_llm.distributed.ShardedTrainer`.
+
+    def _make_model(self, backend: str, dtype: torch.dtype) -> None:
+        self.model = empty_model(self.cfg, backend, dtype, self.device, self.train.remat)
+        self.optimizer = make_optimizer(self.opt, self.model)
+
+    def init_weights(self) -> None:
+        """Fill in the initial weights of `train.seed`."""
+        self.model.init_weights(self.train.seed)
+
+    def _compile(self) -> None:
+        self._batch_loss = torch.compile(batch_loss)
+        self.optimizer.compile_update()
+
+    def loss_and_grads(self, inputs: Tensor, targets: Tensor) -> Tensor:
+        """Mean loss of a batch, with the gradients left in the masters' `.grad`."""
+        steps = self.train.gradient_accumulation_steps
+        return loss_and_grads(self.model, inputs, targets, self.compute_dtype, steps, self._batch_loss)
+
+    def clip(self) -> Tensor:
+        """Clip the gradients; returns their global norm before."""
+        return clip_by_global_norm(self.model.parameters(), self.opt.max_grad_norm)
+
+    def read_batch(self, dataset: Dataset) -> tuple[Tensor, Tensor]:
+        """Inputs and targets of this step, each (B, T), on the device. Raises UserError for an id outside the vocabulary."""
+        batch = dataset.batch(self.step)
+        check_batch(*batch, self.cfg.vocab_size, f"step {self.step}")
+        inputs, targets = (torch.tensor(np.ascontiguousarray(x), device=self.device).long() for x in batch)
+        return inputs, targets
+
+    def first_not_finite(self, inputs: Tensor, targets: Tensor) -> str:
+        """Which tensor is the first that is not finite, for people."""
+        return first_not_finite(self.model, inputs, targets, self.compute_dtype)
+
+    # The same for both.
 
     def train_step(self, inputs: Tensor, targets: Tensor) -> Metrics:
         """One step: gradients, global norm, clip, AdamW."""
-        steps = self.train.gradient_accumulation_steps
         with matmul_precision(self.train.compute_dtype), deterministic_algorithms(self.train):
-            loss = loss_and_grads(self.model, inputs, targets, self.compute_dtype, steps, self._batch_loss)
-        norm = clip_by_global_norm(self.model.parameters(), self.opt.max_grad_norm)
+            loss = self.loss_and_grads(inputs, targets)
+        norm = self.clip()
         finite = bool(torch.isfinite(norm))
         if finite:
             for group in self.optimizer.param_groups:
@@ -207,9 +240,7 @@ class Trainer:
         skipped_in_row = 0
         while self.step < (self.opt.total_steps if until_step is None else until_step):
             lr = learning_rate(self.opt, self.step)
-            batch = dataset.batch(self.step)
-            check_batch(*batch, self.cfg.vocab_size, f"step {self.step}")
-            inputs, targets = (torch.tensor(np.ascontiguousarray(x), device=self.device).long() for x in batch)
+            inputs, targets = self.read_batch(dataset)
             metrics = self.train_step(inputs, targets)
             skipped_in_row = skipped_in_row + 1 if metrics.skipped else 0
             if on_step is not None:
@@ -219,7 +250,7 @@ class Trainer:
             if skipped_in_row >= self.train.max_skipped_steps:
                 raise UserError(
                     f"the gradient norm was not finite in {skipped_in_row} steps in a row (to step {self.step}): "
-                    f"{first_not_finite(self.model, inputs, targets, self.compute_dtype)}; "
+                    f"{self.first_not_finite(inputs, targets)}; "
                     "lower lr_max, lengthen warmup_steps, or look for bad tokens in the data"
                 )
 

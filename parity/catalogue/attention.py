@@ -273,8 +273,8 @@ jax(
 torch(
     "width split before heads",
     "attention:Attention.forward",
-    "self.q_proj(x).reshape(b, t, self.n, self.h)",
-    "self.q_proj(x).reshape(b, t, self.h, self.n).transpose(2, 3)",
+    "self.q_proj(x).reshape(b, t, -1, self.h)",
+    "self.q_proj(x).reshape(b, t, self.h, -1).transpose(2, 3)",
     place=ATTENTION,
 )
 jax(

@@ -7,23 +7,23 @@ area("checkpoint")
 FILES = {"check": "files"}
 shared(
     "masters rounded to bfloat16",
-    "checkpoint:_write_files",
-    "write_tensors(folder / MODEL_FILE, state.weights)",
-    "write_tensors(folder / MODEL_FILE, {k: (x.view('uint32') & 0xFFFF0000).view('float32') for k, x in state.weights.items()})",
+    "checkpoint:_write_tensors",
+    "write_tensors(folder / shard, kept)",
+    "write_tensors(folder / shard, {k: (x.view('uint32') & 0xFFFF0000).view('float32') for k, x in kept.items()})",
     place="save_checkpoint",
     **FILES,
 )
 shared(
     "mu and nu swapped on saving",
-    "checkpoint:_write_files",
-    '{f"mu.{name}": x for name, x in state.mu.items()} | {f"nu.{name}": x for name, x in state.nu.items()}',
-    '{f"nu.{name}": x for name, x in state.mu.items()} | {f"mu.{name}": x for name, x in state.nu.items()}',
+    "checkpoint:_write_tensors",
+    "{'mu': state.mu, 'nu': state.nu}",
+    "{'nu': state.mu, 'mu': state.nu}",
     place="save_checkpoint",
     **FILES,
 )
 shared(
     "the update count is the step",
-    "checkpoint:_write_files",
+    "checkpoint:_write_rest",
     "state.adam_count",
     "state.step",
     place="save_checkpoint",

@@ -1,0 +1,261 @@
+"""Training and decoding on many devices, in JAX: arrays know where they lie, and the compiler puts in the communication.
+
+    here                                       torch_llm.distributed
+    arrays with a NamedSharding                parameters as DTensors
+    the same `train_step`, compiled for a      a Trainer whose model is cut by
+    mesh: the compiler adds collectives        FSDP2 and tensor-parallel hooks
+    one process for the devices of a host      one process for each device
+
+B batch, T positions, D hidden_size, V vocab_size.
+"""
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax import Array
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from jax_llm import train as single
+from jax_llm.attention import resolve_backend
+from jax_llm.checkpoint import to_host
+from jax_llm.evaluate import evaluate as single_evaluate
+from jax_llm.generate import generate_stream
+from jax_llm.layers import Embedding, embedding
+from jax_llm.model import CausalLM, DecoderLayer, Params, build_params, get_canonical, init_params
+from jax_llm.optim import make_optimizer
+from jax_llm.train import TrainState, make_model, make_train_step, matmul_precision, platform_devices, x64
+from llm_common.checkpoint import TrainingState
+from llm_common.config import ModelConfig, OptimizerConfig, TrainConfig
+from llm_common.data import Dataset
+from llm_common.evaluation import Evaluation
+from llm_common.run import Run
+from llm_common.sharding import AXES, BATCH_AXES, MeshConfig, check_devices, check_mesh, check_sharded, weight_axes
+from llm_common.tensors import ReadOnDemand, Tensors, check_batch, check_tensors, tensor_shapes
+
+BATCH = PartitionSpec(BATCH_AXES)  # rows of a batch; the axes after it are whole
+
+
+def make_mesh(config: MeshConfig, device: str = "auto") -> Mesh:
+    """The mesh of all devices of a platform (by name). Raises UserError unless it takes exactly those."""
+    devices = platform_devices(device)
+    hint = "a CPU shows more with XLA_FLAGS=--xla_force_host_platform_device_count=8"
+    check_devices(config, len(devices), f"{devices[0].platform} device", hint)
+    return Mesh(np.array(devices).reshape(config.shape), AXES, axis_types=(AxisType.Auto,) * 3)
+
+
+def param_shardings(cfg: ModelConfig, mesh: Mesh) -> Params:
+    """How every leaf of the parameter tree is cut; the axis of stacked layers is not."""
+
+    def spec(name: str) -> PartitionSpec:
+        return PartitionSpec(*(axes if len(axes) > 1 else next(iter(axes)) for axes in weight_axes(name)))
+
+    specs = build_params(cfg, spec, stack=lambda layers: PartitionSpec(None, *next(iter(layers))))
+    return jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs, is_leaf=lambda x: isinstance(x, PartitionSpec))
+
+
+def state_shardings(cfg: ModelConfig, opt: OptimizerConfig, mesh: Mesh, dtype=jnp.float32) -> TrainState:
+    """How a training state is cut: the moments as their weights, the counters not at all."""
+    params, whole = param_shardings(cfg, mesh), NamedSharding(mesh, PartitionSpec())
+    optimizer = make_optimizer(opt, cfg)
+    shapes = jax.eval_shape(lambda: optimizer.init(init_params(cfg, 0, dtype)))
+    opt_state = optax.tree_utils.tree_map_params(
+        optimizer, lambda _, sharding: sharding, shapes, params, transform_non_params=lambda _: whole
+    )
+    return TrainState(params, opt_state, whole, whole)  # pyright: ignore[reportArgumentType]
+
+
+def init_state(
+    cfg: ModelConfig, train: TrainConfig, opt: OptimizerConfig, mesh: Mesh, params: Params = None
+) -> TrainState:
+    """The state before the first step, from `train.seed` alone or from weights that are cut over the mesh.
+
+    Every device makes its own part; nothing is whole anywhere.
+    """
+    dtype, optimizer = jnp.dtype(train.master_dtype), make_optimizer(opt, cfg)
+    shardings = state_shardings(cfg, opt, mesh, dtype)
+
+    def init(params: Params) -> TrainState:
+        return TrainState(params, optimizer.init(params), jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32))
+
+    if params is None:
+        params = jax.jit(lambda: init_params(cfg, train.seed, dtype), out_shardings=shardings.params)()
+    return jax.jit(init, out_shardings=shardings, donate_argnums=0)(params)
+
+
+def from_canonical(cfg: ModelConfig, weights: Tensors, mesh: Mesh, dtype=None) -> Params:
+    """The parameter tree of canonical weights; of a tensor in a file each device reads its own part alone."""
+    check_tensors(cfg, weights, "weights")
+    shapes = tensor_shapes(cfg)
+
+    def leaf(names: tuple[str, ...], sharding: NamedSharding) -> Array:
+        stacked = names[0].startswith("model.layers.")
+        shape = (len(names), *shapes[names[0]]) if stacked else shapes[names[0]]
+
+        def read(index: Any) -> np.ndarray:
+            if not stacked:
+                return np.array(weights[names[0]][index], dtype)
+            return np.stack([np.array(weights[name][index[1:]], dtype) for name in names[index[0]]])
+
+        return jax.make_array_from_callback(shape, sharding, read)
+
+    names = build_params(cfg, lambda name: (name,), stack=lambda layers: sum(layers, ()))
+    return jax.tree.map(leaf, names, param_shardings(cfg, mesh), is_leaf=lambda x: isinstance(x, tuple))
+
+
+def constrain(mesh: Mesh) -> contextlib.AbstractContextManager[None]:
+    """While a model is traced inside this, the hidden states between its layers are cut by rows of the batch and nothing else.
+
+    Without it the compiler would have to guess at the embedding, whose table and ids both have a cut to hand on: the table is
+    made whole along D before the look-up, which moves less than the looked-up vectors would.
+    """
+    pin = lambda x, *axes: jax.lax.with_sharding_constraint(x, NamedSharding(mesh, PartitionSpec(*axes)))
+
+    def constrain_output(next_fun: Callable, args: Any, kwargs: Any, context: nn.module.InterceptorContext):
+        module = context.module
+        if context.method_name != "__call__" or not isinstance(module, Embedding | DecoderLayer):
+            return next_fun(*args, **kwargs)
+        if isinstance(module, Embedding):
+            (input_ids,) = args
+            return pin(embedding(input_ids, pin(module.weight, "tensor")), BATCH_AXES)
+        x, cache = next_fun(*args, **kwargs)
+        return pin(x, BATCH_AXES), cache
+
+    return nn.intercept_methods(constrain_output)
+
+
+def sharded(function: Callable, mesh: Mesh) -> Callable:
+    """A function of the model that, wherever it is traced, keeps the hidden states cut by rows."""
+
+    @functools.wraps(function)
+    def constrained(*args: Any, **kwargs: Any) -> Any:
+        with constrain(mesh):
+            return function(*args, **kwargs)
+
+    return constrained
+
+
+@functools.lru_cache(maxsize=8)
+def compiled_train_step(cfg: ModelConfig, train: TrainConfig, opt: OptimizerConfig, mesh: Mesh):
+    """The train step of `jax_llm.train` compiled for a mesh, its state donated and cut in the same way when it comes out."""
+    platform, steps = mesh.devices.flat[0].platform, train.gradient_accumulation_steps
+    step = make_train_step(make_model(cfg, train, platform), make_optimizer(opt, cfg), train.compute_dtype, steps)
+    state = state_shardings(cfg, opt, mesh, jnp.dtype(train.master_dtype))
+    rows, whole = NamedSharding(mesh, BATCH), NamedSharding(mesh, PartitionSpec())
+    return jax.jit(
+        sharded(step, mesh),
+        donate_argnums=0,
+        in_shardings=(state, rows, rows, whole),
+        out_shardings=(state, whole),
+    )
+
+
+def put(x: np.ndarray, *, mesh: Mesh, spec: PartitionSpec = BATCH) -> Array:
+    """An array that every host has whole, cut over a mesh: by rows, or as `spec` says."""
+    return jax.make_array_from_callback(x.shape, NamedSharding(mesh, spec), lambda index: x[index])
+
+
+def read_batch(dataset: Dataset, step: int, cfg: ModelConfig, *, train: TrainConfig, mesh: Mesh) -> tuple[Array, Array]:
+    """Inputs and targets of a step, each (B, T), cut by rows. A host reads only the rows that its own devices keep."""
+    shards = mesh.shape["data"] * mesh.shape["fsdp"]
+
+    @functools.cache
+    def shard(i: int) -> tuple[np.ndarray, np.ndarray]:
+        batch = dataset.batch(step, i, shards)
+        check_batch(*batch, cfg.vocab_size, f"step {step}")
+        return batch
+
+    def array(which: int) -> Array:
+        read = lambda index: np.ascontiguousarray(shard((index[0].start or 0) * shards // train.batch_size)[which])
+        return jax.make_array_from_callback((train.batch_size, train.seq_len), NamedSharding(mesh, BATCH), read)
+
+    return array(0), array(1)
+
+
+def fit(
+    state: TrainState,
+    cfg: ModelConfig,
+    train: TrainConfig,
+    opt: OptimizerConfig,
+    dataset: Dataset,
+    mesh: Mesh,
+    until_step: int | None = None,
+    on_step: Callable[[int, TrainState, dict[str, float]], bool | None] | None = None,
+) -> TrainState:
+    """`jax_llm.train.fit` on a mesh, from a state that is cut over it."""
+    read = functools.partial(read_batch, train=train, mesh=mesh)
+    step = compiled_train_step(cfg, train, opt, mesh)
+    return single.fit(state, cfg, train, opt, dataset, until_step, on_step, step, read)
+
+
+def evaluate(
+    cfg: ModelConfig, train: TrainConfig, params: Params, evaluation: Evaluation, mesh: Mesh
+) -> tuple[float, int]:
+    """`jax_llm.evaluate.evaluate` on a mesh."""
+    model = make_model(cfg, train, mesh.devices.flat[0].platform)
+    with constrain(mesh):
+        return single_evaluate(model, params, train.compute_dtype, evaluation, functools.partial(put, mesh=mesh))
+
+
+@contextlib.contextmanager
+def generator(
+    cfg: ModelConfig, weights: Tensors, mesh: Mesh, compute_dtype: str = "float32"
+) -> Iterator[Callable[..., Iterator[list[list[int]]]]]:
+    """`jax_llm.generate.generator` on a mesh: weights, cache and logits are cut, and every host is given all texts."""
+    check_mesh(MeshConfig(*mesh.devices.shape), cfg)
+    platform = mesh.devices.flat[0].platform
+    backend = resolve_backend("auto", platform, compute_dtype, cfg, seq_len=1)
+    with x64(compute_dtype), matmul_precision(compute_dtype), constrain(mesh):
+        params = from_canonical(cfg, weights, mesh, jnp.dtype(compute_dtype))
+        yield functools.partial(generate_stream, CausalLM(cfg, backend=backend), params)
+
+
+def to_training_state(cfg: ModelConfig, state: TrainState) -> TrainingState:
+    """The framework-free form of a training state whose tensors are put together one by one, when they are asked for."""
+
+    def on_demand(tree: Params) -> ReadOnDemand:
+        return ReadOnDemand(tensor_shapes(cfg), lambda name: to_host(get_canonical(tree, name)))
+
+    mu, nu = (on_demand(optax.tree_utils.tree_get(state.opt_state, name)) for name in ("mu", "nu"))
+    return TrainingState(on_demand(state.params), mu, nu, int(state.step), int(state.adam_count))
+
+
+def from_training_state(
+    cfg: ModelConfig, opt: OptimizerConfig, saved: TrainingState, mesh: Mesh, dtype=jnp.float32
+) -> TrainState:
+    """The state from which `fit` goes on; every device reads its own part."""
+    params, mu, nu = (from_canonical(cfg, tensors, mesh, dtype) for tensors in (saved.weights, saved.mu, saved.nu))
+    shapes = jax.eval_shape(lambda: make_optimizer(opt, cfg).init(init_params(cfg, 0, dtype)))
+    opt_state = optax.tree_utils.tree_set(shapes, mu=mu, nu=nu)
+    counters = (put(np.array(x, np.int32), mesh=mesh, spec=PartitionSpec()) for x in (saved.step, saved.adam_count))
+    return TrainState(params, opt_state, *counters)
+
+
+def fit_and_save(run: Run, config: MeshConfig, device: str = "auto") -> Path:
+    """`jax_llm.run.fit_and_save` on a mesh. Every host calls it, with a run over the same folder."""
+    cfg, train, opt = run.cfg, run.train, run.opt
+    check_sharded(config, cfg, train)
+    mesh, dtype = make_mesh(config, device), jnp.dtype(train.master_dtype)
+    with run, x64(train.master_dtype):
+        saved = run.resume()
+        if saved is not None:
+            state = from_training_state(cfg, opt, saved, mesh, dtype)
+        else:
+            params = None if run.initial is None else from_canonical(cfg, run.initial, mesh, dtype)
+            state = init_state(cfg, train, opt, mesh, params)
+
+        def readers(state: TrainState):
+            """What the run may ask of a state: to be read, and its held-out loss."""
+            snapshot = lambda: to_training_state(cfg, state)
+            return snapshot, lambda evaluation: evaluate(cfg, train, state.params, evaluation, mesh)
+
+        after_step = lambda step, state, metrics: run.after_step(step, metrics, *readers(state))
+        state = fit(state, cfg, train, opt, run.dataset, mesh, on_step=after_step)
+        return run.finish(int(state.step), *readers(state))

@@ -1,0 +1,181 @@
+"""One process of a group that runs cases on a mesh and writes down what comes out; started by `parity.sharded`.
+
+python -m parity.sharded_worker '{"framework": "torch", "cases": [...], "out": "folder", "bug": null}'
+"""
+
+import contextlib
+import hashlib
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from llm_common.checkpoint import TrainingState, load_checkpoint, save_checkpoint
+from llm_common.config import ModelConfig
+from llm_common.hosts import Hosts
+from llm_common.sharding import MeshConfig
+from llm_common.tensors import Tensors
+from parity import sharded as cases
+from parity.cases import start_state
+from parity.planting import planted
+
+Results = dict[str, Any]
+
+
+def run_jax(cfg: ModelConfig, mesh_config: MeshConfig, hosts: Hosts, folder: Path) -> Results:
+    import jax
+    from jax.sharding import NamedSharding, PartitionSpec
+
+    from jax_llm import distributed
+    from jax_llm.checkpoint import to_canonical, to_host
+    from jax_llm.train import loss_and_grads, make_model, x64
+
+    train, opt, weights, data = cases.TRAIN, cases.OPT, cases.weights_of(cfg), cases.Batches(cfg)
+    with x64("float64"):
+        mesh = distributed.make_mesh(mesh_config, hosts.device)
+        first = distributed.init_state(cfg, train, opt, mesh)
+        params = distributed.from_canonical(cfg, weights, mesh)
+        model = make_model(cfg, train, mesh.devices.flat[0].platform)
+        inputs, targets = distributed.read_batch(data, 0, cfg, train=train, mesh=mesh)
+        apply = lambda params, inputs: model.apply({"params": params}, inputs)[0]
+        logits = jax.jit(distributed.sharded(apply, mesh))(params, inputs)
+        grad = distributed.sharded(lambda *args: loss_and_grads(model, *args), mesh)
+        shardings = NamedSharding(mesh, PartitionSpec()), distributed.param_shardings(cfg, mesh)
+        loss, grads = jax.jit(grad, out_shardings=shardings)(params, inputs, targets)
+        state = distributed.init_state(cfg, train, opt, mesh, params)
+        losses: list[float] = []
+        note = lambda step, state, metrics: losses.append(metrics["loss"])
+        state = distributed.fit(state, cfg, train, opt, data, mesh, on_step=note)
+        for leaf in jax.tree.leaves(state.params):
+            same = {str(shard.index): set() for shard in leaf.addressable_shards}
+            for shard in leaf.addressable_shards:
+                same[str(shard.index)].add(_digest(np.asarray(shard.data)))
+            assert all(len(digests) == 1 for digests in same.values()), "replicas differ"
+        results = {
+            "init": to_canonical(cfg, first.params),
+            "logits": to_host(logits),
+            "loss": float(loss),
+            "gradients": to_canonical(cfg, grads),
+            "losses": losses,
+            "held out": distributed.evaluate(cfg, train, state.params, cases.EVALUATION, mesh),
+        }
+        saved = save_checkpoint(folder, cfg, distributed.to_training_state(cfg, state), {}, hosts=hosts)
+        for other in cases.meshes(mesh_config.size):  # the checkpoint on every mesh of as many devices
+            mesh = distributed.make_mesh(other, hosts.device)
+            again = distributed.from_training_state(cfg, opt, load_checkpoint(saved, cfg)[1], mesh, np.float64)
+            _compare(distributed.to_training_state(cfg, again), saved, f"{mesh_config} -> {other}")
+    with distributed.generator(cfg, weights, mesh, "float64") as stream:
+        results["texts"] = cases.texts(stream)
+    return results
+
+
+def run_torch(cfg: ModelConfig, mesh_config: MeshConfig, hosts: Hosts, folder: Path) -> Results:
+    import torch
+    import torch.distributed as dist
+
+    from torch_llm import distributed
+
+    train, opt, weights, data = cases.TRAIN, cases.OPT, cases.weights_of(cfg), cases.Batches(cfg)
+    first = distributed.ShardedTrainer(cfg, train, opt, mesh_config, hosts.device)
+    trainer = distributed.ShardedTrainer(cfg, train, opt, mesh_config, hosts.device, init_weights=False)
+    trainer.from_training_state(start_state(weights))
+    inputs, targets = trainer.read_batch(data)
+    with torch.no_grad():
+        rows = distributed.whole_vocabulary(trainer.model(inputs))
+    blocks = [torch.empty_like(rows) for _ in range(hosts.count)]
+    dist.all_gather(blocks, rows.contiguous())
+    logits = torch.cat(blocks[:: mesh_config.tensor]).cpu().numpy()
+    loss = float(trainer.loss_and_grads(inputs, targets))
+    grads = trainer.read(lambda p: torch.zeros_like(p) if p.grad is None else p.grad)
+    _check_replicas(
+        {f"{name} {first.shard_of(name)}": _digest(p.detach().cpu().numpy()) for name, p in first.parameters.items()},
+        hosts,
+    )
+    results: Results = {
+        "init": _all(first.to_training_state().weights),
+        "logits": logits,
+        "loss": loss,
+        "gradients": _all(grads),
+        "losses": [],
+    }
+    trainer.fit(data, on_step=lambda step, _, metrics: results["losses"].append(metrics["loss"]))
+    parts = {f"{name} {trainer.shard_of(name)}": p for name, p in trainer.parameters.items()}
+    _check_replicas({key: _digest(p.detach().cpu().numpy()) for key, p in parts.items()}, hosts)
+    results["held out"] = trainer.evaluate(cases.EVALUATION)
+    saved = save_checkpoint(folder, cfg, trainer.to_training_state(), {}, hosts=hosts)
+    for other in cases.meshes(mesh_config.size):
+        again = distributed.ShardedTrainer(cfg, train, opt, other, hosts.device, init_weights=False)
+        again.from_training_state(load_checkpoint(saved, cfg)[1])
+        _compare(again.to_training_state(), saved, f"{mesh_config} -> {other}")
+    with distributed.generator(cfg, weights, mesh_config, hosts.device, "float64") as stream:
+        results["texts"] = cases.texts(stream)
+    return results
+
+
+def _check_replicas(parts: dict[str, bytes], hosts: Hosts) -> None:
+    """Raise unless all that keep the same part of a tensor, by its name and place, keep the same bits."""
+    seen: dict[str, bytes] = {}
+    for digests in hosts.gather({key: digest.hex() for key, digest in parts.items()}):
+        for key, digest in digests.items():
+            if seen.setdefault(key, digest) != digest:
+                raise AssertionError(f"replicas differ: {key}")
+
+
+def _digest(x: np.ndarray) -> bytes:
+    return hashlib.sha256(np.ascontiguousarray(x).tobytes()).digest()
+
+
+def _all(tensors: Tensors) -> dict[str, np.ndarray]:
+    return {name: np.array(x) for name, x in tensors.items()}
+
+
+def _compare(state: TrainingState, saved: Path, what: str) -> None:
+    """Raise unless a restored state is, bit for bit, the one that was saved."""
+    _, expected, _ = load_checkpoint(saved)
+    for part in ("weights", "mu", "nu"):
+        for name, x in getattr(state, part).items():
+            if not np.array_equal(x, getattr(expected, part)[name]):
+                raise AssertionError(f"checkpoint {what}: {part} of {name} differs")
+
+
+def main() -> None:
+    task = json.loads(sys.argv[1])
+    hosts = join(task["framework"], task["device"])
+    run = run_jax if task["framework"] == "jax" else run_torch
+    out = Path(task["out"])
+    bug = cases.find_bug(task["bug"]) if task["bug"] else None
+    with planted([bug.edit]) if bug else contextlib.nullcontext():
+        for number, (shape, mesh) in enumerate(task["cases"]):
+            results = run(cases.SHAPES[shape], MeshConfig.parse(mesh), hosts, out / f"run-{number}")
+            if hosts.index == 0:
+                np.savez(out / f"{number}.npz", **dict(flat(results)))
+            hosts.gather(None)
+
+
+def join(framework: str, device: str) -> Hosts:
+    if framework == "jax":
+        from jax_llm.hosts import join_hosts
+
+        return join_hosts(device, 60)
+    import torch
+
+    from torch_llm.hosts import join_hosts
+
+    torch.set_num_threads(1)
+    return join_hosts(device, 60)
+
+
+def flat(results: Results) -> Iterator[tuple[str, Any]]:
+    """Results as arrays with one name each."""
+    for key, value in results.items():
+        if isinstance(value, dict):
+            yield from ((f"{key}|{name}", x) for name, x in value.items())
+        else:
+            yield key, np.asarray(value)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,192 @@
+"""How much faster several devices are than one: training steps of both frameworks on meshes against one device, as a table.
+
+    python scripts/scaling.py --device gpu --preset 1b --batch-size 8 --seq-len 2048 --mesh data=2 --mesh fsdp=2 --out docs/scaling.md
+
+Every mesh gets the batch of one device times its number of devices along data and fsdp. The efficiency is the tokens per second
+over those of one device times the number of devices. Each case runs in processes of its own, one case after the other.
+"""
+
+import argparse
+import contextlib
+import json
+import os
+import subprocess
+import sys
+import time
+from dataclasses import asdict, replace
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from flags import make_parser, prepare_environment
+
+from llm_common.budget import GIB, flops_per_step
+from llm_common.config import ModelConfig, OptimizerConfig, TrainConfig, preset
+from llm_common.data import host_rows
+from llm_common.errors import UserError, import_side, run_main
+from llm_common.sharding import ONE_DEVICE, MeshConfig, check_sharded
+
+
+class RandomTokens:
+    """Batches of random tokens: every step the same rows in another order, so that reading costs nothing."""
+
+    def __init__(self, cfg: ModelConfig, train: TrainConfig) -> None:
+        rng = np.random.default_rng(0)
+        self.rows = rng.integers(0, cfg.vocab_size, (train.batch_size, train.seq_len + 1)).astype(np.int32)
+
+    def batch(self, step: int, host: int = 0, n_hosts: int = 1) -> tuple[np.ndarray, np.ndarray]:
+        rows = self.rows[[number % len(self.rows) for number in host_rows(step, len(self.rows), host, n_hosts)]]
+        return rows[:, :-1], rows[:, 1:]
+
+    def fingerprint(self) -> dict[str, Any]:
+        return {}
+
+
+def main() -> None:
+    parser = make_parser(__doc__)
+    parser.add_argument("--preset", default="demo")
+    parser.add_argument("--batch-size", type=int, default=8, help="sequences on each device")
+    parser.add_argument("--seq-len", type=int, default=128)
+    parser.add_argument("--compute-dtype", default="bfloat16")
+    parser.add_argument("--remat", default="none")
+    parser.add_argument("--framework", action="append", choices=["jax", "torch"], help="default: both")
+    parser.add_argument("--mesh", action="append", default=[], help="may be given several times")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--warm-up", type=int, default=5)
+    parser.add_argument("--out", type=Path, help="a Markdown file")
+    parser.add_argument("--worker", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    prepare_environment(None)
+    if args.worker is not None:
+        print(json.dumps(measure(args, json.loads(args.worker))), flush=True)
+        return
+    cfg, results = preset(args.preset), []
+    meshes = [MeshConfig.parse(text) for text in args.mesh]
+    for mesh in meshes:
+        check_sharded(mesh, cfg, settings(args, mesh))
+    for framework in args.framework or ["jax", "torch"]:
+        for mesh in (None, *meshes):
+            results.append(run_case(args, framework, mesh))
+            print(line(args, cfg, results, results[-1]), flush=True)
+    if args.out is not None:
+        args.out.write_text(table(args, cfg, results), encoding="utf-8")
+
+
+def settings(args: argparse.Namespace, mesh: MeshConfig) -> TrainConfig:
+    batch = args.batch_size * mesh.batch_shards
+    return TrainConfig(batch_size=batch, seq_len=args.seq_len, compute_dtype=args.compute_dtype, remat=args.remat)
+
+
+def run_case(args: argparse.Namespace, framework: str, mesh: MeshConfig | None) -> dict[str, Any]:
+    """Measure a case in processes of its own; `mesh` None is one device without any machinery for several."""
+    task = json.dumps({"framework": framework, "mesh": None if mesh is None else str(mesh)})
+    command = [sys.executable]
+    if framework == "torch" and mesh is not None:
+        command += ["-m", "torch.distributed.run", "--nproc-per-node", str(mesh.size)]
+    environment = dict(os.environ)
+    if mesh is None:
+        environment["CUDA_VISIBLE_DEVICES"] = environment.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
+    process = subprocess.run(
+        [*command, *sys.argv, "--worker", task], env=environment, capture_output=True, text=True, check=False
+    )
+    found = [json.loads(text) for text in process.stdout.splitlines() if text.startswith("{")]
+    if process.returncode or not found:
+        words = (process.stderr.strip() or process.stdout.strip()).splitlines()[-12:]
+        return {"framework": framework, "mesh": task, "error": " / ".join(words)[-1500:]}
+    return found[0]
+
+
+def measure(args: argparse.Namespace, task: dict[str, Any]) -> dict[str, Any]:
+    """Steps of one case, timed in this process, which is one of the processes of the mesh."""
+    framework = task["framework"]
+    mesh = None if task["mesh"] is None else MeshConfig.parse(task["mesh"])
+    cfg, train = preset(args.preset), settings(args, mesh or ONE_DEVICE)
+    opt = OptimizerConfig(total_steps=args.steps + args.warm_up)
+    data, times, losses = RandomTokens(cfg, train), [], []
+
+    def note(step: int, _: Any, metrics: dict[str, float]) -> None:
+        times.append(time.perf_counter())
+        losses.append(metrics["loss"])
+
+    side, start = import_side(framework, "train"), time.perf_counter()
+    hosts = None if mesh is None else import_side(framework, "hosts").join_hosts(args.device)
+    device = args.device if hosts is None else hosts.device
+    if framework == "torch":
+        if mesh is None:
+            trainer = side.Trainer(cfg, train, opt, side.select_device(device))
+        else:
+            trainer = import_side("torch", "distributed").ShardedTrainer(cfg, train, opt, mesh, device)
+        trainer.fit(data, on_step=note)
+    elif mesh is None:
+        import jax
+
+        with jax.default_device(side.select_device(device)):
+            side.fit(side.init_state(cfg, train, opt), cfg, train, opt, data, on_step=note)
+    else:
+        distributed = import_side("jax", "distributed")
+        devices = distributed.make_mesh(mesh, device)
+        state = distributed.init_state(cfg, train, opt, devices)
+        distributed.fit(state, cfg, train, opt, data, devices, on_step=note)
+    if hosts is not None and hosts.index > 0:
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+    seconds = np.diff(times)[args.warm_up - 1 :]
+    versions = {name: __import__(name).__version__ for name in (framework, "numpy")}
+    with contextlib.suppress(Exception):
+        memory = side.memory_used(device)
+    return {
+        "framework": framework,
+        "mesh": task["mesh"],
+        "device": side.device_kind(device),
+        "seconds": [float(np.quantile(seconds, q)) for q in (0.25, 0.5, 0.75)],
+        "first_step": times[0] - start,
+        "tokens": train.batch_size * train.seq_len,
+        "flops": flops_per_step(cfg, train),
+        "memory": memory,
+        "losses": [losses[0], losses[-1]],
+        "versions": versions,
+        "settings": asdict(replace(train, seed=0)),
+    }
+
+
+def line(args: argparse.Namespace, cfg: ModelConfig, results: list[dict[str, Any]], r: dict[str, Any]) -> str:
+    """A row of the table."""
+    if "error" in r:
+        return f"| {r['framework']} | {r['mesh']} | failed: {r['error']} |"
+    low, median, high = r["seconds"]
+    devices = 1 if r["mesh"] is None else MeshConfig.parse(r["mesh"]).size
+    base = next((x for x in results if x["framework"] == r["framework"] and x.get("mesh") is None), None)
+    speed = r["tokens"] / median
+    efficiency = ""
+    if base is not None and "error" not in base:
+        efficiency = f"{speed / devices / (base['tokens'] / base['seconds'][1]):.3f}"
+    return (
+        f"| {r['framework']} | {r['mesh'] or 'one device'} | {1e3 * median:.1f} ({1e3 * low:.1f} to {1e3 * high:.1f}) | {speed:,.0f} "
+        f"| {r['flops'] / median / devices / 1e12:.0f} | {efficiency} | {r['memory'] / GIB:.1f} | {r['first_step']:.0f} "
+        f"| {r['losses'][0]:.4f} to {r['losses'][1]:.4f} |"
+    )
+
+
+def table(args: argparse.Namespace, cfg: ModelConfig, results: list[dict[str, Any]]) -> str:
+    good = [r for r in results if "error" not in r]
+    if not good:
+        raise UserError("every case failed: " + "; ".join(r["error"] for r in results))
+    versions = {name: x for r in good for name, x in r["versions"].items()}
+    rows = "\n".join(line(args, cfg, results, r) for r in results)
+    return f"""# Several devices against one
+
+{args.preset}: {cfg.num_parameters():,} parameters, {args.compute_dtype}, {args.batch_size} x {args.seq_len} tokens on each device, remat {args.remat}.
+{args.steps} steps after {args.warm_up}; median and quartiles of a step. Efficiency: tokens per second over the number of devices times those of one
+device, which runs without any machinery for several. The losses show that it learns the same.
+
+| framework | mesh | ms a step | tokens/s | TFLOP/s a device | efficiency | GiB a device | s to the first step | loss |
+|---|---|---|---|---|---|---|---|---|
+{rows}
+
+{date.today()}, {good[0]["device"]}; {", ".join(f"{name} {x}" for name, x in sorted(versions.items()))}. Made by `scripts/scaling.py`.
+"""
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,136 @@
+"""The table of sharding rules, and what a mesh must divide."""
+
+import math
+import socket
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from llm_common.config import PRESETS, ModelConfig, TrainConfig
+from llm_common.errors import UserError
+from llm_common.hosts import Hosts, roll_call
+from llm_common.sharding import AXES, MeshConfig, check_mesh, check_sharded, shard_of, weight_axes
+from llm_common.tensor_files import open_model_files, plan_shards, shard_index
+from llm_common.tensors import ReadOnDemand, tensor_shapes
+
+CFG = ModelConfig(96, 32, 64, 2, 8, 4, head_dim=8, model_type="qwen2")
+
+
+@pytest.mark.parametrize("mesh", [MeshConfig(2, 2, 2), MeshConfig(1, 4, 1), MeshConfig(1, 1, 4), MeshConfig(4, 1, 1)])
+def test_the_parts_cover_every_tensor_once_in_each_replica(mesh):
+    for name, shape in tensor_shapes(CFG).items():
+        seen = np.zeros((mesh.data, *shape), int)
+        for device in range(mesh.size):
+            at = mesh.coordinates(device)
+            seen[at["data"]][shard_of(name, shape, mesh, at)] += 1
+        cuts = math.prod(getattr(mesh, axis) for cut in weight_axes(name) for axis in cut)
+        assert (seen == mesh.fsdp * mesh.tensor // cuts).all(), name
+
+
+def test_every_weight_of_every_family_has_a_rule_of_its_rank():
+    for cfg in (*PRESETS.values(), CFG, replace(CFG, model_type="qwen3"), replace(CFG, tie_word_embeddings=True)):
+        for name, shape in tensor_shapes(cfg).items():
+            axes = weight_axes(name)
+            assert len(axes) == len(shape)
+            assert set(sum(axes, ())) <= set(AXES)
+            assert "fsdp" in sum(axes, ())  # nothing is left whole
+
+
+def test_devices_and_rows():
+    mesh = MeshConfig.parse("tensor=2, data=2,fsdp=3")
+    assert mesh == MeshConfig(2, 3, 2)
+    assert str(mesh) == "data=2,fsdp=3,tensor=2"
+    assert mesh.size == 12
+    assert mesh.coordinates(7) == {"data": 1, "fsdp": 0, "tensor": 1}
+    assert [mesh.batch_shard(i) for i in range(12)] == [0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5]
+
+
+@pytest.mark.parametrize("text", ["data", "data=0", "rows=2", "data=2,data=2", "data=-1", "data=1.5"])
+def test_what_is_not_a_mesh(text):
+    with pytest.raises(UserError, match="mesh"):
+        MeshConfig.parse(text)
+
+
+@pytest.mark.parametrize(
+    ("mesh", "batch", "steps", "words"),
+    [
+        ("tensor=8", 8, 1, "tensor = 8 does not divide num_key_value_heads = 4"),
+        ("fsdp=5", 10, 1, "fsdp = 5 does not divide axis 1 of model.embed_tokens.weight = 32"),
+        ("data=3", 8, 1, "data = 3 x fsdp = 1 does not divide batch_size = 8"),
+        ("data=4,fsdp=2", 8, 2, r"batch_size / gradient_accumulation_steps = 4"),
+    ],
+)
+def test_a_mesh_that_does_not_divide_names_number_and_axis(mesh, batch, steps, words):
+    train = TrainConfig(batch_size=batch, gradient_accumulation_steps=steps)
+    with pytest.raises(UserError, match=words):
+        check_sharded(MeshConfig.parse(mesh), CFG, train)
+    with pytest.raises(UserError, match="tensor = 2 does not divide vocab_size = 97"):
+        check_mesh(MeshConfig(tensor=2), replace(CFG, vocab_size=97))
+
+
+class TwoHosts(Hosts):
+    """As the first of two hosts, the other of which gives prepared answers."""
+
+    count = 2
+
+    def __init__(self, *answers):
+        self.answers = list(answers)
+
+    def gather(self, value):
+        answer = self.answers.pop(0)
+        return [value, answer(value) if callable(answer) else answer]
+
+
+def test_hosts_fail_together_and_notice_other_code():
+    with pytest.raises(UserError, match="disk full on the other"):
+        TwoHosts({"error": "disk full on the other"}).together(lambda: 1)
+    assert TwoHosts({"result": 2}).together(lambda: 1) == [1, 2]
+    assert TwoHosts({"result": None}).first(lambda: "x") == "x"
+    with pytest.raises(UserError, match="process 1 on b has another code"):
+        TwoHosts(lambda mine: mine | {"host": "b", "code": "0"}).check_same()
+    with pytest.raises(UserError, match="another settings"):
+        TwoHosts(lambda mine: mine | {"host": "b", "settings": "other"}).check_same(settings="mine")
+    TwoHosts(lambda mine: mine).check_same(settings="mine")
+
+
+def test_shards_keep_the_order_and_the_size(tmp_path):
+    sizes = {f"t{i}": 10 for i in range(7)}
+    assert list(plan_shards("model.safetensors", sizes)) == ["model.safetensors"]
+    plan = plan_shards("model.safetensors", sizes, least=3)
+    assert list(plan) == [f"model-0000{i}-of-00004.safetensors" for i in (1, 2, 3, 4)]  # of at most 70 / 3 bytes
+    assert [name for names in plan.values() for name in names] == list(sizes)
+    assert all(len(names) <= 2 for names in plan_shards("m.safetensors", sizes, shard_bytes=25).values())
+    assert shard_index(plan, sizes)["metadata"]["total_size"] == 70
+    with pytest.raises(UserError):
+        open_model_files(tmp_path)
+
+
+def test_tensors_on_demand_are_read_when_asked_for():
+    asked = []
+    tensors = ReadOnDemand(["a", "b"], lambda name: asked.append(name) or np.ones(2))
+    assert list(tensors) == ["a", "b"]
+    assert len(tensors) == 2
+    assert not asked
+    assert tensors["b"].shape == (2,)
+    assert asked == ["b"]
+    with pytest.raises(KeyError):
+        tensors["c"]
+
+
+def test_the_roll_call_waits_for_all_and_names_who_is_missing():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    with ThreadPoolExecutor(3) as pool:
+        for _ in range(2):  # the port is free again at once
+            list(pool.map(lambda i: roll_call(address, i, 3, 20), range(3)))
+        calls = [pool.submit(roll_call, address, i, 3, 1) for i in (0, 2)]
+        for call in calls:
+            with pytest.raises(UserError, match=r"of 3 processes these did not come within 1 s: \[1\]"):
+                call.result()
+    with pytest.raises(UserError, match="process 1 of 2 did not reach process 0"):
+        roll_call(address, 1, 2, 0.1)
+    with pytest.raises(UserError, match="not HOST:PORT"):
+        roll_call("localhost", 1, 2, 0.1)
