@@ -3,6 +3,7 @@
 B batch, T query positions, S key positions, D hidden_size, N query heads, K key/value heads, G = N / K, H head_dim.
 """
 
+from collections.abc import Callable
 from typing import Literal
 
 import flax.linen as nn
@@ -15,6 +16,8 @@ from jax_llm.layers import DType, Linear, RMSNorm, upcast
 from jax_llm.rope import apply_rope
 from llm_common.config import ModelConfig
 from llm_common.errors import UserError
+
+Backend = str | Callable[..., Array]  # "reference", "xla", "cudnn", or a function of q, k, v and window
 
 
 def reference_attention(q: Array, k: Array, v: Array, mask: Array | None = None, window: int | None = None) -> Array:
@@ -68,22 +71,31 @@ def causal_mask(query_positions: Array, key_positions: Array, window: int | None
 
 
 def dot_product_attention(
-    q: Array, k: Array, v: Array, mask: Array | None, backend: str, window: int | None = None
+    q: Array, k: Array, v: Array, mask: Array | None, backend: Backend, window: int | None = None
 ) -> Array:
-    """Attention by a resolved backend: "reference", "xla" or "cudnn". mask: broadcasts to (B, N, T, S); None is causal, `window` wide."""
+    """Attention by a resolved backend. mask: broadcasts to (B, N, T, S); None is causal, `window` wide."""
     if backend == "reference":
         return reference_attention(q, k, v, mask, window)
-    if backend in ("xla", "cudnn"):
-        return fused_attention(q, k, v, mask, backend, window)
-    raise UserError(f"attention backend {backend!r} is unknown; known: reference, xla, cudnn (see resolve_backend)")
+    if callable(backend) and mask is None:
+        return backend(q, k, v, window)
+    if backend in ("xla", "cudnn") or callable(backend):
+        return fused_attention(q, k, v, mask, "cudnn" if backend == "cudnn" else "xla", window)
+    raise UserError(f"attention backend {backend!r} is unknown; known: reference, xla, cudnn; splash needs --mesh")
 
 
 def resolve_backend(setting: str, platform: str, compute_dtype: str, cfg: ModelConfig, seq_len: int) -> str:
-    """The backend for a setting ("auto", "reference" or "fused") on a platform ("cpu", "gpu" or "tpu").
+    """The backend for a setting ("auto", "reference", "fused" or "splash") on a platform ("cpu", "gpu" or "tpu").
 
     Resolved once, outside the model: a program compiled ahead of time for another device must not ask the default one.
     cuDNN takes bfloat16, heads of a multiple of 8 up to 128, and trains on sequences of even length.
     """
+    if setting == "splash":
+        if platform != "tpu" or compute_dtype == "float64" or seq_len % 128:
+            raise UserError(
+                f"attention_backend = 'splash' is for a TPU, float32 or bfloat16, and a seq_len of a multiple of 128; here: "
+                f"{platform}, {compute_dtype}, {seq_len}; use 'auto'"
+            )
+        return "splash"
     if setting == "reference" or (setting == "auto" and (platform == "cpu" or compute_dtype == "float64")):
         return "reference"
     if compute_dtype == "float64":
@@ -97,7 +109,7 @@ class Attention(nn.Module):
     """The projections around attention. Returns the output and, if one came in, the new cache of this layer."""
 
     cfg: ModelConfig
-    backend: str = "reference"
+    backend: Backend = "reference"
     param_dtype: DType = jnp.float32
 
     @nn.compact

@@ -10,6 +10,7 @@ B batch, T positions, D hidden_size, V vocab_size.
 """
 
 import contextlib
+import dataclasses
 import functools
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -28,7 +29,7 @@ from jax_llm.attention import resolve_backend
 from jax_llm.checkpoint import to_host
 from jax_llm.evaluate import evaluate as single_evaluate
 from jax_llm.generate import generate_stream
-from jax_llm.layers import Embedding, embedding
+from jax_llm.layers import Embedding, embedding, upcast
 from jax_llm.model import CausalLM, DecoderLayer, Params, build_params, get_canonical, init_params
 from jax_llm.optim import make_optimizer
 from jax_llm.train import TrainState, make_model, make_train_step, matmul_precision, platform_devices, x64
@@ -131,6 +132,46 @@ def constrain(mesh: Mesh) -> contextlib.AbstractContextManager[None]:
     return nn.intercept_methods(constrain_output)
 
 
+def splash_attention(q: Array, k: Array, v: Array, window: int | None = None, interpret: bool = False) -> Array:
+    """Attention by the TPU's blockwise kernel, which never holds the scores of all pairs; causal, T a multiple of 128.
+
+    q (B, T, N, H) and k, v (B, T, K, H) to (B, T, N, H), as `reference_attention`.
+
+    interpret: on a CPU, to check its numbers. Source: jax.experimental.pallas.ops.tpu.splash_attention.
+    """
+    from jax.experimental.pallas.ops.tpu import splash_attention as splash  # a TPU's own: only there is it needed
+
+    t, n, h = q.shape[1:]
+    mask = splash.CausalMask((t, t)) if window is None else splash.LocalMask((t, t), (window - 1, 0), offset=0)
+    block = next(size for size in (512, 256, 128) if t % size == 0)
+    names = ("block_q", "block_kv", "block_q_dkv", "block_kv_dkv", "block_q_dq", "block_kv_dq")
+    kernel = splash.make_splash_mha(
+        splash.MultiHeadMask([mask] * n),
+        block_sizes=splash.BlockSizes(**dict.fromkeys(names, block)),
+        head_shards=1,
+        q_seq_shards=1,
+        interpret=interpret,
+    )
+    q = (upcast(q) * h**-0.5).astype(q.dtype)  # the kernel scales nothing
+    out: Any = jax.vmap(kernel)(*(x.swapaxes(1, 2) for x in (q, k, v)))  # (B, heads, T, H)
+    return out.swapaxes(1, 2)
+
+
+@functools.lru_cache(maxsize=8)
+def mesh_model(cfg: ModelConfig, train: TrainConfig, mesh: Mesh) -> CausalLM:
+    """The model that a run uses on a mesh. The TPU's kernel, which the compiler cannot cut, is cut here by rows and heads."""
+    model = make_model(cfg, train, mesh.devices.flat[0].platform)
+    if model.backend != "splash":
+        return model
+    cut = PartitionSpec(BATCH_AXES, None, "tensor")  # of (B, T, heads, H)
+
+    def attention(q: Array, k: Array, v: Array, window: int | None) -> Array:
+        local = functools.partial(splash_attention, window=window)
+        return jax.shard_map(local, mesh=mesh, in_specs=(cut,) * 3, out_specs=cut, check_vma=False)(q, k, v)
+
+    return dataclasses.replace(model, backend=attention)
+
+
 def sharded(function: Callable, mesh: Mesh) -> Callable:
     """A function of the model that, wherever it is traced, keeps the hidden states cut by rows."""
 
@@ -145,8 +186,8 @@ def sharded(function: Callable, mesh: Mesh) -> Callable:
 @functools.lru_cache(maxsize=8)
 def compiled_train_step(cfg: ModelConfig, train: TrainConfig, opt: OptimizerConfig, mesh: Mesh):
     """The train step of `jax_llm.train` compiled for a mesh, its state donated and cut in the same way when it comes out."""
-    platform, steps = mesh.devices.flat[0].platform, train.gradient_accumulation_steps
-    step = make_train_step(make_model(cfg, train, platform), make_optimizer(opt, cfg), train.compute_dtype, steps)
+    model, steps = mesh_model(cfg, train, mesh), train.gradient_accumulation_steps
+    step = make_train_step(model, make_optimizer(opt, cfg), train.compute_dtype, steps)
     state = state_shardings(cfg, opt, mesh, jnp.dtype(train.master_dtype))
     rows, whole = NamedSharding(mesh, BATCH), NamedSharding(mesh, PartitionSpec())
     return jax.jit(
@@ -199,7 +240,7 @@ def evaluate(
     cfg: ModelConfig, train: TrainConfig, params: Params, evaluation: Evaluation, mesh: Mesh
 ) -> tuple[float, int]:
     """`jax_llm.evaluate.evaluate` on a mesh."""
-    model = make_model(cfg, train, mesh.devices.flat[0].platform)
+    model = mesh_model(cfg, train, mesh)
     with constrain(mesh):
         return single_evaluate(model, params, train.compute_dtype, evaluation, functools.partial(put, mesh=mesh))
 

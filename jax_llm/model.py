@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from jax_llm import random_bits
-from jax_llm.attention import Attention, causal_mask
+from jax_llm.attention import Attention, Backend, causal_mask
 from jax_llm.kv_cache import KVCache, LayerCache
 from jax_llm.layers import MLP, DType, Embedding, Linear, RMSNorm, upcast
 from jax_llm.rope import rotary_table
@@ -33,7 +33,7 @@ class DecoderLayer(nn.Module):
     """A pre-norm block: x + attention(norm(x)), then x + mlp(norm(x))."""
 
     cfg: ModelConfig
-    backend: str = "reference"
+    backend: Backend = "reference"
     param_dtype: DType = jnp.float32
 
     @nn.compact
@@ -58,7 +58,7 @@ class Transformer(nn.Module):
     """Embedding, L decoder layers and the final norm: token ids (B, T) to hidden states (B, T, D)."""
 
     cfg: ModelConfig
-    backend: str = "reference"
+    backend: Backend = "reference"
     scan_layers: bool = False
     param_dtype: DType = jnp.float32
     remat: str = "none"
@@ -117,7 +117,7 @@ class CausalLM(nn.Module):
     """
 
     cfg: ModelConfig
-    backend: str = "reference"
+    backend: Backend = "reference"
     scan_layers: bool = False
     param_dtype: DType = jnp.float32
     remat: str = "none"

@@ -15,7 +15,7 @@ DTYPES = ("float32", "bfloat16", "float64")
 MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
 REMAT = ("none", "dots", "full")
 COMPILE = ("auto", "on", "off")
-ATTENTION_BACKENDS = ("auto", "reference", "fused")
+ATTENTION_BACKENDS = ("auto", "reference", "fused", "splash")  # splash: a TPU's kernel, JAX only
 
 
 def _check(ok: bool, config: Any, field: str, rule: str) -> None:
@@ -372,6 +372,17 @@ PRESETS: dict[str, ModelConfig] = {
         num_hidden_layers=16,
         num_attention_heads=32,
         num_key_value_heads=8,
+    ),
+    # Llama 3's shape
+    "8b": ModelConfig(
+        vocab_size=128_256,
+        hidden_size=4096,
+        intermediate_size=14_336,
+        num_hidden_layers=32,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        max_position_embeddings=8192,
+        rope_theta=500_000.0,
     ),
 }
 

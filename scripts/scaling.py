@@ -103,7 +103,7 @@ def measure(args: argparse.Namespace, task: dict[str, Any]) -> dict[str, Any]:
     framework = task["framework"]
     mesh = None if task["mesh"] is None else MeshConfig.parse(task["mesh"])
     cfg, train = preset(args.preset), settings(args, mesh or ONE_DEVICE)
-    opt = OptimizerConfig(total_steps=args.steps + args.warm_up)
+    opt = OptimizerConfig(lr_max=1e-4, lr_min=1e-5, total_steps=args.steps + args.warm_up)  # stable without a warm-up
     data, times, losses = RandomTokens(cfg, train), [], []
 
     def note(step: int, _: Any, metrics: dict[str, float]) -> None:

@@ -74,6 +74,8 @@ def resolve_backend(setting: str, platform: str, compute_dtype: str) -> str:
     Resolved once, outside the model. float64 takes the reference by itself. The fused function asks for no shapes: it has a
     slower kernel for those that cuDNN and flash attention refuse.
     """
+    if setting == "splash":
+        raise UserError("attention_backend = 'splash' is a kernel for TPUs, in JAX; use 'auto'")
     if setting == "reference" or (setting == "auto" and (platform == "cpu" or compute_dtype == "float64")):
         return "reference"
     return "sdpa"

@@ -147,8 +147,9 @@ def shard(model: CausalLM, mesh: DeviceMesh, compute_dtype: torch.dtype) -> None
     def placement(p: nn.Parameter) -> Shard:
         return next(Shard(i) for i, cut in enumerate(weight_axes(names[id(p)])) if "fsdp" in cut)
 
+    again = mesh["fsdp"].size() > 1  # gather a layer's weights once more in the backward pass, or keep them
     for layer in model.model.layers:
-        fully_shard(layer, mesh=mesh, mp_policy=policy, shard_placement_fn=placement)
+        fully_shard(layer, mesh=mesh, mp_policy=policy, shard_placement_fn=placement, reshard_after_forward=again)
     fully_shard(model, mesh=mesh, mp_policy=policy, shard_placement_fn=placement, reshard_after_forward=False)
 
 
@@ -200,6 +201,7 @@ class ShardedTrainer(Trainer):
         check_sharded(config, cfg, train)
         self.config, self.mesh = config, make_mesh(config, torch.device(device).type)
         self.at = config.coordinates(dist.get_rank())
+        self._cross_entropy = cross_entropy
         super().__init__(cfg, train, opt, device, init_weights)
 
     def _make_model(self, backend: str, dtype: torch.dtype) -> None:
@@ -230,8 +232,10 @@ class ShardedTrainer(Trainer):
         copy_parts(self.cfg, self.config, self.parameters, weights)
 
     def _compile(self) -> None:
-        for layer in self.model.model.layers:
-            layer.forward = torch.compile(layer.forward)  # within FSDP's hooks, which are not for a compiler
+        for module in (*self.model.model.layers, self.model.model.norm):
+            module.forward = torch.compile(module.forward)  # within FSDP's hooks, which are not for a compiler
+        if self.config.tensor == 1:
+            self._cross_entropy = torch.compile(cross_entropy)
         self.optimizer.compile_update()
 
     def loss_and_grads(self, inputs: Tensor, targets: Tensor) -> Tensor:
@@ -245,7 +249,7 @@ class ShardedTrainer(Trainer):
             self.model.set_requires_gradient_sync(i == steps - 1)
             with self._loss_parallel():
                 logits = self.model(micro_batch[0])
-                loss = local(cross_entropy(logits, micro_batch[1], count))
+                loss = local(self._cross_entropy(logits, micro_batch[1], count))
                 (loss * batch_shards).backward()  # FSDP takes the mean over processes, the loss is a sum of their parts
             losses.append(loss.detach())
         named = dict(self.model.named_parameters())
@@ -300,8 +304,9 @@ class ShardedTrainer(Trainer):
                 with self._loss_parallel():
                     loss, count = cross_entropy_sum(self.model(inputs), targets)
                 totals += torch.stack([local(loss).double(), count.double()])
-        assert isinstance(self.model, FSDPModule)
-        self.model.reshard()  # a backward pass would have: gathered weights must not outlive the next update
+        for module in self.model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()  # as a backward pass does: gathered weights must not outlive the next update
         total, count = self.sum_over_batch(totals).tolist()
         return total, int(count)
 

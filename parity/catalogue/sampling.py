@@ -390,7 +390,7 @@ torch(
 jax(
     "texts numbered from 1",
     "generate:generate_stream",
-    "jnp.arange(b) if numbers is None else jnp.array(numbers, jnp.int32)",
-    "1 + jnp.arange(b)",
+    "np.arange(b, dtype=np.int32) if numbers is None else np.array(numbers, np.int32)",
+    "1 + np.arange(b, dtype=np.int32)",
     **GENERATE,
 )
