@@ -161,13 +161,15 @@ class Run:
             self._evaluate(step, evaluate)
         by_steps = config.save_every is not None and step % config.save_every == 0
         by_time = config.save_minutes is not None and now - self._last_save >= 60 * config.save_minutes
+        stop = self.stop_signal  # read once: a signal that comes from here on counts at the next step, on all hosts
         if self.hosts.count > 1:  # the first host's clock, and anybody's signal
-            told = self.hosts.gather([by_time, self.stop_signal])
-            by_time, self.stop_signal = told[0][0], next((number for _, number in told if number is not None), None)
-        if (by_steps or by_time or self.stop_signal is not None) and not last:
+            told = self.hosts.gather([by_time, stop])
+            by_time, stop = told[0][0], next((number for _, number in told if number is not None), None)
+            self.stop_signal = self.stop_signal or stop
+        if (by_steps or by_time or stop is not None) and not last:
             self._save(step, snapshot, evaluate)
         self._last = time.monotonic()
-        return self.stop_signal is not None
+        return stop is not None
 
     def finish(self, step: int, snapshot: Callable[[], TrainingState], evaluate: EvaluateLoss) -> Path:
         """Save if this step is not saved yet, say how the run ended, and return the newest checkpoint."""

@@ -1,0 +1,119 @@
+"""Whole runs on many devices through `scripts/train.py`: they change mesh and framework, lose a process, and refuse what cannot be."""
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from llm_common.checkpoint import checkpoints, load_checkpoint
+from llm_common.config import ModelConfig
+from llm_common.tokenizer import Tokenizer
+from parity.sharded import Group, environment, free_port
+
+ROOT = Path(__file__).parents[2]
+CFG = ModelConfig(256, 32, 64, 2, 8, 4, head_dim=8, max_position_embeddings=64)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    import json
+
+    path = tmp_path_factory.mktemp("runs")
+    (path / "config.json").write_text(json.dumps(CFG.to_hf()))
+    Tokenizer([], special_tokens=[]).save(path / "bpe.json")
+    tokens = np.random.default_rng(0).integers(0, 256, 5000).astype(np.uint16)
+    np.save(path / "tokens.npy", tokens)
+    return path
+
+
+def start(
+    folder: Path, framework: str, out: str, mesh: str | None, devices: int, *flags: object
+) -> list[subprocess.Popen]:
+    """The processes of a run; in JAX one process has all devices."""
+    count = devices if framework == "torch" else 1
+    command = [sys.executable, ROOT / "scripts" / "train.py", "--framework", framework, "--out", folder / out]
+    command += ["--model-config", folder / "config.json", "--data", folder / "tokens.npy"]
+    command += ["--tokenizer", folder / "bpe.json", "--device", "cpu", "--compute-dtype", "float64"]
+    command += ["--batch-size", 8, "--seq-len", 16, "--total-steps", 12, "--join-timeout", 60]
+    command += ["--mesh", mesh] if mesh else []
+    group = Group(framework, count, devices if framework == "jax" else 1, ())
+    port = free_port()
+    environments = [environment(group, i, port, "cpu") if mesh else os.environ for i in range(count)]
+    words = [str(x) for x in (*command, *flags)]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    return [subprocess.Popen(words, env=dict(env), **pipes) for env in environments]
+
+
+def finish(processes: list[subprocess.Popen]) -> str:
+    output = "".join(process.communicate(timeout=300)[0] for process in processes)
+    assert [process.returncode for process in processes] == [0] * len(processes), output
+    return output
+
+
+def stop_after(folder: Path, out: str, step: int, processes: list[subprocess.Popen]) -> None:
+    """Ask for an end, as Ctrl-C does, once a step is saved."""
+    deadline = time.monotonic() + 240
+    while not any(int(x.name[5:]) >= step for x in checkpoints(folder / out)) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    for process in processes[:1]:
+        if process.poll() is None:
+            process.send_signal(signal.SIGINT)
+    finish(processes)
+
+
+@pytest.mark.slow
+def test_a_run_that_changes_mesh_and_framework_ends_where_the_straight_one_does(folder):
+    finish(start(folder, "torch", "straight", None, 1))
+    every = ("--save-every", 1, "--keep-last", 0)
+    stop_after(folder, "changed", 2, start(folder, "torch", "changed", "fsdp=2,tensor=2", 4, *every))
+    stop_after(folder, "changed", 6, start(folder, "jax", "changed", "data=2,tensor=2", 4, *every))
+    finish(start(folder, "torch", "changed", "data=2,fsdp=2", 4, *every))
+    straight, changed = (load_checkpoint(checkpoints(folder / name)[-1])[1] for name in ("straight", "changed"))
+    assert (changed.step, changed.adam_count) == (12, 12)
+    for part in ("weights", "mu", "nu"):
+        for name, x in getattr(straight, part).items():
+            np.testing.assert_allclose(getattr(changed, part)[name], x, rtol=0, atol=1e-11, err_msg=f"{part} {name}")
+
+
+@pytest.mark.slow
+def test_a_process_killed_while_saving_loses_nothing(folder):
+    rng, killed = random.Random(0), 0
+    for attempt in range(6):
+        out = f"killed-{attempt}"
+        processes = start(folder, "torch", out, "fsdp=2", 2, "--save-every", 1, "--keep-last", 0, "--total-steps", 2000)
+        while not checkpoints(folder / out):
+            time.sleep(0.02)
+        time.sleep(rng.random())
+        processes[attempt % 2].kill()
+        for process in processes:
+            try:
+                process.wait(20)
+            except subprocess.TimeoutExpired:
+                process.kill()  # it waits for the other, as it must, until the group's own time is up
+            process.communicate()
+        found = checkpoints(folder / out)
+        state = load_checkpoint(found[-1])[1]  # the sha256 of every file
+        assert all(np.isfinite(x).all() for x in state.weights.values())
+        killed += len([x for x in (folder / out).iterdir() if x.name.endswith(".partial")])
+        last = state.step
+        stop_after(folder, out, last + 1, start(folder, "jax", out, None, 1, "--save-every", 1, "--total-steps", 2000))
+    assert killed > 0, "no save was cut off: the test has not tested what it is for"
+
+
+def test_what_a_mesh_is_refused_for(folder):
+    def refused(*args, **variables):
+        (process, *_) = start(folder, *args)
+        output, _ = process.communicate(timeout=120)
+        assert process.returncode == 2, output
+        return output
+
+    text = refused("jax", "bad", "fsdp=4", 2)
+    assert "takes 4 cpu devices, present: 2" in text
+    assert "tensor = 8 does not divide num_key_value_heads = 4" in refused("jax", "bad", "tensor=8", 8)
+    assert not (folder / "bad").exists()
