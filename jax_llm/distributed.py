@@ -13,7 +13,6 @@ import contextlib
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import flax.linen as nn
@@ -36,8 +35,7 @@ from jax_llm.train import TrainState, make_model, make_train_step, matmul_precis
 from llm_common.checkpoint import TrainingState
 from llm_common.config import ModelConfig, OptimizerConfig, TrainConfig
 from llm_common.data import Dataset
-from llm_common.evaluation import Evaluation
-from llm_common.run import Run
+from llm_common.evaluation import EvaluateLoss, Evaluation
 from llm_common.sharding import AXES, BATCH_AXES, MeshConfig, check_devices, check_mesh, check_sharded, weight_axes
 from llm_common.tensors import ReadOnDemand, Tensors, check_batch, check_tensors, tensor_shapes
 
@@ -246,11 +244,24 @@ def evaluate(
 
 
 @contextlib.contextmanager
+def evaluator(
+    cfg: ModelConfig, weights: Tensors, train: TrainConfig, config: MeshConfig, device: str = "auto"
+) -> Iterator[EvaluateLoss]:
+    """`jax_llm.evaluate.evaluator` on a mesh: every host is given the loss over all rows."""
+    check_sharded(config, cfg, train)
+    mesh = make_mesh(config, device)
+    with x64(train.master_dtype):
+        params = from_canonical(cfg, weights, mesh, jnp.dtype(train.compute_dtype))
+        yield functools.partial(evaluate, cfg, train, params, mesh=mesh)
+
+
+@contextlib.contextmanager
 def generator(
-    cfg: ModelConfig, weights: Tensors, mesh: Mesh, compute_dtype: str = "float32"
+    cfg: ModelConfig, weights: Tensors, config: MeshConfig, device: str = "auto", compute_dtype: str = "float32"
 ) -> Iterator[Callable[..., Iterator[list[list[int]]]]]:
     """`jax_llm.generate.generator` on a mesh: weights, cache and logits are cut, and every host is given all texts."""
-    check_mesh(MeshConfig(*mesh.devices.shape), cfg)
+    check_mesh(config, cfg)
+    mesh = make_mesh(config, device)
     platform = mesh.devices.flat[0].platform
     backend = resolve_backend("auto", platform, compute_dtype, cfg, seq_len=1)
     with x64(compute_dtype), matmul_precision(compute_dtype), constrain(mesh):
@@ -277,26 +288,3 @@ def from_training_state(
     opt_state = optax.tree_utils.tree_set(shapes, mu=mu, nu=nu)
     counters = (put(np.array(x, np.int32), mesh=mesh, spec=PartitionSpec()) for x in (saved.step, saved.adam_count))
     return TrainState(params, opt_state, *counters)
-
-
-def fit_and_save(run: Run, config: MeshConfig, device: str = "auto") -> Path:
-    """`jax_llm.run.fit_and_save` on a mesh. Every host calls it, with a run over the same folder."""
-    cfg, train, opt = run.cfg, run.train, run.opt
-    check_sharded(config, cfg, train)
-    mesh, dtype = make_mesh(config, device), jnp.dtype(train.master_dtype)
-    with run, x64(train.master_dtype):
-        saved = run.resume()
-        if saved is not None:
-            state = from_training_state(cfg, opt, saved, mesh, dtype)
-        else:
-            params = None if run.initial is None else from_canonical(cfg, run.initial, mesh, dtype)
-            state = init_state(cfg, train, opt, mesh, params)
-
-        def readers(state: TrainState):
-            """What the run may ask of a state: to be read, and its held-out loss."""
-            snapshot = lambda: to_training_state(cfg, state)
-            return snapshot, lambda evaluation: evaluate(cfg, train, state.params, evaluation, mesh)
-
-        after_step = lambda step, state, metrics: run.after_step(step, metrics, *readers(state))
-        state = fit(state, cfg, train, opt, run.dataset, mesh, on_step=after_step)
-        return run.finish(int(state.step), *readers(state))

@@ -12,12 +12,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jax_llm import distributed
 from jax_llm.checkpoint import from_canonical, from_training_state, to_training_state
 from jax_llm.evaluate import evaluate
 from jax_llm.train import TrainState, fit, init_state, make_model, select_device, x64
 from llm_common.config import ModelConfig, OptimizerConfig, TrainConfig
 from llm_common.data import Dataset
 from llm_common.run import Run
+from llm_common.sharding import MeshConfig, check_sharded
 
 
 def fit_and_save(run: Run, device: str = "auto") -> Path:
@@ -50,6 +52,29 @@ def fit_and_save(run: Run, device: str = "auto") -> Path:
             run.dataset,
             on_step=lambda step, state, metrics: run.after_step(step, metrics, *readers(state)),
         )
+        return run.finish(int(state.step), *readers(state))
+
+
+def fit_and_save_on_mesh(run: Run, config: MeshConfig, device: str = "auto") -> Path:
+    """`fit_and_save` on a mesh. Every host calls it, with a run over the same folder."""
+    cfg, train, opt = run.cfg, run.train, run.opt
+    check_sharded(config, cfg, train)
+    mesh, dtype = distributed.make_mesh(config, device), jnp.dtype(train.master_dtype)
+    with run, x64(train.master_dtype):
+        saved = run.resume()
+        if saved is not None:
+            state = distributed.from_training_state(cfg, opt, saved, mesh, dtype)
+        else:
+            params = None if run.initial is None else distributed.from_canonical(cfg, run.initial, mesh, dtype)
+            state = distributed.init_state(cfg, train, opt, mesh, params)
+
+        def readers(state: TrainState):
+            """What the run may ask of a state: to be read, and its held-out loss."""
+            snapshot = lambda: distributed.to_training_state(cfg, state)
+            return snapshot, lambda evaluation: distributed.evaluate(cfg, train, state.params, evaluation, mesh)
+
+        after_step = lambda step, state, metrics: run.after_step(step, metrics, *readers(state))
+        state = distributed.fit(state, cfg, train, opt, run.dataset, mesh, on_step=after_step)
         return run.finish(int(state.step), *readers(state))
 
 

@@ -67,7 +67,7 @@ def run_jax(cfg: ModelConfig, mesh_config: MeshConfig, hosts: Hosts, folder: Pat
             mesh = distributed.make_mesh(other, hosts.device)
             again = distributed.from_training_state(cfg, opt, load_checkpoint(saved, cfg)[1], mesh, np.float64)
             _compare(distributed.to_training_state(cfg, again), saved, f"{mesh_config} -> {other}")
-    with distributed.generator(cfg, weights, mesh, "float64") as stream:
+    with distributed.generator(cfg, weights, mesh_config, hosts.device, "float64") as stream:
         results["texts"] = cases.texts(stream)
     return results
 

@@ -12,7 +12,7 @@ import json
 from pathlib import Path
 
 import numpy as np
-from flags import make_parser, prepare_environment
+from flags import add_mesh_flags, join, make_parser, only_the_first_prints, prepare_environment
 
 from llm_common.checkpoint import load_weights
 from llm_common.config import ATTENTION_BACKENDS, DTYPES, TrainConfig, check_length
@@ -22,6 +22,7 @@ from llm_common.errors import UserError, import_side, run_main
 from llm_common.evaluation import Evaluation
 from llm_common.hf_tokenizer import AnyTokenizer, load_tokenizer, open_tokenizer
 from llm_common.run import newest
+from llm_common.sharding import MeshConfig, check_sharded
 from llm_common.tokenizer import check_vocabulary
 
 
@@ -39,6 +40,7 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--batches", type=int, help="evaluate only the first so many batches")
     parser.add_argument("--device", default="auto", help="auto, cpu, gpu or tpu")
+    add_mesh_flags(parser)
     parser.add_argument("--compute-dtype", choices=DTYPES, default="float32")
     parser.add_argument("--attention-backend", choices=ATTENTION_BACKENDS, default="auto")
     parser.add_argument("--json", action="store_true", help="one line of JSON")
@@ -59,6 +61,9 @@ def main() -> None:
         attention_backend=args.attention_backend,
     )
     check_length(cfg, seq_len, "--seq-len")
+    mesh = None if args.mesh is None else MeshConfig.parse(args.mesh)
+    if mesh is not None:
+        check_sharded(mesh, cfg, train)
     if args.batches is not None and args.batches < 1:
         raise UserError(f"--batches {args.batches}: must be at least 1")
     if args.data:
@@ -72,7 +77,13 @@ def main() -> None:
     lengths = None if tokenizer is None else tokenizer.byte_lengths()
     evaluation = Evaluation(tokens, seq_len, args.batch_size, lengths, args.batches)
     evaluation.check(cfg.vocab_size, str(args.data or args.text))
-    with side.evaluator(cfg, weights, train, args.device) as evaluate:
+    hosts = join(args.framework, args, mesh)
+    only_the_first_prints(hosts)
+    if mesh is None:
+        opened = side.evaluator(cfg, weights, train, hosts.device)
+    else:
+        opened = import_side(args.framework, "distributed").evaluator(cfg, weights, train, mesh, hosts.device)
+    with opened as evaluate:
         result = evaluation.summary(*evaluate(evaluation))
     if args.json:
         print(json.dumps({"checkpoint": str(folder), "framework": args.framework, **result}))

@@ -13,7 +13,9 @@ import typing
 from pathlib import Path
 from typing import Any
 
-from llm_common.errors import UserError
+from llm_common.errors import UserError, import_side
+from llm_common.hosts import Hosts
+from llm_common.sharding import MeshConfig
 
 
 def make_parser(doc: str | None) -> argparse.ArgumentParser:
@@ -120,6 +122,30 @@ def prepare_environment(cache_dir: Path | None) -> None:
         os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_dir / "torch"))
     os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.92")
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what torch's deterministic matrix products ask for
+
+
+def add_mesh_flags(parser: Any) -> None:
+    """`--mesh` and `--join-timeout`, for a parser or a group of it."""
+    parser.add_argument("--mesh", help="many devices, as data=2,fsdp=4,tensor=2: replicas, cut weights, cut matrices")
+    parser.add_argument("--join-timeout", type=float, default=300, help="seconds to wait for the other processes")
+
+
+def join(framework: str, args: argparse.Namespace, mesh: MeshConfig | None) -> Hosts:
+    """The processes of this program: this one alone, or those that the environment knows of."""
+    started = max(int(os.environ.get(name, "1")) for name in ("WORLD_SIZE", "SLURM_NTASKS", "JAX_NUM_PROCESSES"))
+    if mesh is None:
+        if started > 1:
+            raise UserError(f"{started} processes were started: say how they share the work, as --mesh data={started}")
+        hosts = Hosts()
+        hosts.device = args.device
+        return hosts
+    return import_side(framework, "hosts").join_hosts(args.device, args.join_timeout)
+
+
+def only_the_first_prints(hosts: Hosts) -> None:
+    """Let a host that is not the first print nothing from here on; errors are said on all."""
+    if hosts.index > 0:
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
 
 
 def _parser_of(hint: Any) -> typing.Callable[[str], Any]:

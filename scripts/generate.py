@@ -17,13 +17,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from flags import add_flags, from_flags, make_parser, prepare_environment
+from flags import add_flags, add_mesh_flags, from_flags, join, make_parser, only_the_first_prints, prepare_environment
 
 from llm_common.checkpoint import load_weights
 from llm_common.config import DTYPES, ModelConfig, SamplingConfig
 from llm_common.errors import UserError, import_side, run_main
 from llm_common.hf_tokenizer import AnyTokenizer, HfTokenizer, load_tokenizer, open_tokenizer
 from llm_common.run import newest
+from llm_common.sharding import MeshConfig, check_mesh
 from llm_common.tensors import check_prompts
 from llm_common.text_stream import TextStream
 from llm_common.tokenizer import check_vocabulary
@@ -46,6 +47,7 @@ def main() -> None:
     )
     parser.add_argument("--ignore-eos", action="store_true", help="go on after an end of text")
     parser.add_argument("--device", default="auto", help="auto, cpu, gpu or tpu")
+    add_mesh_flags(parser)
     parser.add_argument("--compute-dtype", choices=DTYPES, default="float32")
     add_flags(parser, SamplingConfig, "sampling")
     args = parser.parse_args()
@@ -67,9 +69,20 @@ def main() -> None:
     encoded = [encode(tokenizer, prompt, args.chat) for prompt in prompts]
     check_prompts(encoded, cfg, args.max_new_tokens)
     rows = [(prompt, ids, n) for prompt, ids in zip(prompts, encoded, strict=True) for n in range(args.texts)]
+    mesh = None if args.mesh is None else MeshConfig.parse(args.mesh)
+    if mesh is not None:
+        if args.framework == "both":
+            raise UserError("--mesh with --framework both: generate with one framework, then with the other")
+        check_mesh(mesh, cfg)
+    hosts = join(args.framework, args, mesh)
+    only_the_first_prints(hosts)
     results = {}
     for name, side in sides.items():
-        with side.generator(cfg, weights, args.device, args.compute_dtype) as stream:
+        if mesh is None:
+            opened = side.generator(cfg, weights, hosts.device, args.compute_dtype)
+        else:
+            opened = import_side(name, "distributed").generator(cfg, weights, mesh, hosts.device, args.compute_dtype)
+        with opened as stream:
             results[name] = write_texts(stream, rows, tokenizer, sampling, args, show=args.framework != "both")
     if args.framework == "both":
         compare(cfg, weights, tokenizer, rows, results, sampling, args)
@@ -121,7 +134,7 @@ def write_texts(stream, rows, tokenizer, sampling, args: argparse.Namespace, sho
         () if args.ignore_eos else tokenizer.eos_ids,
         [number for _, _, number in rows],
         finished,
-        chunk=1 if live and sys.stdout.isatty() else 16,
+        chunk=1 if live and sys.stdout.isatty() and args.mesh is None else 16,
     )
     for new in pieces:
         for row, more in enumerate(new):

@@ -14,12 +14,20 @@ ends after the step; a second one ends at once. The exit code is 0 when the run 
 """
 
 import argparse
-import os
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from flags import add_flags, from_flags, make_parser, parse_with_toml, prepare_environment, require
+from flags import (
+    add_flags,
+    add_mesh_flags,
+    from_flags,
+    join,
+    make_parser,
+    parse_with_toml,
+    prepare_environment,
+    require,
+)
 from rich.console import Console
 
 from llm_common.budget import GIB, flops_per_step, memory_advice, memory_per_step, peak_flops
@@ -30,7 +38,6 @@ from llm_common.errors import UserError, import_side, is_out_of_memory, run_main
 from llm_common.evaluation import Evaluation
 from llm_common.examples import open_dataset
 from llm_common.hf_tokenizer import AnyTokenizer, open_tokenizer
-from llm_common.hosts import Hosts
 from llm_common.progress import TrainingProgress
 from llm_common.run import LOG_FILE, Run
 from llm_common.sharding import ONE_DEVICE, MeshConfig, check_sharded
@@ -52,8 +59,7 @@ def make_train_parser() -> argparse.ArgumentParser:
     data.add_argument("--tokenizer", type=Path, help="bpe.json or a folder; is saved with each checkpoint")
     machine = parser.add_argument_group("machine")
     machine.add_argument("--device", default="auto", help="auto, cpu, gpu or tpu")
-    machine.add_argument("--mesh", help="many devices, as data=2,fsdp=4,tensor=2: replicas, cut weights, cut matrices")
-    machine.add_argument("--join-timeout", type=float, default=300, help="seconds to wait for the other processes")
+    add_mesh_flags(machine)
     machine.add_argument("--cache-dir", type=Path, default=Path.home() / ".cache" / "one-model-twice", metavar="FOLDER")
     machine.add_argument("--dry-run", action="store_true", help="say what the run would be, and train nothing")
     add_flags(parser, OptimizerConfig, "optimizer")
@@ -74,7 +80,7 @@ def main() -> None:
         check_sharded(mesh, cfg, train)
     tokenizer = open_tokenizer(args.tokenizer or args.init_from or Path("data/bpe.json"))
     check_vocabulary(tokenizer, cfg.vocab_size)
-    hosts = join(args, mesh)
+    hosts = join(args.framework, args, mesh)
     side = import_side(args.framework, "train")
     description = side.describe(cfg, train, hosts.device)  # before the data, which may take long: is the device there?
     check_tokenizer(args.data, tokenizer)
@@ -128,7 +134,7 @@ def main() -> None:
             if mesh is None:
                 folder = trainer.fit_and_save(run, hosts.device)
             else:
-                folder = import_side(args.framework, "distributed").fit_and_save(run, mesh, hosts.device)
+                folder = trainer.fit_and_save_on_mesh(run, mesh, hosts.device)
     except Exception as error:
         if is_out_of_memory(error):
             raise UserError(f"memory ran out: {memory_advice(cfg, train, need)}") from None
@@ -138,18 +144,6 @@ def main() -> None:
         console.print(f"nothing left to do: {folder}", markup=False)
     elif run.stop_signal is not None:
         console.print("stopped as asked; the same command goes on, in either framework")
-
-
-def join(args: argparse.Namespace, mesh: MeshConfig | None) -> Hosts:
-    """The processes of this run: this one alone, or those that the environment knows of."""
-    started = max(int(os.environ.get(name, "1")) for name in ("WORLD_SIZE", "SLURM_NTASKS", "JAX_NUM_PROCESSES"))
-    if mesh is None:
-        if started > 1:
-            raise UserError(f"{started} processes were started: say how they share the work, as --mesh data={started}")
-        hosts = Hosts()
-        hosts.device = args.device
-        return hosts
-    return import_side(args.framework, "hosts").join_hosts(args.device, args.join_timeout)
 
 
 def choose_model(args: argparse.Namespace) -> tuple[ModelConfig, TensorFiles | None]:

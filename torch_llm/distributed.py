@@ -16,7 +16,6 @@ import contextlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -31,8 +30,7 @@ from torch.distributed.tensor.parallel import loss_parallel
 from llm_common.checkpoint import TrainingState
 from llm_common.config import ModelConfig, OptimizerConfig, TrainConfig
 from llm_common.data import Dataset
-from llm_common.evaluation import Evaluation
-from llm_common.run import Run
+from llm_common.evaluation import EvaluateLoss, Evaluation
 from llm_common.sharding import AXES, MeshConfig, check_devices, check_mesh, check_sharded, shard_of, weight_axes
 from llm_common.tensors import (
     ReadOnDemand,
@@ -60,12 +58,28 @@ def make_mesh(config: MeshConfig, device_type: str) -> DeviceMesh:
     return init_device_mesh(device_type, config.shape, mesh_dim_names=AXES)
 
 
-# --- the axis tensor
+# --- the axis tensor: what happens at the borders of which modules
+
+NORMS = ("input_layernorm", "post_attention_layernorm", "norm")
+HEADS_NORMS = ("q_norm", "k_norm")
+TAKE_WHOLE = ("self_attn", "mlp", "lm_head", "embed_tokens", *NORMS)
+GIVE_OWN = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")
+ADD_UP = ("o_proj", "down_proj")
 
 
 def whole(x: Tensor, mesh: DeviceMesh) -> DTensor:
     """The same x on every device; in the backward pass their gradients, each of a part of the model, are added up."""
     return DTensor.from_local(x, mesh, [Replicate()], run_check=False)
+
+
+def whole_over_heads(x: Tensor, mesh: DeviceMesh) -> DTensor:
+    """x (B, T, heads, H), of which every device has some heads."""
+    return DTensor.from_local(x, mesh, [Shard(2)], run_check=False)
+
+
+def own_channels(x: Tensor, mesh: DeviceMesh) -> DTensor:
+    """x (B, T, channels), of which every device has some channels."""
+    return DTensor.from_local(x, mesh, [Shard(-1)], run_check=False)
 
 
 def local(x: Any) -> Any:
@@ -89,47 +103,34 @@ def parallelize(model: CausalLM, mesh: DeviceMesh) -> None:
     The logits come out cut over the vocabulary, as `loss_parallel` takes them. `model.cfg` is then that of a device's own heads.
     """
     for name, p in list(model.named_parameters()):
-        axes = weight_axes(name)
-        placement: Placement = next((Shard(i) for i, cut in enumerate(axes) if "tensor" in cut), Replicate())
+        cuts = enumerate(weight_axes(name))
+        placement: Placement = next((Shard(i) for i, cut in cuts if "tensor" in cut), Replicate())
         *path, last = name.split(".")
         module = model.get_submodule(".".join(path))
         size = [n // mesh.size() if placement == Shard(i) else n for i, n in enumerate(p.shape)]
         cut = DTensor.from_local(p.new_empty(size), mesh, [placement], run_check=False)
         module.register_parameter(last, nn.Parameter(cut))
 
-    def inputs_whole(module: nn.Module, args: tuple) -> tuple:
-        return whole(args[0], mesh), *args[1:]
-
-    def inputs_cut(module: nn.Module, args: tuple) -> tuple:
-        return DTensor.from_local(args[0], mesh, [Shard(-1)], run_check=False), *args[1:]
+    def before(change: Callable[[Any, DeviceMesh], DTensor]) -> Callable:
+        return lambda module, args: (change(args[0], mesh), *args[1:])
 
     for name, module in model.named_modules():
         kind = name.rpartition(".")[2]
-        if kind in ("self_attn", "mlp", "lm_head", "embed_tokens") or (
-            kind.endswith("norm") and kind not in ("q_norm", "k_norm")
-        ):
-            module.register_forward_pre_hook(inputs_whole)
-        if kind in ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj") or kind.endswith("norm"):
+        if kind in TAKE_WHOLE:
+            module.register_forward_pre_hook(before(whole))
+        if kind in HEADS_NORMS:
+            module.register_forward_pre_hook(before(whole_over_heads))
+        if kind in ADD_UP:
+            module.register_forward_pre_hook(before(own_channels))
+        if kind in GIVE_OWN + NORMS + HEADS_NORMS:
             module.register_forward_hook(lambda module, args, out: local(out))
-        if kind in (
-            "q_norm",
-            "k_norm",
-        ):  # of every head alone: a weight of all, on heads that each device has of its own
-            module.register_forward_pre_hook(lambda module, args: (whole_over_heads(args[0], mesh),))
-        if kind in ("o_proj", "down_proj"):
-            module.register_forward_pre_hook(inputs_cut)
-        if kind in ("o_proj", "down_proj", "embed_tokens"):
+        if kind in (*ADD_UP, "embed_tokens"):
             module.register_forward_hook(lambda module, args, out: added_up(out))
     heads, kv_heads = model.cfg.num_attention_heads // mesh.size(), model.cfg.num_key_value_heads // mesh.size()
     model.cfg = replace(model.cfg, num_attention_heads=heads, num_key_value_heads=kv_heads)
     if model.lm_head is None:
         embed_tokens, attend = model.model.embed_tokens, model.model.embed_tokens.attend
         embed_tokens.attend = lambda x: attend(whole(x, mesh))
-
-
-def whole_over_heads(x: Tensor, mesh: DeviceMesh) -> DTensor:
-    """x (B, T, heads, H), of which every device has some heads."""
-    return DTensor.from_local(x, mesh, [Shard(2)], run_check=False)
 
 
 # --- the axes data and fsdp
@@ -369,6 +370,16 @@ def cut_by(axis: str, name: str) -> bool:
 
 
 @contextlib.contextmanager
+def evaluator(
+    cfg: ModelConfig, weights: Tensors, train: TrainConfig, config: MeshConfig, device: torch.device | str = "cpu"
+) -> Iterator[EvaluateLoss]:
+    """`torch_llm.evaluate.evaluator` on a mesh: every process is given the loss over all rows."""
+    trainer = ShardedTrainer(cfg, train, OptimizerConfig(), config, device, init_weights=False)
+    trainer.from_canonical(weights)
+    yield trainer.evaluate
+
+
+@contextlib.contextmanager
 def generator(
     cfg: ModelConfig, weights: Tensors, config: MeshConfig, device: torch.device | str, compute_dtype: str = "float32"
 ) -> Iterator[Callable[..., Iterator[list[list[int]]]]]:
@@ -381,18 +392,3 @@ def generator(
     model.register_forward_hook(lambda module, args, logits: whole_vocabulary(logits))
     with matmul_precision(compute_dtype):
         yield partial(generate_stream, model)
-
-
-def fit_and_save(run: Run, config: MeshConfig, device: torch.device | str = "cpu") -> Path:
-    """`torch_llm.run.fit_and_save` on a mesh. Every process calls it, with a run over the same folder."""
-    with run:
-        saved = run.resume()
-        seeded = saved is None and run.initial is None
-        trainer = ShardedTrainer(run.cfg, run.train, run.opt, config, device, init_weights=seeded)
-        if saved is not None:
-            trainer.from_training_state(saved)
-        elif run.initial is not None:
-            trainer.from_canonical(run.initial)
-        readers = trainer.to_training_state, trainer.evaluate
-        trainer.fit(run.dataset, on_step=lambda step, _, metrics: run.after_step(step, metrics, *readers))
-        return run.finish(trainer.step, *readers)

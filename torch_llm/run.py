@@ -9,10 +9,13 @@ import time
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from llm_common.config import ModelConfig, OptimizerConfig, TrainConfig
 from llm_common.data import Dataset
 from llm_common.run import Run
+from llm_common.sharding import MeshConfig
+from torch_llm import distributed
 from torch_llm.checkpoint import from_canonical, from_training_state, to_training_state
 from torch_llm.evaluate import evaluate
 from torch_llm.train import Trainer, select_device
@@ -39,6 +42,21 @@ def fit_and_save(run: Run, device: str = "auto") -> Path:
             lambda: to_training_state(trainer),
             lambda evaluation: evaluate(trainer.model, run.train.compute_dtype, evaluation),
         )
+        trainer.fit(run.dataset, on_step=lambda step, _, metrics: run.after_step(step, metrics, *readers))
+        return run.finish(trainer.step, *readers)
+
+
+def fit_and_save_on_mesh(run: Run, config: MeshConfig, device: torch.device | str = "cpu") -> Path:
+    """`fit_and_save` on a mesh. Every process calls it, with a run over the same folder."""
+    with run:
+        saved = run.resume()
+        seeded = saved is None and run.initial is None
+        trainer = distributed.ShardedTrainer(run.cfg, run.train, run.opt, config, device, init_weights=seeded)
+        if saved is not None:
+            trainer.from_training_state(saved)
+        elif run.initial is not None:
+            trainer.from_canonical(run.initial)
+        readers = trainer.to_training_state, trainer.evaluate
         trainer.fit(run.dataset, on_step=lambda step, _, metrics: run.after_step(step, metrics, *readers))
         return run.finish(trainer.step, *readers)
 
