@@ -54,17 +54,19 @@ def memory_per_step(
     """About how many bytes a step needs on each device: exact for what is kept, an estimate for activations.
 
     Keys: weights, moments, gradients (master dtype, and the cast copies of both), activations (of one micro-batch). Measured
-    on an H100 at 124m, bfloat16, 32,768 tokens: the sum is 0.9 to 1.2 times the peak of both frameworks.
+    on an H100 at 124m, bfloat16, 32,768 tokens: the sum is 0.9 to 1.2 times the peak of both frameworks; for meshes, by the TPU's
+    compiler and on two H100s at 1b and 8b: within 10 % (docs/tpu_compiled.md, docs/scaling.md).
     """
     parts, tensor = mesh.fsdp * mesh.tensor, mesh.tensor
     p, master = cfg.num_parameters(), 8 if train.compute_dtype == "float64" else 4
     c = {"float64": 8, "float32": 4, "bfloat16": 2}[train.compute_dtype]
     wide = max(c, 4)
     cast = 2 * p * c // tensor if c != master and mesh.fsdp == 1 else 0
-    if mesh.fsdp > 1:  # weights and gradients of the embedding, the head and two layers at a time are whole
+    if mesh.fsdp > 1 and train.remat == "none":
+        cast = 2 * p * c // tensor  # gathered weights stay for the backward pass, as activations do
+    elif mesh.fsdp > 1:  # one layer at a time, and the embedding or the head
         embeddings = cfg.vocab_size * cfg.hidden_size * (1 if cfg.tie_word_embeddings else 2)
-        layer = (p - embeddings) // cfg.num_hidden_layers
-        cast = 2 * (embeddings + 2 * layer) * c // tensor
+        cast = c * (embeddings + (p - embeddings) // cfg.num_hidden_layers) // tensor
     tokens = train.batch_size // train.gradient_accumulation_steps * train.seq_len // mesh.batch_shards
     d, f, t = cfg.hidden_size, cfg.intermediate_size // tensor, train.seq_len
     heads = (cfg.num_attention_heads + 2 * cfg.num_key_value_heads) * cfg.head_dim // tensor

@@ -1,11 +1,19 @@
-"""What only an accelerator has: each framework against itself on the CPU, and float32 with its matrix products in TF32."""
+"""What only an accelerator has: each framework against itself on the CPU, and float32 with its matrix products in TF32; and on a CPU
+what a TPU's matrix products would do to float32.
+"""
 
 from collections.abc import Iterator
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
+from jax_llm.checkpoint import from_canonical, to_canonical
+from jax_llm.model import CausalLM
+from jax_llm.train import loss_and_grads
 from parity.cases import random_batch, random_weights
 from parity.compare import JAX, TORCH, Row, Tensors, tensor_errors, verdict, worst
+from parity.emulation import with_bfloat16_operands
 from parity.model_checks import CEILING, FLOAT64_ALLOWED, one_ulp_noise, specified
 from parity.settings import Settings
 
@@ -15,8 +23,10 @@ TF32_AT_LEAST = 10.0
 
 
 def check_device(s: Settings) -> Iterator[Row]:
-    """Nothing on a CPU. Elsewhere logits and gradients of either framework there against its own on the CPU; then TF32."""
+    """On a CPU a TPU's float32. Elsewhere logits and gradients of either framework there against its own on the CPU; then TF32."""
     if s.device == "cpu":
+        if "float32" in s.dtypes:
+            yield from _tpu_operands(s)
         return
     for dtype in s.dtypes:
         weights = random_weights(s.cfg, s.seed, dtype)
@@ -69,6 +79,36 @@ def _tf32(s: Settings) -> Iterator[Row]:
             side,
             note,
         )
+
+
+def _tpu_operands(s: Settings) -> Iterator[Row]:
+    """float32 as a TPU computes it by default, emulated, against float64: what somebody who trains there should expect.
+
+    The ceiling is what moving everything by one ulp of bfloat16 does; the factors of products are a part of that. The error must also
+    be far above float32's own, or the emulation emulates nothing.
+    """
+    weights = random_weights(s.cfg, s.seed, "float32")
+    ids, targets = random_batch(s.cfg, s.seed, s.batch, s.length)
+    exact = specified(s, weights, ids, targets)
+    moved = specified(s, weights, ids, targets, one_ulp_noise(s.seed, "bfloat16"))
+    params = from_canonical(s.cfg, weights, jnp.float32)
+    model = CausalLM(s.cfg)
+    functions = {
+        "logits": lambda params, ids, targets: model.apply({"params": params}, ids)[0],
+        "gradients": lambda params, ids, targets: loss_and_grads(model, params, ids, targets)[1],
+    }
+    for what, function in functions.items():
+        errors = []
+        for run in (with_bfloat16_operands(function), function):
+            out = jax.jit(run)(params, jnp.array(ids), jnp.array(targets))
+            got = {"logits": np.array(out)} if what == "logits" else to_canonical(s.cfg, out)
+            errors.append(worst(tensor_errors(got, exact[what])))
+        (name, error), (_, plain) = errors
+        allowed = worst(tensor_errors(moved[what], exact[what]))[1]
+        ok = TF32_AT_LEAST * plain <= error <= allowed
+        note = f"{error / max(plain, 1e-300):.0f} times float32"
+        item = f"{what} as a TPU computes float32, emulated"
+        yield Row("device", item, "float32", error, allowed, ok, "" if ok else JAX, note, name)
 
 
 def _run(side, what: str, weights: Tensors, ids: np.ndarray, targets: np.ndarray) -> Tensors:

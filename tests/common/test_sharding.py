@@ -8,6 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from llm_common.budget import GIB, memory_per_step
 from llm_common.config import PRESETS, ModelConfig, TrainConfig
 from llm_common.errors import UserError
 from llm_common.hosts import Hosts, roll_call
@@ -134,3 +135,25 @@ def test_the_roll_call_waits_for_all_and_names_who_is_missing():
         roll_call(address, 1, 2, 0.1)
     with pytest.raises(UserError, match="not HOST:PORT"):
         roll_call("localhost", 1, 2, 0.1)
+
+
+MEASURED = (  # preset, mesh, sequences, positions, remat, GiB on each device
+    ("1b", "fsdp=16", 16, 2048, "full", 1.88),  # the TPU's compiler, v5e; docs/tpu_compiled.md
+    ("1b", "fsdp=8", 16, 2048, "full", 3.57),  # v5p
+    ("1b", "fsdp=16", 32, 2048, "full", 2.39),  # v6e
+    ("8b", "fsdp=16,tensor=4", 16, 4096, "full", 4.08),
+    ("8b", "fsdp=8,tensor=4", 8, 8192, "full", 8.89),
+    ("1b", "", 16, 2048, "none", 57.6),  # H100, JAX; docs/scaling.md
+    ("1b", "", 16, 2048, "none", 53.9),  # PyTorch
+    ("1b", "data=2", 32, 2048, "none", 57.6),
+    ("1b", "data=2", 32, 2048, "none", 60.2),
+    ("1b", "fsdp=2", 32, 2048, "none", 51.4),
+    ("1b", "fsdp=2", 32, 2048, "none", 50.2),
+)
+
+
+@pytest.mark.parametrize(("name", "mesh", "batch", "length", "remat", "measured"), MEASURED)
+def test_the_memory_model_is_within_a_tenth_of_what_was_measured(name, mesh, batch, length, remat, measured):
+    train = TrainConfig(batch_size=batch, seq_len=length, compute_dtype="bfloat16", remat=remat)
+    parts = memory_per_step(PRESETS[name], train, fused_attention=True, compiled=True, mesh=MeshConfig.parse(mesh))
+    assert abs(sum(parts.values()) / GIB / measured - 1) < 0.1
