@@ -5,7 +5,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: parity test lint format docs slow gpu clean
+.PHONY: parity test lint format docs slow gpu gpu2 tpu clean
 
 parity: $(VENV)/.installed
 	$(BIN)/parity demo
@@ -30,6 +30,16 @@ gpu: $(VENV)/.installed
 	$(BIN)/parity run --device gpu --attention auto --preset demo --batch 2 --length 64 --steps 200 \
 		--dtype float32 --dtype bfloat16 --out docs/gpu_fused
 	$(BIN)/python -m pytest -m gpu
+
+# on a machine with two of them: every mesh against the specification, and how much faster two are than one
+gpu2: $(VENV)/.installed
+	$(BIN)/parity sharded --device gpu --out docs/gpu_sharded
+	$(BIN)/python scripts/scaling.py --device gpu --preset 1b --batch-size 16 --seq-len 2048 --mesh data=2 --mesh fsdp=2 \
+		--out docs/scaling.md
+
+# the TPU's compiler, on any machine (pip install '.[tpu]')
+tpu: $(VENV)/.installed
+	$(BIN)/python scripts/tpu_compile.py --table docs/tpu_compiled.md
 
 format: $(VENV)/.installed
 	$(BIN)/ruff check --fix .

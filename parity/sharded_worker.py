@@ -4,6 +4,7 @@ python -m parity.sharded_worker '{"framework": "torch", "cases": [...], "out": "
 """
 
 import contextlib
+import dataclasses
 import hashlib
 import json
 import sys
@@ -112,6 +113,7 @@ def run_torch(cfg: ModelConfig, mesh_config: MeshConfig, hosts: Hosts, folder: P
         _compare(again.to_training_state(), saved, f"{mesh_config} -> {other}")
     with distributed.generator(cfg, weights, mesh_config, hosts.device, "float64") as stream:
         results["texts"] = cases.texts(stream)
+    _check_float32_sums(cfg, mesh_config, hosts.device)
     return results
 
 
@@ -126,6 +128,22 @@ def _check_replicas(parts: dict[str, bytes], hosts: Hosts) -> None:
 
 def _digest(x: np.ndarray) -> bytes:
     return hashlib.sha256(np.ascontiguousarray(x).tobytes()).digest()
+
+
+def _check_float32_sums(cfg: ModelConfig, mesh_config: MeshConfig, device: str) -> None:
+    """Raise if a bfloat16 run sums the gradients of its devices in bfloat16: each sum would then be a bfloat16 number."""
+    import torch
+
+    from torch_llm.distributed import ShardedTrainer
+
+    train = dataclasses.replace(cases.TRAIN, compute_dtype="bfloat16", gradient_accumulation_steps=1)
+    trainer = ShardedTrainer(cfg, train, cases.OPT, mesh_config, device)
+    trainer.loss_and_grads(*trainer.read_batch(cases.Batches(cfg)))
+    grads = torch.cat([p.grad.reshape(-1) for p in trainer.parameters.values() if p.grad is not None])
+    grads = grads[grads != 0]
+    short = (grads == grads.to(torch.bfloat16)).float().mean().item()  # of sums in float32 a few are short by chance
+    if mesh_config.batch_shards > 1 and short > 0.5:
+        raise AssertionError(f"gradients are summed in bfloat16: {short:.0%} of them have 8 bits")
 
 
 def _all(tensors: Tensors) -> dict[str, np.ndarray]:

@@ -135,6 +135,15 @@ SHARDING_BUGS = (
         processes=2,
     ),
     torch(
+        "gradients summed in bfloat16",
+        "shard",
+        "torch.promote_types(compute_dtype, torch.float32)",
+        "compute_dtype",
+        "data=2",
+        "summed in bfloat16",
+        processes=2,
+    ),
+    torch(
         "devices' partial sums not added up",
         "added_up",
         "x.redistribute(placements=[Replicate()]).to_local()",
