@@ -11,7 +11,7 @@ QUICK_BUGS = ("norm of a process's own gradients", "mean of every process's own 
 @pytest.mark.parametrize("group", QUICK, ids=str)
 def test_a_mesh_gives_what_the_specification_gives(group):
     rows = run_group(group)
-    assert len(rows) == 8 * len(group.cases)
+    assert len(rows) >= 8 * len(group.cases)
     assert [row for row in rows if not row.ok] == []
 
 
