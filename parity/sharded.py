@@ -222,8 +222,11 @@ def compare(name: str, shape: str, got: dict[str, Any], folder: Path) -> Iterato
     yield worst(f"update of {STEPS} steps, clipped", update, want.update, 1e-10)
     total, count = got["held out"]
     yield row("held-out loss", abs(total - want.held_out[0]) / want.held_out[0] + abs(count - want.held_out[1]), 1e-11)
-    if "short sums" in got:  # of sums in float32 a few are bfloat16 numbers by chance
-        yield row("gradients of 8 bits in a bfloat16 run", float(got["short sums"]), 0.5)
+    if "short sums" in got:
+        # The sum of two 8-bit numbers of one exponent fits in 8 bits when its last bit is 0: one in two, and fewer of other
+        # exponents or of more numbers. Summed in bfloat16 all of them do: the bound lies halfway.
+        short = row("gradients of 8 bits in a bfloat16 run", float(got["short sums"]), 0.75)
+        yield dataclasses.replace(short, dtype="bfloat16")
     yield row("tokens of texts that differ", int((got["texts"] != np.array(want.texts)).sum()), 0)
 
 
