@@ -192,7 +192,7 @@ def expected(shape: str) -> Expected:
     return Expected(init, logits, loss, gradients, losses, update, (total, count), words)
 
 
-def compare(name: str, shape: str, got: dict[str, Any], folder: Path) -> Iterator[Row]:
+def compare(group: Group, shape: str, mesh: str, got: dict[str, Any], folder: Path) -> Iterator[Row]:
     """The rows of a case. Bounds are those of one device (rule 1 of the design): sums over devices are sums in another order."""
     want, weights = expected(shape), weights_of(SHAPES[shape])
     _, end, _ = load_checkpoint(folder)
@@ -201,11 +201,12 @@ def compare(name: str, shape: str, got: dict[str, Any], folder: Path) -> Iterato
         part, _, tensor = key.partition("|")
         if tensor:
             parts[part][tensor] = x
-    side = name.split(",")[0]
+    check, side = f"{group.framework} {mesh}", "JAX" if group.framework == "jax" else group.framework
+    name = f"{shape}, {group.processes} process" + ("es" if group.processes > 1 else "")
 
     def row(item: str, measured: float, allowed: float, place: str = "") -> Row:
         ok = measured <= allowed
-        return Row("sharded", f"{name}: {item}", "float64", measured, allowed, ok, "" if ok else side, place=place)
+        return Row(check, f"{name}: {item}", "float64", measured, allowed, ok, "" if ok else side, place=place)
 
     def worst(item: str, a: Tensors, b: Tensors, allowed: float) -> Row:
         errors = tensor_errors(a, b)
@@ -260,9 +261,7 @@ def run_group(group: Group, bug: str | None = None, device: str = "cpu") -> list
         for i, (shape, mesh) in enumerate(group.cases):
             (saved,) = (Path(folder) / f"run-{i}").iterdir()
             with np.load(Path(folder) / f"{i}.npz") as got:
-                rows += compare(
-                    f"{group.framework}, {group.processes} process(es), {shape}, {mesh}", shape, dict(got), saved
-                )
+                rows += compare(group, shape, mesh, dict(got), saved)
         return rows
 
 
