@@ -12,7 +12,7 @@ B batch, T positions, D hidden_size, V vocab_size.
 import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -47,6 +47,11 @@ def make_mesh(config: MeshConfig, device: str = "auto") -> Mesh:
     devices = platform_devices(device)
     hint = "a CPU shows more with XLA_FLAGS=--xla_force_host_platform_device_count=8"
     check_devices(config, len(devices), f"{devices[0].platform} device", hint)
+    return mesh_of(config, devices)
+
+
+def mesh_of(config: MeshConfig, devices: Sequence[Any]) -> Mesh:
+    """The mesh of these devices, which may be ones to compile for that are not there."""
     return Mesh(np.array(devices).reshape(config.shape), AXES, axis_types=(AxisType.Auto,) * 3)
 
 
@@ -78,14 +83,10 @@ def init_state(
 
     Every device makes its own part; nothing is whole anywhere.
     """
-    dtype, optimizer = jnp.dtype(train.master_dtype), make_optimizer(opt, cfg)
-    shardings = state_shardings(cfg, opt, mesh, dtype)
-
-    def init(params: Params) -> TrainState:
-        return TrainState(params, optimizer.init(params), jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32))
-
+    shardings = state_shardings(cfg, opt, mesh, jnp.dtype(train.master_dtype))
+    init = functools.partial(single.init_state, cfg, train, opt)
     if params is None:
-        params = jax.jit(lambda: init_params(cfg, train.seed, dtype), out_shardings=shardings.params)()
+        return jax.jit(init, out_shardings=shardings)()
     return jax.jit(init, out_shardings=shardings, donate_argnums=0)(params)
 
 

@@ -105,6 +105,11 @@ def weight_axes(name: str) -> tuple[tuple[str, ...], ...]:
     raise KeyError(f"no sharding rule for {name!r}")
 
 
+def axis_cut_by(axis: str, name: str) -> int | None:
+    """Which axis of a canonical tensor a mesh axis cuts, or None."""
+    return next((i for i, cut in enumerate(weight_axes(name)) if axis in cut), None)
+
+
 def shard_of(name: str, shape: tuple[int, ...], mesh: MeshConfig, at: Mapping[str, int]) -> tuple[slice, ...]:
     """The part of a canonical tensor that the device at these coordinates keeps."""
     sizes = asdict(mesh)

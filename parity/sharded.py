@@ -1,7 +1,7 @@
 """Training on many devices against training on one, in float64: the same logits, gradients, updates, texts and files.
 
 Each case is a mesh. The processes of a group run several cases one after the other (`parity.sharded_worker`); what comes out is
-compared here with the specification, and with a single device of the same framework where there is training.
+compared here with the specification.
 """
 
 import dataclasses
@@ -313,9 +313,3 @@ def plant(bug: ShardingBug) -> tuple[bool, str]:
     except UserError as error:
         red = [str(error)]
     return bool(red) and bug.item in red[0], red[0] if red else "nothing"
-
-
-def run_sharded(groups: tuple[Group, ...] = GROUPS) -> Iterator[Row]:
-    """The rows of all groups, one group after the other."""
-    for group in groups:
-        yield from run_group(group)

@@ -7,7 +7,6 @@ over those of one device times the number of devices. Each case runs in processe
 """
 
 import argparse
-import contextlib
 import json
 import os
 import subprocess
@@ -19,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from flags import make_parser, prepare_environment
+from flags import make_parser, only_the_first_prints, prepare_environment
 
 from llm_common.budget import GIB, flops_per_step
 from llm_common.config import ModelConfig, OptimizerConfig, TrainConfig, preset
@@ -129,12 +128,10 @@ def measure(args: argparse.Namespace, task: dict[str, Any]) -> dict[str, Any]:
         devices = distributed.make_mesh(mesh, device)
         state = distributed.init_state(cfg, train, opt, devices)
         distributed.fit(state, cfg, train, opt, data, devices, on_step=note)
-    if hosts is not None and hosts.index > 0:
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+    if hosts is not None:
+        only_the_first_prints(hosts)
     seconds = np.diff(times)[args.warm_up - 1 :]
     versions = {name: __import__(name).__version__ for name in (framework, "numpy")}
-    with contextlib.suppress(Exception):
-        memory = side.memory_used(device)
     return {
         "framework": framework,
         "mesh": task["mesh"],
@@ -143,7 +140,7 @@ def measure(args: argparse.Namespace, task: dict[str, Any]) -> dict[str, Any]:
         "first_step": times[0] - start,
         "tokens": train.batch_size * train.seq_len,
         "flops": flops_per_step(cfg, train),
-        "memory": memory,
+        "memory": side.memory_used(device),
         "losses": [losses[0], losses[-1]],
         "versions": versions,
         "settings": asdict(replace(train, seed=0)),

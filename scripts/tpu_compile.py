@@ -140,11 +140,9 @@ def prepare(version: str) -> None:
 
 def make_topology_mesh(topology: str, config: MeshConfig | None) -> tuple[Any, MeshConfig]:
     """A mesh of the chips of a topology that is not there. Raises UserError if they are not as many as the mesh takes."""
-    import numpy as np
     from jax.experimental import topologies
-    from jax.sharding import AxisType, Mesh
 
-    from llm_common.sharding import AXES
+    from jax_llm.distributed import mesh_of
 
     try:
         devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
@@ -153,7 +151,7 @@ def make_topology_mesh(topology: str, config: MeshConfig | None) -> tuple[Any, M
     config = config or MeshConfig(fsdp=len(devices))
     if config.size != len(devices):
         raise UserError(f"--mesh {config} takes {config.size} chips, but {topology} has {len(devices)}")
-    return Mesh(np.array(devices).reshape(config.shape), AXES, axis_types=(AxisType.Auto,) * 3), config
+    return mesh_of(config, devices), config
 
 
 def compile_steps(args: argparse.Namespace) -> list[dict[str, Any]]:

@@ -31,7 +31,7 @@ from llm_common.checkpoint import TrainingState
 from llm_common.config import ModelConfig, OptimizerConfig, TrainConfig
 from llm_common.data import Dataset
 from llm_common.evaluation import EvaluateLoss, Evaluation
-from llm_common.sharding import AXES, MeshConfig, check_devices, check_mesh, check_sharded, shard_of, weight_axes
+from llm_common.sharding import AXES, MeshConfig, axis_cut_by, check_devices, check_mesh, check_sharded, shard_of
 from llm_common.tensors import (
     ReadOnDemand,
     Tensors,
@@ -103,8 +103,8 @@ def parallelize(model: CausalLM, mesh: DeviceMesh) -> None:
     The logits come out cut over the vocabulary, as `loss_parallel` takes them. `model.cfg` is then that of a device's own heads.
     """
     for name, p in list(model.named_parameters()):
-        cuts = enumerate(weight_axes(name))
-        placement: Placement = next((Shard(i) for i, cut in cuts if "tensor" in cut), Replicate())
+        axis = axis_cut_by("tensor", name)
+        placement: Placement = Replicate() if axis is None else Shard(axis)
         *path, last = name.split(".")
         module = model.get_submodule(".".join(path))
         size = [n // mesh.size() if placement == Shard(i) else n for i, n in enumerate(p.shape)]
@@ -146,7 +146,9 @@ def shard(model: CausalLM, mesh: DeviceMesh, compute_dtype: torch.dtype) -> None
     )
 
     def placement(p: nn.Parameter) -> Shard:
-        return next(Shard(i) for i, cut in enumerate(weight_axes(names[id(p)])) if "fsdp" in cut)
+        axis = axis_cut_by("fsdp", names[id(p)])
+        assert axis is not None, "every weight is cut by fsdp"
+        return Shard(axis)
 
     again = mesh["fsdp"].size() > 1  # gather a layer's weights once more in the backward pass, or keep them
     for layer in model.model.layers:
@@ -265,7 +267,7 @@ class ShardedTrainer(Trainer):
         squares = torch.zeros(2, dtype=torch.promote_types(self.compute_dtype, torch.float32), device=self.device)
         for name, p in self.parameters.items():
             if p.grad is not None:  # what the axis tensor does not cut is whole on each of its devices, and counts once
-                squares[int(cut_by("tensor", name))] += torch.sum(torch.square(upcast(p.grad)))
+                squares[int(axis_cut_by("tensor", name) is not None)] += torch.sum(torch.square(upcast(p.grad)))
         self._sum_over("fsdp", squares)
         self._sum_over("tensor", squares[1:])
         norm = torch.sqrt(squares.sum())
@@ -362,11 +364,6 @@ class ShardedTrainer(Trainer):
 
     def _loss_parallel(self) -> contextlib.AbstractContextManager[None]:
         return loss_parallel() if self.config.tensor > 1 else contextlib.nullcontext()
-
-
-def cut_by(axis: str, name: str) -> bool:
-    """Whether a mesh axis cuts a canonical tensor."""
-    return any(axis in cut for cut in weight_axes(name))
 
 
 @contextlib.contextmanager
