@@ -41,11 +41,18 @@ def reference_attention(q: Array, k: Array, v: Array, mask: Array | None = None,
 
 
 def fused_attention(
-    q: Array, k: Array, v: Array, mask: Array | None, implementation: Literal["xla", "cudnn"], window: int | None = None
+    q: Array,
+    k: Array,
+    v: Array,
+    mask: Array | None,
+    implementation: Literal["xla", "cudnn"],
+    window: int | None = None,
+    seen: Array | None = None,
 ) -> Array:
     """The same through `jax.nn.dot_product_attention`: "xla" on any device, "cudnn" on a GPU in bfloat16.
 
-    With an explicit mask, which is cached decoding, cuDNN has nothing to gain and "xla" is taken.
+    seen (B,): if each text has one query, which looks at this many first slots, as it does when it decodes: cuDNN then reads
+    those alone. Any other explicit mask is for "xla".
     """
     if q.dtype == jnp.float64:
         raise UserError(
@@ -56,6 +63,11 @@ def fused_attention(
         scale = q.shape[-1] ** -0.5
         return jax.nn.dot_product_attention(
             q, k, v, scale=scale, is_causal=True, local_window_size=local, implementation=implementation
+        )
+    if implementation == "cudnn" and seen is not None:
+        one, scale = jnp.ones_like(seen), q.shape[-1] ** -0.5
+        return jax.nn.dot_product_attention(
+            q, k, v, scale=scale, query_seq_lengths=one, key_value_seq_lengths=seen, implementation="cudnn"
         )
     mask = jnp.broadcast_to(mask, (q.shape[0], q.shape[2], q.shape[1], k.shape[1]))  # (B, N, T, S)
     return jax.nn.dot_product_attention(q, k, v, scale=q.shape[-1] ** -0.5, mask=mask, implementation="xla")
@@ -71,15 +83,24 @@ def causal_mask(query_positions: Array, key_positions: Array, window: int | None
 
 
 def dot_product_attention(
-    q: Array, k: Array, v: Array, mask: Array | None, backend: Backend, window: int | None = None
+    q: Array,
+    k: Array,
+    v: Array,
+    mask: Array | None,
+    backend: Backend,
+    window: int | None = None,
+    seen: Array | None = None,
 ) -> Array:
-    """Attention by a resolved backend. mask: broadcasts to (B, N, T, S); None is causal, `window` wide."""
+    """Attention by a resolved backend. mask: broadcasts to (B, N, T, S); None is causal, `window` wide.
+
+    seen (B,): the same said otherwise, where a mask shows a text's only query that many first slots.
+    """
     if backend == "reference":
         return reference_attention(q, k, v, mask, window)
     if callable(backend) and mask is None:
         return backend(q, k, v, window)
     if backend in ("xla", "cudnn") or callable(backend):
-        return fused_attention(q, k, v, mask, "cudnn" if backend == "cudnn" else "xla", window)
+        return fused_attention(q, k, v, mask, "cudnn" if backend == "cudnn" else "xla", window, seen)
     raise UserError(f"attention backend {backend!r} is unknown; known: reference, xla, cudnn; splash needs --mesh")
 
 
@@ -87,7 +108,7 @@ def resolve_backend(setting: str, platform: str, compute_dtype: str, cfg: ModelC
     """The backend for a setting ("auto", "reference", "fused" or "splash") on a platform ("cpu", "gpu" or "tpu").
 
     Resolved once, outside the model: a program compiled ahead of time for another device must not ask the default one.
-    cuDNN takes bfloat16, heads of a multiple of 8 up to 128, and trains on sequences of even length.
+    cuDNN takes bfloat16, heads of a multiple of 8 up to 128, and trains on sequences of even length. seq_len 0: for decoding.
     """
     if setting == "splash":
         if platform != "tpu" or compute_dtype == "float64" or seq_len % 128:
@@ -132,8 +153,10 @@ class Attention(nn.Module):
             q = RMSNorm(cfg.rms_norm_eps, dtype, name="q_norm")(q)
             k = RMSNorm(cfg.rms_norm_eps, dtype, name="k_norm")(k)
         q, k = apply_rope(q, cos, sin), apply_rope(k, cos, sin)
+        seen = None
         if cache is not None:
             assert positions is not None, "a cache needs the positions to write at"
             k, v = cache = update(cache, k, v, positions)  # (B, S, K, H): all slots, the mask hides the empty ones
-        out = dot_product_attention(q, k, v, mask, self.backend, cfg.sliding_window)  # (B, T, N, H)
+            seen = positions[:, 0] + 1 if t == 1 and cfg.sliding_window is None else None
+        out = dot_product_attention(q, k, v, mask, self.backend, cfg.sliding_window, seen)  # (B, T, N, H)
         return Linear(d, dtype, name="o_proj")(out.reshape(b, t, n * h)), cache

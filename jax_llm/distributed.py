@@ -36,6 +36,7 @@ from llm_common.checkpoint import TrainingState
 from llm_common.config import ModelConfig, OptimizerConfig, TrainConfig
 from llm_common.data import Dataset
 from llm_common.evaluation import EvaluateLoss, Evaluation
+from llm_common.metrics import StepMetrics
 from llm_common.sharding import AXES, BATCH_AXES, MeshConfig, check_devices, check_mesh, check_sharded, weight_axes
 from llm_common.tensors import ReadOnDemand, Tensors, check_batch, check_tensors, tensor_shapes
 
@@ -186,13 +187,13 @@ def sharded(function: Callable, mesh: Mesh) -> Callable:
 def compiled_train_step(cfg: ModelConfig, train: TrainConfig, opt: OptimizerConfig, mesh: Mesh):
     """The train step of `jax_llm.train` compiled for a mesh, its state donated and cut in the same way when it comes out."""
     model, steps = mesh_model(cfg, train, mesh), train.gradient_accumulation_steps
-    step = make_train_step(model, make_optimizer(opt, cfg), train.compute_dtype, steps)
+    step = single.one_step_behind(make_train_step(model, make_optimizer(opt, cfg), train.compute_dtype, steps))
     state = state_shardings(cfg, opt, mesh, jnp.dtype(train.master_dtype))
     rows, whole = NamedSharding(mesh, BATCH), NamedSharding(mesh, PartitionSpec())
     return jax.jit(
         sharded(step, mesh),
         donate_argnums=0,
-        in_shardings=(state, rows, rows, whole),
+        in_shardings=(state, rows, rows, whole, whole),
         out_shardings=(state, whole),
     )
 
@@ -227,7 +228,7 @@ def fit(
     dataset: Dataset,
     mesh: Mesh,
     until_step: int | None = None,
-    on_step: Callable[[int, TrainState, dict[str, float]], bool | None] | None = None,
+    on_step: Callable[[int, TrainState, StepMetrics], bool | None] | None = None,
 ) -> TrainState:
     """`jax_llm.train.fit` on a mesh, from a state that is cut over it."""
     read = functools.partial(read_batch, train=train, mesh=mesh)
@@ -267,6 +268,7 @@ def generator(
     backend = resolve_backend("auto", platform, compute_dtype, cfg, seq_len=1)
     with x64(compute_dtype), matmul_precision(compute_dtype), constrain(mesh):
         params = from_canonical(cfg, weights, mesh, jnp.dtype(compute_dtype))
+        params = jax.jit(single.unstack, static_argnums=1)(params, cfg.num_hidden_layers)
         yield functools.partial(generate_stream, CausalLM(cfg, backend=backend), params)
 
 

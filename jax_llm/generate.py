@@ -11,6 +11,7 @@ its prompt, its number in `numbers` and the seed, never by the texts beside it.
 
 import contextlib
 import dataclasses
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
@@ -25,9 +26,9 @@ from jax_llm.checkpoint import from_canonical, to_host
 from jax_llm.kv_cache import KVCache, init_cache
 from jax_llm.model import CausalLM, Params
 from jax_llm.sampling import sample
-from jax_llm.train import matmul_precision, select_device, x64
+from jax_llm.train import matmul_precision, select_device, unstack, x64
 from llm_common.config import ModelConfig, SamplingConfig
-from llm_common.tensors import Tensors, check_prompts
+from llm_common.tensors import Tensors, bucket, check_prompts
 
 CHUNK = 16  # tokens drawn by one call of the compiled loop, after which the host looks at the texts
 
@@ -71,29 +72,31 @@ def prefill(
     return decode_step(model, params, cache, prompts, random_bits.key(seed), numbers, sampling, lengths)
 
 
-@partial(jax.jit, static_argnames=("model", "sampling"), donate_argnames="cache")
+@partial(jax.jit, static_argnames=("model", "sampling", "n"), donate_argnames="cache")
 def decode(
     params: Params,
     cache: KVCache,
     tokens: Array,
     numbers: Array,
     seed: Array,
-    n: Array,
     *,
+    n: int,
     model: CausalLM,
     sampling: SamplingConfig,
-) -> tuple[KVCache, Array]:
-    """Feed tokens (B,) and draw n <= CHUNK more of each text: the new cache and the ids (B, CHUNK), of which n are drawn."""
+) -> tuple[KVCache, Array, Array]:
+    """Feed tokens (B,) and draw n more of each text: the new cache, the last ids (B,) and all n (B, n).
+
+    What does not fit into the cache is drawn from nonsense: it is for the caller to leave it away.
+    """
     key = random_bits.key(seed)
 
-    def body(i: Array, loop):
+    def body(i: int, loop):
         cache, tokens, texts = loop
         cache, tokens = decode_step(model, params, cache, tokens[:, None], key, numbers, sampling)
         return cache, tokens, texts.at[:, i].set(tokens)
 
-    texts = jnp.zeros((tokens.shape[0], CHUNK), tokens.dtype)
-    cache, _, texts = jax.lax.fori_loop(0, n, body, (cache, tokens, texts))
-    return cache, texts
+    texts = jnp.zeros((tokens.shape[0], n), tokens.dtype)
+    return jax.lax.fori_loop(0, n, body, (cache, tokens, texts))
 
 
 def generate_stream(
@@ -110,20 +113,29 @@ def generate_stream(
     """Continue prompts by up to max_new_tokens each; yields the new ids of every text, some at a time.
 
     A text ends before an id in eos_ids, or once `finished(row, its ids)` says so. numbers: the number of each text, folded
-    into its random bits; default: its row. chunk: ids between two looks of the host, at most CHUNK.
+    into its random bits; default: its row. chunk: ids between two looks of the host. An accelerator is given the next chunk
+    before the host looks at the last one.
     Raises UserError for an empty prompt, an id outside the vocabulary or a text longer than the model's positions.
     """
     padded, lengths = check_prompts(prompts, model.cfg, max_new_tokens)
-    b = len(padded)
+    b, limit = len(padded), model.cfg.max_position_embeddings
+    slots = bucket(padded.shape[1] + max_new_tokens, limit)
+    padded = np.pad(padded, ((0, 0), (0, bucket(padded.shape[1], limit) - padded.shape[1])))
     row_numbers = np.arange(b, dtype=np.int32) if numbers is None else np.array(numbers, np.int32)
     seed, sampling = np.uint32(sampling.seed), dataclasses.replace(sampling, seed=0)  # a value, not a program
     settings = {"model": model, "sampling": sampling}
-    slots = padded.shape[1] + max_new_tokens
+    ahead = 0 if next(iter(params["model"]["norm"]["weight"].devices())).platform == "cpu" else 1
     cache, tokens = prefill(params, padded, lengths, row_numbers, seed, slots=slots, **settings)
-    drawn, total = to_host(tokens)[:, None], 1
+    begun, total, pieces = 1, 0, deque([tokens[:, None]])
     texts: list[list[int]] = [[] for _ in range(b)]
     done = [False] * b
     while True:
+        while len(pieces) <= ahead and begun < max_new_tokens:
+            cache, tokens, piece = decode(params, cache, tokens, row_numbers, seed, n=chunk, **settings)
+            pieces.append(piece)
+            begun += chunk
+        drawn = to_host(pieces.popleft())[:, : max_new_tokens - total]
+        total += drawn.shape[1]
         new: list[list[int]] = [[] for _ in range(b)]
         for row, ids in enumerate(drawn.tolist()):
             for token in ids:
@@ -135,9 +147,6 @@ def generate_stream(
         yield new
         if all(done) or total == max_new_tokens:
             return
-        n = min(chunk, CHUNK, max_new_tokens - total)
-        cache, tokens = decode(params, cache, drawn[:, -1], row_numbers, seed, np.int32(n), **settings)
-        drawn, total = to_host(tokens)[:, :n], total + n
 
 
 def generate(
@@ -165,6 +174,6 @@ def generator(
     """Inside `with`: `generate_stream` of canonical weights on a device by name, its first two arguments filled in."""
     target = select_device(device)
     with jax.default_device(target), x64(compute_dtype), matmul_precision(compute_dtype):
-        # decoding passes a mask, which cuDNN has nothing to gain from: the backend of a length that it refuses
-        model = CausalLM(cfg, backend=resolve_backend("auto", target.platform, compute_dtype, cfg, seq_len=1))
-        yield partial(generate_stream, model, from_canonical(cfg, weights, jnp.dtype(compute_dtype)))
+        model = CausalLM(cfg, backend=resolve_backend("auto", target.platform, compute_dtype, cfg, seq_len=0))
+        params = unstack(from_canonical(cfg, weights, jnp.dtype(compute_dtype)), cfg.num_hidden_layers)
+        yield partial(generate_stream, model, params)

@@ -23,16 +23,12 @@ def global_norm(grads: Tree) -> Array:
     return jnp.sqrt(sum(jnp.sum(jnp.square(upcast(g))) for g in jax.tree.leaves(grads)))
 
 
-def clip_by_global_norm(grads: Tree, max_norm: float | None) -> tuple[Tree, Array]:
-    """Gradients times min(1, max_norm / norm), and the norm before clipping. None: no clipping.
+def clip_factor(norm: Array, max_norm: float | None) -> Array:
+    """What gradients of that global norm are multiplied by: min(1, max_norm / norm). None: 1.
 
     No epsilon is added to the norm: torch's own function adds 1e-6, which costs five digits of float64 parity.
     """
-    norm = global_norm(grads)
-    if max_norm is None:
-        return grads, norm
-    factor = jnp.minimum(1.0, max_norm / norm)  # norm 0: min(1, inf)
-    return jax.tree.map(lambda g: (g * factor).astype(g.dtype), grads), norm
+    return jnp.ones_like(norm) if max_norm is None else jnp.minimum(1.0, max_norm / norm)  # norm 0: min(1, inf)
 
 
 class AdamWState(NamedTuple):
@@ -43,10 +39,11 @@ class AdamWState(NamedTuple):
 
 
 def clip(max_norm: float | None) -> optax.GradientTransformation:
-    """`clip_by_global_norm` as a gradient transformation without state."""
+    """Gradients times `clip_factor` of their global norm, as a gradient transformation without state."""
 
     def update(updates, state, params=None):
-        return clip_by_global_norm(updates, max_norm)[0], state
+        factor = clip_factor(global_norm(updates), max_norm)
+        return jax.tree.map(lambda g: (g * factor).astype(g.dtype), updates), state
 
     return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
 

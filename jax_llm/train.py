@@ -31,6 +31,7 @@ from llm_common.budget import host_memory, host_memory_used
 from llm_common.config import ModelConfig, OptimizerConfig, TrainConfig, check_length
 from llm_common.data import Dataset
 from llm_common.errors import UserError
+from llm_common.metrics import StepMetrics
 from llm_common.schedule import StepScalars, step_scalars
 from llm_common.tensors import check_batch, tensor_shapes
 
@@ -181,6 +182,21 @@ def make_train_step(
     return train_step
 
 
+def one_step_behind(train_step: Callable) -> Callable[..., tuple[TrainState, Metrics]]:
+    """The step as `fit` calls it, before it knows whether the step before made an update.
+
+    either: the scalars for both cases. known_count: the updates made until the step before.
+    """
+
+    def step(
+        state: TrainState, inputs: Array, targets: Array, either: tuple[StepScalars, StepScalars], known_count: Array
+    ):
+        updated = state.adam_count > known_count
+        return train_step(state, inputs, targets, jax.tree.map(lambda no, yes: jnp.where(updated, yes, no), *either))
+
+    return step
+
+
 def init_state(cfg: ModelConfig, train: TrainConfig, opt: OptimizerConfig, params: Params = None) -> TrainState:
     """The state before the first step, from `train.seed` alone, or from given weights."""
     dtype = jnp.dtype(train.master_dtype)
@@ -203,7 +219,7 @@ def make_model(cfg: ModelConfig, train: TrainConfig, platform: str) -> CausalLM:
 def compiled_train_step(cfg: ModelConfig, train: TrainConfig, opt: OptimizerConfig, platform: str):
     """The jitted step of a run, its state donated; the same settings give the same function, compiled once."""
     model, steps = make_model(cfg, train, platform), train.gradient_accumulation_steps
-    step = make_train_step(model, make_optimizer(opt, cfg), train.compute_dtype, steps)
+    step = one_step_behind(make_train_step(model, make_optimizer(opt, cfg), train.compute_dtype, steps))
     if train.compile == "off":
         return step
     options = {"xla_gpu_deterministic_ops": True} if train.deterministic and platform == "gpu" else None
@@ -225,39 +241,55 @@ def fit(
     opt: OptimizerConfig,
     dataset: Dataset,
     until_step: int | None = None,
-    on_step: Callable[[int, TrainState, dict[str, float]], bool | None] | None = None,
+    on_step: Callable[[int, TrainState, StepMetrics], bool | None] | None = None,
     train_step: Callable | None = None,
     read_batch: Callable[..., tuple[Array, Array]] = read_batch,
 ) -> TrainState:
     """Train from `state.step` to `until_step` (default: opt.total_steps) and return the new state.
 
-    The state that comes in is donated: do not use it afterwards. `on_step(step, state, metrics)` is called after each
-    step with loss, grad_norm, lr and skipped; if it returns True, training ends there. Raises UserError if too many updates in
-    a row were skipped, naming the tensor that is the first to be not finite. train_step, read_batch: those for many devices,
-    of `jax_llm.distributed`.
+    The state that comes in is donated: do not use it afterwards. `on_step(step, state, metrics)` is called after each step is
+    begun; if it returns True, training ends there. A step is waited for only when its metrics are read, and at the latest when
+    the next one has been begun, so that the device always has work. Raises UserError if too many updates in a row were skipped,
+    naming the tensor that is the first to be not finite. train_step, read_batch: those for many devices, of
+    `jax_llm.distributed`.
     """
     check_length(cfg, train.seq_len, "seq_len")
     (platform,) = {d.platform for d in state.step.devices()}
     train_step = train_step or compiled_train_step(cfg, train, opt, platform)
-    step, adam_count, skipped_in_row = int(state.step), int(state.adam_count), 0
-    while step < (opt.total_steps if until_step is None else until_step):
-        inputs, targets = read_batch(dataset, step, cfg)
-        scalars = step_scalars(opt, step, adam_count)
-        state, metrics = train_step(state, inputs, targets, scalars)
-        step, adam_count = step + 1, int(state.adam_count)
-        skipped_in_row = skipped_in_row + 1 if metrics.skipped else 0
-        if on_step is not None:
-            numbers = {"loss": float(metrics.loss), "grad_norm": float(metrics.grad_norm), "lr": scalars.lr}
-            if on_step(step, state, numbers | {"skipped": bool(metrics.skipped)}):
-                break
+    step, known_count, skipped_in_row = int(state.step), int(state.adam_count), 0
+    before: tuple[int, StepMetrics, Array, Array] | None = None  # the step before, which is not waited for
+
+    def look_back() -> int:
+        """Wait for the step before; returns the number of updates made until then."""
+        nonlocal skipped_in_row
+        if before is None:
+            return known_count
+        number, metrics, *batch = before
+        skipped_in_row = skipped_in_row + 1 if metrics["skipped"] else 0
         if skipped_in_row >= train.max_skipped_steps:
             params = cast(state.params, train.compute_dtype)
             raise UserError(
-                f"the gradient norm was not finite in {skipped_in_row} steps in a row (to step {step}): "
-                f"{first_not_finite(make_model(cfg, train, platform), params, inputs, targets)}; "
+                f"the gradient norm was not finite in {skipped_in_row} steps in a row (to step {number}): "
+                f"{first_not_finite(make_model(cfg, train, platform), params, *batch)}; "
                 "lower lr_max, lengthen warmup_steps, or look for bad tokens in the data"
             )
+        return known_count + (not metrics["skipped"])
+
+    while step < (opt.total_steps if until_step is None else until_step):
+        inputs, targets = read_batch(dataset, step, cfg)
+        either = tuple(step_scalars(opt, step, known_count + updated) for updated in (0, 1))
+        state, metrics = train_step(state, inputs, targets, either, known_count)
+        known_count, step = look_back(), step + 1
+        before = step, StepMetrics(functools.partial(read_metrics, metrics, either[0].lr)), inputs, targets
+        if on_step is not None and on_step(step, state, before[1]):
+            break
+    look_back()
     return state
+
+
+def read_metrics(metrics: Metrics, lr: float) -> tuple[float, float, float, bool]:
+    """The numbers of `StepMetrics`. Waits for the step."""
+    return float(metrics.loss), float(metrics.grad_norm), lr, bool(metrics.skipped)
 
 
 def first_not_finite(model: CausalLM, params: Params, inputs: Array, targets: Array) -> str:

@@ -48,6 +48,17 @@ def flops_per_step(cfg: ModelConfig, train: TrainConfig) -> float:
     return 6.0 * (products + attention) * train.batch_size * train.seq_len
 
 
+def decode_bytes(cfg: ModelConfig, batch_size: int, context: float, compute_dtype: str) -> float:
+    """The bytes that one decoded token of each text must read: the weights but for the look-up table, and the cache.
+
+    context: the positions in the cache, on average.
+    """
+    size = {"float64": 8, "float32": 4, "bfloat16": 2}[compute_dtype]
+    table = 0 if cfg.tie_word_embeddings else cfg.vocab_size * cfg.hidden_size
+    cache = 2 * cfg.num_hidden_layers * cfg.num_key_value_heads * cfg.head_dim * context * batch_size
+    return size * (cfg.num_parameters() - table + cache)
+
+
 def memory_per_step(
     cfg: ModelConfig, train: TrainConfig, fused_attention: bool, compiled: bool, mesh: MeshConfig = ONE_DEVICE
 ) -> dict[str, int]:

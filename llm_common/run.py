@@ -4,6 +4,7 @@ Both frameworks train inside it, so a run that changes frameworks is one run: `j
 give it the numbers of each step and two functions, which read the training state and compute the held-out loss.
 """
 
+import contextlib
 import fcntl
 import hashlib
 import os
@@ -11,7 +12,7 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +73,7 @@ class Run:
         self._board: TensorBoard | None = None
         self._evaluated: tuple[int, dict[str, Any]] | None = None  # the last evaluation, and after which step
         self._saved: tuple[int, Path] | None = None
+        self._row: tuple[dict[str, Any], Mapping[str, Any]] | None = None  # of the last step, which may be under way
         self._handlers: dict[int, Any] = {}
 
     # --- beginning and end
@@ -113,6 +115,9 @@ class Run:
         for number, handler in self._handlers.items():
             signal.signal(number, handler)
         if self._log is not None:
+            with contextlib.suppress(Exception):  # a step that failed on the device has no numbers
+                self._write_row()
+        if self._log is not None:
             self._log.close()
         if self._board is not None:
             self._board.close()
@@ -144,18 +149,21 @@ class Run:
     # --- called by `fit` after each step
 
     def after_step(
-        self, step: int, metrics: dict[str, Any], snapshot: Callable[[], TrainingState], evaluate: EvaluateLoss
+        self, step: int, metrics: Mapping[str, Any], snapshot: Callable[[], TrainingState], evaluate: EvaluateLoss
     ) -> bool:
-        """Log a step, evaluate and save when it is time; returns whether the run must stop here.
+        """Log the step before, evaluate and save when it is time; returns whether the run must stop here.
 
-        metrics: loss, grad_norm, lr, skipped. snapshot: reads the training state. evaluate: computes the held-out loss.
+        metrics: loss, grad_norm, lr, skipped; they are read, which waits for the step, when the next step has been begun or
+        before anything else is done with this one. snapshot: reads the training state. evaluate: computes the held-out loss.
         """
+        self._write_row()
         config, now = self.config, time.monotonic()
         tokens = self.train.batch_size * self.train.seq_len
-        row = {"step": step, **metrics, "tokens_per_second": round(tokens / max(now - self._last, 1e-9), 1)}
-        self._tell(row | {"seconds": round(now - self._start, 3), "framework": self.framework})
-        if self._board is not None:
-            self._board.write(step, {key: row[key] for key in ("loss", "grad_norm", "lr", "tokens_per_second")})
+        times = {
+            "tokens_per_second": round(tokens / max(now - self._last, 1e-9), 1),
+            "seconds": round(now - self._start, 3),
+        }
+        self._row = {"step": step, **times, "framework": self.framework}, metrics
         last = step >= self.opt.total_steps
         if config.eval_every and step % config.eval_every == 0 and not last:
             self._evaluate(step, evaluate)
@@ -171,8 +179,19 @@ class Run:
         self._last = time.monotonic()
         return stop is not None
 
+    def _write_row(self) -> None:
+        """Log the last step, if that was not done yet."""
+        if self._row is None:
+            return
+        (times, metrics), self._row = self._row, None
+        row = {"step": times["step"], **metrics, **times}
+        self._tell(row)
+        if self._board is not None:
+            self._board.write(row["step"], {key: row[key] for key in ("loss", "grad_norm", "lr", "tokens_per_second")})
+
     def finish(self, step: int, snapshot: Callable[[], TrainingState], evaluate: EvaluateLoss) -> Path:
         """Save if this step is not saved yet, say how the run ended, and return the newest checkpoint."""
+        self._write_row()
         if self._saved is None or self._saved[0] != step:
             self._save(step, snapshot, evaluate)
         assert self._saved is not None
@@ -184,6 +203,7 @@ class Run:
         if self.evaluation is None:
             return None
         if self._evaluated is None or self._evaluated[0] != step:
+            self._write_row()
             result = self.evaluation.summary(*evaluate(self.evaluation))
             self._evaluated = (step, result)
             self._tell({"event": "evaluation", "step": step, **result, "framework": self.framework})
@@ -192,6 +212,7 @@ class Run:
         return self._evaluated[1]
 
     def _save(self, step: int, snapshot: Callable[[], TrainingState], evaluate: EvaluateLoss) -> None:
+        self._write_row()
         result = self._evaluate(step, evaluate)
         settings = {"framework": self.framework, **self.settings} | ({"evaluation": result} if result else {})
         folder = save_checkpoint(self.folder, self.cfg, snapshot(), settings, self.tokenizer, self.hosts)

@@ -141,3 +141,9 @@ def check_prompts(prompts: Any, cfg: ModelConfig, max_new_tokens: int) -> tuple[
     for i, row in enumerate(rows):
         padded[i, : len(row)] = row
     return padded, lengths
+
+
+def bucket(n: int, limit: int) -> int:
+    """n rounded up to one of a few lengths, four to an octave, but no more than `limit`: programs are compiled for lengths."""
+    step = max(16, 1 << (n - 1).bit_length() >> 2)
+    return min(limit, -(-n // step) * step)

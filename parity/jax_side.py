@@ -236,5 +236,5 @@ class JaxSide:
 
     def generate(self, weights: Tensors, prompts, n_new: int, cfg: SamplingConfig, eos_ids: tuple[int, ...] = ()):
         with self.scope():
-            backend = resolve_backend(self.attention, self.device.platform, self.dtype, self.cfg, 1)
+            backend = resolve_backend(self.attention, self.device.platform, self.dtype, self.cfg, seq_len=0)
             return generate(CausalLM(self.cfg, backend), self._params(weights), prompts, n_new, cfg, eos_ids)

@@ -174,8 +174,8 @@ BLOCKS = (
         ),
         "An optax transformation is a pair of functions: state comes in, state and updates go out, and somebody else adds "
         "the updates. A torch optimizer owns its state and changes the parameters where they are.",
-        jax=("optim:clip_by_global_norm", "optim:adamw"),
-        torch=("optim:clip_by_global_norm", "optim:adamw_update", "optim:AdamW"),
+        jax=("optim:clip_factor", "optim:clip", "optim:adamw"),
+        torch=("optim:clip_factor", "optim:adamw_update", "optim:AdamW"),
     ),
     Block(
         "Training step",

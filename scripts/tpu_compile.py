@@ -216,7 +216,8 @@ def lower_train(cfg, train: TrainConfig, mesh) -> Any:
     state = jax.eval_shape(lambda: init_state(cfg, train, opt))
     tokens = jax.ShapeDtypeStruct((train.batch_size, train.seq_len), jnp.int32)
     scalars = jax.tree.map(lambda _: jax.ShapeDtypeStruct((), jnp.float32), step_scalars(opt, 0, 0))
-    return compiled_train_step(cfg, train, opt, mesh).lower(state, tokens, tokens, scalars)
+    count = jax.ShapeDtypeStruct((), jnp.int32)
+    return compiled_train_step(cfg, train, opt, mesh).lower(state, tokens, tokens, (scalars, scalars), count)
 
 
 def lower_decode(cfg, train: TrainConfig, mesh) -> Any:
@@ -226,7 +227,7 @@ def lower_decode(cfg, train: TrainConfig, mesh) -> Any:
     from jax.sharding import NamedSharding, PartitionSpec
 
     from jax_llm import distributed
-    from jax_llm.generate import decode
+    from jax_llm.generate import CHUNK, decode
     from jax_llm.kv_cache import init_cache
     from jax_llm.model import CausalLM, init_params
     from llm_common.sharding import BATCH_AXES
@@ -237,13 +238,22 @@ def lower_decode(cfg, train: TrainConfig, mesh) -> Any:
     params = jax.tree.map(
         put, jax.eval_shape(lambda: init_params(cfg, 0, dtype)), distributed.param_shardings(cfg, mesh)
     )
+    params["model"]["layers"] = tuple(
+        jax.tree.map(
+            lambda w: jax.ShapeDtypeStruct(
+                w.shape[1:], w.dtype, sharding=NamedSharding(mesh, PartitionSpec(*w.sharding.spec[1:]))
+            ),
+            params["model"]["layers"],
+        )
+        for _ in range(cfg.num_hidden_layers)
+    )
     cache = jax.eval_shape(lambda: init_cache(cfg, train.batch_size, train.seq_len, dtype))
     cache = jax.tree.map(lambda x: put(x, heads if x.ndim == 4 else rows), cache)
     ids = jax.ShapeDtypeStruct((train.batch_size,), jnp.int32, sharding=rows)
     number = lambda kind: jax.ShapeDtypeStruct((), kind, sharding=NamedSharding(mesh, PartitionSpec()))
     settings = {"model": CausalLM(cfg, backend="xla"), "sampling": SamplingConfig()}
     with distributed.constrain(mesh):
-        return decode.lower(params, cache, ids, ids, number(jnp.uint32), number(jnp.int32), **settings)
+        return decode.lower(params, cache, ids, ids, number(jnp.uint32), n=CHUNK, **settings)
 
 
 def report(compiled: Any, cfg, train: TrainConfig, config: MeshConfig, version: str, step: str) -> dict[str, Any]:

@@ -45,11 +45,10 @@ from torch_llm import random_bits
 from torch_llm.attention import resolve_backend
 from torch_llm.checkpoint import copy
 from torch_llm.generate import generate_stream
-from torch_llm.layers import upcast
 from torch_llm.loss import IGNORE_INDEX, cross_entropy, cross_entropy_sum
 from torch_llm.model import CausalLM
-from torch_llm.optim import make_optimizer
-from torch_llm.train import Trainer, matmul_precision
+from torch_llm.optim import make_optimizer, sum_of_squares
+from torch_llm.train import Trainer, matmul_precision, to_device
 
 
 def make_mesh(config: MeshConfig, device_type: str) -> DeviceMesh:
@@ -239,6 +238,7 @@ class ShardedTrainer(Trainer):
             module.forward = torch.compile(module.forward)  # within FSDP's hooks, which are not for a compiler
         if self.config.tensor == 1:
             self._cross_entropy = torch.compile(cross_entropy)
+        self._sum_of_squares = torch.compile(sum_of_squares, dynamic=True)
         self.optimizer.compile_update()
 
     def loss_and_grads(self, inputs: Tensor, targets: Tensor) -> Tensor:
@@ -262,21 +262,15 @@ class ShardedTrainer(Trainer):
         return self.sum_over_batch(torch.stack(losses).sum())
 
     @torch.no_grad()
-    def clip(self) -> Tensor:
-        """Clip the gradients by their global norm, that of all parts; returns the norm before."""
+    def grad_norm(self) -> Tensor:
+        """The global norm of the gradients, that of all parts."""
         squares = torch.zeros(2, dtype=torch.promote_types(self.compute_dtype, torch.float32), device=self.device)
         for name, p in self.parameters.items():
             if p.grad is not None:  # what the axis tensor does not cut is whole on each of its devices, and counts once
-                squares[int(axis_cut_by("tensor", name) is not None)] += torch.sum(torch.square(upcast(p.grad)))
+                squares[int(axis_cut_by("tensor", name) is not None)] += self._sum_of_squares(p.grad.reshape(-1))
         self._sum_over("fsdp", squares)
         self._sum_over("tensor", squares[1:])
-        norm = torch.sqrt(squares.sum())
-        if self.opt.max_grad_norm is not None:
-            factor = torch.clamp(self.opt.max_grad_norm / norm, max=1.0)
-            for p in self.parameters.values():
-                if p.grad is not None:
-                    p.grad.mul_(factor)
-        return norm
+        return torch.sqrt(squares.sum())
 
     def _sum_over(self, axis: str, x: Tensor) -> None:
         if self.mesh[axis].size() > 1:
@@ -292,7 +286,7 @@ class ShardedTrainer(Trainer):
         """This process's rows of this step's inputs and targets, each (B / shards, T)."""
         batch = dataset.batch(self.step, self.config.batch_shard(dist.get_rank()), self.config.batch_shards)
         check_batch(*batch, self.cfg.vocab_size, f"step {self.step}")
-        inputs, targets = (torch.tensor(np.ascontiguousarray(x), device=self.device).long() for x in batch)
+        inputs, targets = (to_device(x, self.device) for x in batch)
         return inputs, targets
 
     @torch.no_grad()
@@ -350,6 +344,7 @@ class ShardedTrainer(Trainer):
 
     def to_training_state(self) -> TrainingState:
         """The framework-free form of this state, whose tensors are put together one by one."""
+        self.settle()
         weights = self.read(lambda p: p.detach())
         mu, nu = (self.read(lambda p, i=i: self.optimizer.moments(p)[i]) for i in (0, 1))
         return TrainingState(weights, mu, nu, self.step, self.optimizer.count)

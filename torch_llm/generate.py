@@ -10,7 +10,9 @@ its prompt, its number in `numbers` and the seed, never by the texts beside it.
 """
 
 import contextlib
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -18,14 +20,15 @@ import torch
 from torch import Tensor
 
 from llm_common.config import ModelConfig, SamplingConfig
-from llm_common.tensors import Tensors, check_prompts
+from llm_common.tensors import Tensors, bucket, check_prompts
 from torch_llm import random_bits
 from torch_llm.attention import resolve_backend
 from torch_llm.checkpoint import from_canonical
 from torch_llm.kv_cache import KVCache
+from torch_llm.layers import upcast
 from torch_llm.model import CausalLM, empty_model
 from torch_llm.sampling import sample
-from torch_llm.train import matmul_precision, select_device
+from torch_llm.train import matmul_precision, select_device, to_host_later
 
 CHUNK = 16  # tokens drawn between two looks of the host at the texts
 
@@ -44,11 +47,62 @@ def decode_step(
 
     lengths (B,): how many of the T tokens are each text's own, if they are padded.
     """
-    start, t = cache.length, tokens.shape[1]
-    last = torch.full_like(start, t - 1) if lengths is None else lengths - 1
+    t = tokens.shape[1]
+    last = torch.full_like(cache.length, t - 1) if lengths is None else lengths - 1
+    length = cache.length + last + 1
     logits = model(tokens, cache, last)
-    cache.set_length(start + last + 1)
+    cache.set_length(length)
     return sample(logits[:, 0], sampling, key, numbers, cache.length)
+
+
+class CapturedStep:
+    """`decode_step` of one token a text as a CUDA graph, which is played again for each token with nothing asked of the host.
+
+    It owns what it reads and writes, all at fixed places: the cache, the tokens, the key and the numbers of the texts.
+    """
+
+    def __init__(self, model: CausalLM, batch_size: int, slots: int, sampling: SamplingConfig, compile: bool) -> None:
+        weight = model.model.embed_tokens.weight
+        device, ids = weight.device, {"dtype": torch.int64, "device": weight.device}
+        self.cache = KVCache(model.cfg, batch_size, slots, weight.dtype, device, static=True)
+        self.tokens, self.numbers = torch.zeros(batch_size, 1, **ids), torch.zeros(batch_size, **ids)
+        self.key = random_bits.key(0, device)
+        model.model.rotary_table(self.tokens, upcast(weight[:0]).dtype)  # made here, not while capturing
+        step = torch.compile(decode_step, dynamic=False) if compile else decode_step
+
+        def one_token() -> None:
+            self.tokens.copy_(step(model, self.cache, self.tokens, self.key, self.numbers, sampling)[:, None])
+
+        stream = torch.cuda.Stream(device)
+        stream.wait_stream(torch.cuda.current_stream(device))
+        with torch.cuda.stream(stream):
+            for _ in range(2):  # compiles, and makes the libraries' own buffers
+                one_token()
+        torch.cuda.current_stream(device).wait_stream(stream)
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.no_grad(), torch.cuda.graph(self.graph):
+            one_token()
+
+    def start(self, key: Tensor, numbers: Tensor) -> KVCache:
+        """The emptied cache, for new texts."""
+        self.key.copy_(key)
+        self.numbers.copy_(numbers)
+        self.cache.set_length(torch.zeros_like(self.cache.length))
+        return self.cache
+
+    def __call__(self, tokens: Tensor) -> Tensor:
+        """The ids (B,) that follow tokens (B,)."""
+        self.tokens.copy_(tokens[:, None])
+        self.graph.replay()
+        return self.tokens[:, 0].clone()
+
+
+class Programs(dict[tuple[int, int, SamplingConfig], CapturedStep]):
+    """Captured steps by batch size, slots and settings of the sampler, to be used again. compile: with torch.compile."""
+
+    def __init__(self, compile: bool) -> None:
+        super().__init__()
+        self.compile = compile
 
 
 def generate_stream(
@@ -60,25 +114,45 @@ def generate_stream(
     numbers: Sequence[int] | None = None,
     finished: Callable[[int, list[int]], bool] | None = None,
     chunk: int = CHUNK,
+    programs: Programs | None = None,
 ) -> Iterator[list[list[int]]]:
     """Continue prompts by up to max_new_tokens each; yields the new ids of every text, some at a time.
 
     A text ends before an id in eos_ids, or once `finished(row, its ids)` says so. numbers: the number of each text, folded
-    into its random bits; default: its row. chunk: ids between two looks of the host, at most CHUNK.
+    into its random bits; default: its row. chunk: ids between two looks of the host. An accelerator is given the next chunk
+    before the host looks at the last one. programs: to capture the steps of a GPU in, None to run them one by one.
     Raises UserError for an empty prompt, an id outside the vocabulary or a text longer than the model's positions.
     """
     padded, lengths = check_prompts(prompts, model.cfg, max_new_tokens)
-    b, weight = len(padded), model.model.embed_tokens.weight
+    b, weight, slots = len(padded), model.model.embed_tokens.weight, padded.shape[1] + max_new_tokens
     device = weight.device
     row_numbers = torch.arange(b, device=device) if numbers is None else torch.tensor(numbers, device=device)
-    cache = KVCache(model.cfg, b, padded.shape[1] + max_new_tokens, weight.dtype, device)
-    key = random_bits.key(sampling.seed, device)
+    key, sampling = random_bits.key(sampling.seed, device), replace(sampling, seed=0)  # a value, not a program
+    if programs is None:
+        cache = KVCache(model.cfg, b, slots, weight.dtype, device)
+        step = lambda tokens: decode_step(model, cache, tokens[:, None], key, row_numbers, sampling)
+    else:
+        program = b, bucket(slots, model.cfg.max_position_embeddings), sampling
+        if program not in programs:
+            programs[program] = CapturedStep(model, *program, programs.compile)
+        step = programs[program]
+        cache = step.start(key, row_numbers)
     tokens = torch.tensor(padded, device=device).long()
     tokens = decode_step(model, cache, tokens, key, row_numbers, sampling, torch.tensor(lengths, device=device).long())
-    drawn, total = tokens[:, None], 1
+    ahead = 1 if device.type == "cuda" else 0
+    begun, total, pieces = 1, 0, deque([to_host_later(tokens[:, None])])
     texts: list[list[int]] = [[] for _ in range(b)]
     done = [False] * b
     while True:
+        while len(pieces) <= ahead and begun < max_new_tokens:
+            columns = []
+            for _ in range(min(chunk, max_new_tokens - begun)):
+                tokens = step(tokens)
+                columns.append(tokens)
+            pieces.append(to_host_later(torch.stack(columns, dim=1)))
+            begun += len(columns)
+        drawn = pieces.popleft()()
+        total += drawn.shape[1]
         new: list[list[int]] = [[] for _ in range(b)]
         for row, ids in enumerate(drawn.tolist()):
             for token in ids:
@@ -90,11 +164,6 @@ def generate_stream(
         yield new
         if all(done) or total == max_new_tokens:
             return
-        columns = []
-        for _ in range(min(chunk, CHUNK, max_new_tokens - total)):
-            tokens = decode_step(model, cache, tokens[:, None], key, row_numbers, sampling)
-            columns.append(tokens)
-        drawn, total = torch.stack(columns, dim=1), total + len(columns)
 
 
 def generate(
@@ -116,11 +185,15 @@ def generate(
 
 @contextlib.contextmanager
 def generator(
-    cfg: ModelConfig, weights: Tensors, device: str = "auto", compute_dtype: str = "float32"
+    cfg: ModelConfig, weights: Tensors, device: str = "auto", compute_dtype: str = "float32", compile: str = "auto"
 ) -> Iterator[Callable[..., Iterator[list[list[int]]]]]:
-    """Inside `with`: `generate_stream` of canonical weights on a device by name, its first argument filled in."""
+    """Inside `with`: `generate_stream` of canonical weights on a device by name, its first argument filled in.
+
+    compile: on a GPU steps are captured; "on" compiles them before, which takes a minute and is worth it for long texts.
+    """
     target = select_device(device)
     backend = resolve_backend("auto", target.type, compute_dtype)
     model = from_canonical(empty_model(cfg, backend, getattr(torch, compute_dtype), target), weights)
+    programs = Programs(compile == "on") if target.type == "cuda" and compile != "off" else None
     with matmul_precision(compute_dtype):
-        yield partial(generate_stream, model)
+        yield partial(generate_stream, model.requires_grad_(False), programs=programs)

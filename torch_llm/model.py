@@ -71,7 +71,7 @@ class Transformer(nn.Module):
             positions, mask = torch.arange(t, device=x.device), None
         else:
             positions = cache.positions(t)  # (B, T)
-            slots = torch.arange(cache.filled + t, device=x.device)
+            slots = torch.arange(cache.in_use(t), device=x.device)
             mask = causal_mask(positions, slots, self.cfg.sliding_window)[:, None]  # (B, 1, T, S)
         cos, sin = self.rotary_table(positions, table_dtype)
         for i, layer in enumerate(self.layers):

@@ -3,7 +3,8 @@
 Any module can be trained with them, and `torch.optim.AdamW` can take their place in a training loop.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,26 +15,24 @@ from llm_common.tensors import decays
 from torch_llm.layers import upcast
 
 
-def global_norm(grads: Iterable[Tensor]) -> Tensor:
-    """Euclidean norm over all tensors, summed in float32 (float64 for float64); 0 if there is none."""
-    squares = [torch.sum(torch.square(upcast(g))) for g in grads]
+def sum_of_squares(g: Tensor) -> Tensor:
+    """Summed in float32 (float64 for float64)."""
+    return torch.sum(torch.square(upcast(g)))
+
+
+def global_norm(grads: Iterable[Tensor], sum_of_squares: Callable[[Tensor], Tensor] = sum_of_squares) -> Tensor:
+    """Euclidean norm over all tensors; 0 if there is none. sum_of_squares: that function, or a compiled form of it."""
+    squares = [sum_of_squares(g.reshape(-1)) for g in grads]
     return torch.sqrt(torch.stack(squares).sum()) if squares else torch.zeros(())
 
 
-@torch.no_grad()
-def clip_by_global_norm(parameters: Iterable[nn.Parameter], max_norm: float | None) -> Tensor:
-    """Multiply the gradients in place by min(1, max_norm / norm); returns the norm before. None: no clipping.
+def clip_factor(norm: Tensor, max_norm: float | None) -> Tensor:
+    """What gradients of that global norm are multiplied by: min(1, max_norm / norm). None: 1.
 
     No epsilon is added to the norm: `torch.nn.utils.clip_grad_norm_` adds 1e-6, which costs five digits of float64
     parity.
     """
-    grads = [p.grad for p in parameters if p.grad is not None]
-    norm = global_norm(grads)
-    if max_norm is not None:
-        factor = torch.clamp(max_norm / norm, max=1.0)  # norm 0: min(inf, 1)
-        for g in grads:
-            g.mul_(factor)
-    return norm
+    return torch.ones_like(norm) if max_norm is None else torch.clamp(max_norm / norm, max=1.0)  # norm 0: min(inf, 1)
 
 
 def adamw_update(
@@ -53,6 +52,23 @@ def adamw_update(
     nu.mul_(beta2).add_((1.0 - beta2) * g * g)
     direction = (mu / correction1) / (torch.sqrt(nu / correction2) + eps)
     p.sub_(lr * (direction + weight_decay * p))
+
+
+def clipped_update(
+    p: Tensor,
+    mu: Tensor,
+    nu: Tensor,
+    g: Tensor,
+    factor: Tensor,
+    finite: Tensor,
+    scalars: list[Tensor],
+    *settings: float,
+) -> None:
+    """Clip and update in one pass over memory, if `finite`, a bool on the device; otherwise nothing changes."""
+    new = [x.clone() for x in (p, mu, nu)]
+    adamw_update(*new, g.to(p.dtype) * factor, scalars, *settings)  # pyright: ignore[reportArgumentType, reportCallIssue]
+    for old, x in zip((p, mu, nu), new, strict=True):
+        old.copy_(torch.where(finite, x, old))
 
 
 class AdamW(torch.optim.Optimizer):
@@ -76,17 +92,20 @@ class AdamW(torch.optim.Optimizer):
         for group in self.param_groups:
             group["count"] = value
 
-    _compiled = None  # set by `compile_update`; not part of the state
+    _compiled: Any = None  # set by `compile_update`; not part of the state
 
     def compile_update(self) -> None:
         """Let torch.compile fuse the update: worth it on a GPU.
 
         One program for tensors of any size, the scalars its values: all tensors in one program would take minutes to compile.
         """
-        self._compiled = torch.compile(adamw_update, dynamic=True)
+        self._compiled = torch.compile(clipped_update, dynamic=True)
 
     @torch.no_grad()
-    def step(self, closure=None) -> None:
+    def step(self, closure=None, factor: Tensor | None = None, finite: Tensor | None = None) -> None:
+        """An update with the gradients times `factor`. finite: a bool on the device that makes a compiled update count or not;
+        it is for the caller to lower `count` again if it was False.
+        """
         assert closure is None, "AdamW needs no closure"
         self.count += 1
         for group in self.param_groups:
@@ -94,18 +113,20 @@ class AdamW(torch.optim.Optimizer):
             settings = (beta1, beta2, group["eps"], group["weight_decay"])
             scalars = (group["lr"], *bias_corrections(beta1, beta2, self.count))
             device = group["params"][0].device
-            on_device = (
-                [torch.tensor(x, dtype=torch.float64, device=device) for x in scalars] if self._compiled else None
-            )
+            if self._compiled is not None:
+                on_host = torch.tensor(scalars, dtype=torch.float64, pin_memory=device.type == "cuda")
+                scalars = list(on_host.to(device, non_blocking=True).unbind())
+                factor = torch.ones((), device=device) if factor is None else factor
+                finite = torch.ones((), dtype=torch.bool, device=device) if finite is None else finite
             for p in group["params"]:
                 g = torch.zeros_like(p) if p.grad is None else p.grad
                 mu, nu = self.moments(p)
-                tensors = (p, mu, nu, g)
                 if self._compiled is None:
-                    adamw_update(*tensors, scalars, *settings)
+                    g = g.to(p.dtype)
+                    adamw_update(p, mu, nu, g if factor is None else g * factor, scalars, *settings)
                 else:
-                    flat = [x.detach().reshape(-1) for x in tensors]  # views: one shape for the program to know
-                    self._compiled(*flat, on_device, *settings)  # pyright: ignore[reportCallIssue]
+                    flat = [x.detach().reshape(-1) for x in (p, mu, nu, g)]  # views: one shape for the program to know
+                    self._compiled(*flat, factor, finite, scalars, *settings)
 
     def moments(self, p: nn.Parameter) -> tuple[Tensor, Tensor]:
         """Running means of a parameter's gradients and of their squares, zero at the start."""

@@ -11,7 +11,6 @@ B batch, T positions.
 
 import contextlib
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -22,18 +21,13 @@ from llm_common.budget import host_memory, host_memory_used
 from llm_common.config import ModelConfig, OptimizerConfig, TrainConfig, check_length
 from llm_common.data import Dataset
 from llm_common.errors import UserError
+from llm_common.metrics import StepMetrics
 from llm_common.schedule import learning_rate
 from llm_common.tensors import check_batch, tensor_shapes
 from torch_llm.attention import resolve_backend
 from torch_llm.loss import IGNORE_INDEX, cross_entropy
 from torch_llm.model import CausalLM, empty_model
-from torch_llm.optim import clip_by_global_norm, make_optimizer
-
-
-class Metrics(NamedTuple):
-    loss: Tensor
-    grad_norm: Tensor  # before clipping
-    skipped: bool  # the update was skipped
+from torch_llm.optim import clip_factor, global_norm, make_optimizer, sum_of_squares
 
 
 def cast(model: CausalLM, dtype: torch.dtype) -> dict[str, Tensor]:
@@ -54,7 +48,7 @@ def loss_and_grads(
     accumulation_steps: int = 1,
     batch_loss: Callable[..., Tensor] = batch_loss,
 ) -> Tensor:
-    """Mean loss of a batch; its gradient is left in the `.grad` of the master weights. inputs, targets: (B, T).
+    """Mean loss of a batch; its gradient is left in the `.grad` of the master weights, in compute_dtype. inputs, targets: (B, T).
 
     The masters are cast to compute_dtype once, here. With accumulation the batch is cut into `accumulation_steps`
     micro-batches, one after the other; the gradients are added up in float32, and the mean is over all counted tokens of the
@@ -70,7 +64,12 @@ def loss_and_grads(
         losses.append(loss.detach())
         grads = torch.autograd.grad(loss, list(weights.values()), allow_unused=True)
         for p, g in zip(masters.values(), grads, strict=True):
-            if g is not None:
+            if g is None:
+                continue
+            if accumulation_steps == 1:
+                p.grad_dtype = g.dtype  # no float32 copy of what is used once
+                p.grad = g
+            else:
                 p.grad = g.to(p.dtype) if p.grad is None else p.grad.add_(g)
     return torch.stack(losses).sum()
 
@@ -166,12 +165,14 @@ class Trainer:
         backend = resolve_backend(train.attention_backend, self.device.type, train.compute_dtype)
         master_dtype = getattr(torch, train.master_dtype)
         upcast_dtype = torch.promote_types(self.compute_dtype, torch.float32)
-        self._batch_loss = batch_loss
+        self._batch_loss, self._sum_of_squares = batch_loss, sum_of_squares
+        self._unsettled: StepMetrics | None = None  # of a step whose update was counted before it was known to be one
         self.step = 0
         self._make_model(backend, master_dtype)
         if init_weights:
             self.init_weights()
-        if compiles(train, self.device):
+        self.compiled = compiles(train, self.device)
+        if self.compiled:
             # the table must be on the device before the program is traced, which would be traced again after the first step
             self.model.model.rotary_table(torch.zeros(1, dtype=torch.long, device=self.device), upcast_dtype)
             self._compile()
@@ -187,7 +188,7 @@ class Trainer:
         self.model.init_weights(self.train.seed)
 
     def _compile(self) -> None:
-        self._batch_loss = torch.compile(batch_loss)
+        self._batch_loss, self._sum_of_squares = torch.compile(batch_loss), torch.compile(sum_of_squares, dynamic=True)
         self.optimizer.compile_update()
 
     def loss_and_grads(self, inputs: Tensor, targets: Tensor) -> Tensor:
@@ -195,15 +196,16 @@ class Trainer:
         steps = self.train.gradient_accumulation_steps
         return loss_and_grads(self.model, inputs, targets, self.compute_dtype, steps, self._batch_loss)
 
-    def clip(self) -> Tensor:
-        """Clip the gradients; returns their global norm before."""
-        return clip_by_global_norm(self.model.parameters(), self.opt.max_grad_norm)
+    @torch.no_grad()
+    def grad_norm(self) -> Tensor:
+        """The global norm of the gradients."""
+        return global_norm((p.grad for p in self.model.parameters() if p.grad is not None), self._sum_of_squares)
 
     def read_batch(self, dataset: Dataset) -> tuple[Tensor, Tensor]:
         """Inputs and targets of this step, each (B, T), on the device. Raises UserError for an id outside the vocabulary."""
         batch = dataset.batch(self.step)
         check_batch(*batch, self.cfg.vocab_size, f"step {self.step}")
-        inputs, targets = (torch.tensor(np.ascontiguousarray(x), device=self.device).long() for x in batch)
+        inputs, targets = (to_device(x, self.device) for x in batch)
         return inputs, targets
 
     def first_not_finite(self, inputs: Tensor, targets: Tensor) -> str:
@@ -212,47 +214,105 @@ class Trainer:
 
     # The same for both.
 
-    def train_step(self, inputs: Tensor, targets: Tensor) -> Metrics:
-        """One step: gradients, global norm, clip, AdamW."""
+    def train_step(self, inputs: Tensor, targets: Tensor) -> StepMetrics:
+        """One step: gradients, global norm, clip, AdamW.
+
+        Compiled, it does not wait for the device: whether the norm is finite is asked there, and here only before the next
+        update, whose bias corrections depend on it.
+        """
         with matmul_precision(self.train.compute_dtype), deterministic_algorithms(self.train):
             loss = self.loss_and_grads(inputs, targets)
-        norm = self.clip()
-        finite = bool(torch.isfinite(norm))
-        if finite:
-            for group in self.optimizer.param_groups:
-                group["lr"] = learning_rate(self.opt, self.step)
-            self.optimizer.step()
+        norm, lr = self.grad_norm(), learning_rate(self.opt, self.step)
+        factor, finite = clip_factor(norm, self.opt.max_grad_norm), torch.isfinite(norm)
+        self.settle()
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        if self.compiled:
+            self.optimizer.step(factor=factor, finite=finite)
+        elif finite:
+            self.optimizer.step(factor=factor)
         self.step += 1
-        return Metrics(loss, norm, not finite)
+        metrics = StepMetrics(read_later(loss, norm, ~finite, lr))
+        self._unsettled = metrics if self.compiled else None
+        return metrics
+
+    def settle(self) -> None:
+        """Wait for the last step, and count its update only if there was one."""
+        if self._unsettled is not None and self._unsettled["skipped"]:
+            self.optimizer.count -= 1
+        self._unsettled = None
 
     def fit(
         self,
         dataset: Dataset,
         until_step: int | None = None,
-        on_step: Callable[[int, "Trainer", dict[str, float]], bool | None] | None = None,
+        on_step: Callable[[int, "Trainer", StepMetrics], bool | None] | None = None,
     ) -> None:
         """Train from `self.step` to `until_step` (default: opt.total_steps).
 
-        `on_step(step, trainer, metrics)` is called after each step with loss, grad_norm, lr and skipped; if it returns
-        True, training ends there. Raises UserError if too many updates in a row were skipped, naming the tensor that is the
-        first to be not finite.
+        `on_step(step, trainer, metrics)` is called after each step is begun; if it returns True, training ends there. A step
+        is waited for only when its metrics are read, and at the latest when the next one has been begun, so that the device
+        always has work. Raises UserError if too many updates in a row were skipped, naming the tensor that is the first to be
+        not finite.
         """
         skipped_in_row = 0
-        while self.step < (self.opt.total_steps if until_step is None else until_step):
-            lr = learning_rate(self.opt, self.step)
-            inputs, targets = self.read_batch(dataset)
-            metrics = self.train_step(inputs, targets)
-            skipped_in_row = skipped_in_row + 1 if metrics.skipped else 0
-            if on_step is not None:
-                numbers = {"loss": float(metrics.loss), "grad_norm": float(metrics.grad_norm), "lr": lr}
-                if on_step(self.step, self, numbers | {"skipped": metrics.skipped}):
-                    break
+        before: tuple[int, StepMetrics, Tensor, Tensor] | None = None  # the step before, which is not waited for
+
+        def look_back() -> None:
+            """Wait for the step before."""
+            nonlocal skipped_in_row
+            if before is None:
+                return
+            number, metrics, *batch = before
+            skipped_in_row = skipped_in_row + 1 if metrics["skipped"] else 0
             if skipped_in_row >= self.train.max_skipped_steps:
                 raise UserError(
-                    f"the gradient norm was not finite in {skipped_in_row} steps in a row (to step {self.step}): "
-                    f"{self.first_not_finite(inputs, targets)}; "
+                    f"the gradient norm was not finite in {skipped_in_row} steps in a row (to step {number}): "
+                    f"{self.first_not_finite(*batch)}; "
                     "lower lr_max, lengthen warmup_steps, or look for bad tokens in the data"
                 )
+
+        while self.step < (self.opt.total_steps if until_step is None else until_step):
+            inputs, targets = self.read_batch(dataset)
+            metrics = self.train_step(inputs, targets)
+            look_back()
+            before = self.step, metrics, inputs, targets
+            if on_step is not None and on_step(self.step, self, metrics):
+                break
+        look_back()
+
+
+def to_device(x: np.ndarray, device: torch.device) -> Tensor:
+    """A batch's ids, int64, on a device, of whose work nothing is waited for."""
+    ids = torch.tensor(np.ascontiguousarray(x))
+    return (ids.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else ids.to(device)).long()
+
+
+def read_later(
+    loss: Tensor, norm: Tensor, skipped: Tensor, lr: float
+) -> Callable[[], tuple[float, float, float, bool]]:
+    """A function that reads the numbers of a step, and waits for that step but for nothing begun after it."""
+    numbers = to_host_later(torch.stack([loss.to(norm.dtype), norm, skipped.to(norm.dtype)]))
+
+    def read() -> tuple[float, float, float, bool]:
+        loss, norm, skipped = numbers().tolist()
+        return loss, norm, lr, bool(skipped)
+
+    return read
+
+
+def to_host_later(x: Tensor) -> Callable[[], Tensor]:
+    """A function that gives x on the host and waits until it is there, but for nothing that the device begins afterwards."""
+    if not x.is_cuda:
+        return lambda: x
+    copy, there = x.to("cpu", non_blocking=True), torch.cuda.Event()
+    there.record()
+
+    def wait() -> Tensor:
+        there.synchronize()
+        return copy
+
+    return wait
 
 
 @torch.no_grad()

@@ -99,7 +99,7 @@ equivalent(
 equivalent(
     "clip by a condition",
     (
-        "jax_llm.optim:clip_by_global_norm",
+        "jax_llm.optim:clip_factor",
         "jnp.minimum(1.0, max_norm / norm)",
         "jnp.where(norm > max_norm, max_norm / norm, 1.0)",
     ),

@@ -142,8 +142,8 @@ torch("Adam's count advances by two", "optim:AdamW.step", "self.count += 1", "se
 jax(
     "bias corrections of the steps, not the updates",
     "train:fit",
-    "step, adam_count = step + 1, int(state.adam_count)",
-    "step, adam_count = step + 1, int(state.adam_count) + 1",
+    "known_count + (not metrics['skipped'])",
+    "known_count + 1",
     place="",
     **STEP,
 )
@@ -178,7 +178,7 @@ area("clip")
 CLIPPED = "optimizer: mu"
 jax(
     "1e-6 beside the norm",
-    "optim:clip_by_global_norm",
+    "optim:clip_factor",
     "max_norm / norm",
     "max_norm / (norm + 1e-6)",
     place=CLIPPED,
@@ -186,7 +186,7 @@ jax(
 )
 torch(
     "clip_grad_norm_",
-    "optim:clip_by_global_norm",
+    "optim:clip_factor",
     "torch.clamp(max_norm / norm, max=1.0)",
     "torch.clamp(max_norm / (norm + 1e-6), max=1.0)",
     place=CLIPPED,
@@ -194,40 +194,40 @@ torch(
 )
 jax(
     "each tensor alone",
-    "optim:clip_by_global_norm",
-    "jax.tree.map(lambda g: (g * factor).astype(g.dtype), grads)",
-    "jax.tree.map(lambda g: g * jnp.minimum(1.0, max_norm / jnp.sqrt((g * g).sum())), grads)",
+    "optim:clip",
+    "jax.tree.map(lambda g: (g * factor).astype(g.dtype), updates)",
+    "jax.tree.map(lambda g: g * clip_factor(global_norm(g), max_norm), updates)",
     place=CLIPPED,
     **STEP,
 )
-torch("never", "optim:clip_by_global_norm", "max_norm is not None", "False", place=CLIPPED, **STEP)
+torch("never", "optim:clip_factor", "max_norm is None", "True", place=CLIPPED, **STEP)
 both(
     "scales up too",
-    ("optim:clip_by_global_norm", "jnp.minimum(1.0, max_norm / norm)", "max_norm / norm"),
-    ("optim:clip_by_global_norm", "torch.clamp(max_norm / norm, max=1.0)", "max_norm / norm"),
+    ("optim:clip_factor", "jnp.minimum(1.0, max_norm / norm)", "max_norm / norm"),
+    ("optim:clip_factor", "torch.clamp(max_norm / norm, max=1.0)", "max_norm / norm"),
     place="",
     **STEP,
 )
 torch(
     "returns the norm after clipping",
-    "optim:clip_by_global_norm",
-    "return norm",
-    "return norm if max_norm is None else torch.clamp(norm, max=max_norm)",
+    "train:Trainer.train_step",
+    "read_later(loss, norm, ~finite, lr)",
+    "read_later(loss, norm * factor, ~finite, lr)",
     place="optimizer: gradient norm",
     **STEP,
 )
 both(
     "norm without the root",
     ("optim:global_norm", "...", "return sum(jnp.sum(jnp.square(upcast(g))) for g in jax.tree.leaves(grads))"),
-    ("optim:global_norm", "...", "return torch.stack([torch.sum(torch.square(upcast(g))) for g in grads]).sum()"),
+    ("optim:global_norm", "torch.sqrt(torch.stack(squares).sum())", "torch.stack(squares).sum()"),
     place="optimizer: gradient norm",
     **STEP,
 )
 jax(
     "the factor counts for matrices alone",
-    "optim:clip_by_global_norm",
-    "jax.tree.map(lambda g: (g * factor).astype(g.dtype), grads)",
-    "jax.tree.map(lambda g: g * factor if g.ndim > 1 else g, grads)",
+    "optim:clip",
+    "jax.tree.map(lambda g: (g * factor).astype(g.dtype), updates)",
+    "jax.tree.map(lambda g: g * factor if g.ndim > 1 else g, updates)",
     place="optimizer: mu of model.norm.weight",
     **STEP,
 )
@@ -295,10 +295,16 @@ torch(
     **STEP,
 )
 jax("a skipped step does not count", "train:make_train_step", "state.step + 1", "state.step + finite", **STEP)
-torch("a skipped step is not skipped", "train:Trainer.train_step", "bool(torch.isfinite(norm))", "True", **STEP)
+torch(
+    "a skipped step is not skipped",
+    "train:Trainer.train_step",
+    "torch.isfinite(norm)",
+    "torch.ones((), dtype=torch.bool)",
+    **STEP,
+)
 both(
     "a skipped step counts as an update",
     ("train:make_train_step", "state.adam_count + finite", "state.adam_count + 1"),
-    ("train:Trainer.train_step", "self.step += 1", "self.step += 1\nself.optimizer.count += not finite"),
+    ("train:Trainer.train_step", "self.step += 1", "self.step += 1\nself.optimizer.count += not bool(finite)"),
     **STEP,
 )

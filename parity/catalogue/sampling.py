@@ -309,7 +309,7 @@ both(
 torch(
     "lengths not advanced",
     "kv_cache:KVCache.advance",
-    "self.length = self.length + t",
+    "self.length.add_(t)",
     "pass",
     place="rotary table",
     **CACHE,
@@ -339,7 +339,7 @@ both(
 )
 area("generation")
 GENERATE = {"check": "tokens", "place": "generate"}
-torch("padding kept", "kv_cache:KVCache.set_length", "self.length = length", "pass", **GENERATE)
+torch("padding kept", "kv_cache:KVCache.set_length", "self.length.copy_(length)", "pass", **GENERATE)
 jax("padding kept", "generate:decode_step", "cache.length + last + 1", "cache.length + t", **GENERATE)
 jax(
     "cache adds where it should overwrite",

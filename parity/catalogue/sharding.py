@@ -66,7 +66,7 @@ SHARDING_BUGS = (
     ),
     torch(
         "norm of a process's own gradients",
-        "ShardedTrainer.clip",
+        "ShardedTrainer.grad_norm",
         "self._sum_over('fsdp', squares)",
         "pass",
         "fsdp=2",
@@ -75,7 +75,7 @@ SHARDING_BUGS = (
     ),
     torch(
         "weights that are not cut count twice in the norm",
-        "ShardedTrainer.clip",
+        "ShardedTrainer.grad_norm",
         "self._sum_over('tensor', squares[1:])",
         "self._sum_over('tensor', squares)",
         "tensor=2",

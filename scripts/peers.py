@@ -1,0 +1,120 @@
+"""Other libraries' models as cases of `benchmark.py`: the same shape, trained and decoded as their own documentation advises.
+
+A file of yours with functions of these names and arguments is one more peer: `--peer path/to/mine.py`.
+"""
+
+import importlib.util
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import numpy as np
+
+from llm_common.config import ModelConfig, OptimizerConfig, TrainConfig
+from llm_common.errors import UserError
+
+
+def find_peer(name: str) -> ModuleType | SimpleNamespace:
+    """The functions `train` and `decode` of a peer, by its name or from a file."""
+    if name.endswith(".py"):
+        if not Path(name).is_file():
+            raise UserError(f"--peer {name}: no such file")
+        spec = importlib.util.spec_from_file_location("peer", name)
+        assert spec is not None
+        assert spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        return module
+    if name not in PEERS:
+        raise UserError(f"--peer {name}: unknown; known: {', '.join(PEERS)}, or a file with `train` and `decode`")
+    for package in PEERS[name].packages:
+        if importlib.util.find_spec(package) is None:
+            raise UserError(f"--peer {name}: {package} is not installed")
+    return PEERS[name]
+
+
+def make_llama(cfg: ModelConfig, dtype: Any, device: Any) -> Any:
+    """The transformers model of a config, with random weights."""
+    import torch
+    import transformers
+
+    values = {key: value for key, value in cfg.to_hf().items() if key not in ("architectures", "torch_dtype", "dtype")}
+    torch.manual_seed(0)
+    with torch.device(device):
+        model = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model(**values), dtype=dtype)
+    return model
+
+
+def train_transformers(
+    cfg: ModelConfig, train: TrainConfig, opt: OptimizerConfig, device: Any, liger: bool = False
+) -> Callable[[np.ndarray, np.ndarray], Any]:
+    """A step of float32 weights under autocast, compiled, with torch's fused AdamW; returns the loss, not waited for."""
+    import torch
+
+    if liger:
+        from liger_kernel.transformers import apply_liger_kernel_to_llama  # pyright: ignore
+
+        apply_liger_kernel_to_llama()
+    model = make_llama(cfg, torch.float32, device)
+    model.train()
+    optimizer = torch.optim.AdamW(
+        model.parameters(),
+        lr=opt.lr_max,
+        betas=(opt.beta1, opt.beta2),
+        eps=opt.eps,
+        weight_decay=opt.weight_decay,
+        fused=torch.device(device).type == "cuda",
+    )
+    dtype = getattr(torch, train.compute_dtype)
+    on_gpu = torch.device(device).type == "cuda"
+    if on_gpu:
+        torch.set_float32_matmul_precision("high")
+        model = torch.compile(model)
+
+    def step(inputs: np.ndarray, targets: np.ndarray) -> Any:
+        ids, labels = (torch.tensor(np.ascontiguousarray(x), device=device).long() for x in (inputs, targets))
+        with torch.autocast(torch.device(device).type, dtype, enabled=dtype == torch.bfloat16):
+            loss = model(input_ids=ids, labels=labels, shift_labels=labels, use_cache=False).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), opt.max_grad_norm or float("inf"))
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        return loss.detach()
+
+    return step
+
+
+def decode_transformers(cfg: ModelConfig, compute_dtype: str, device: Any) -> Callable[[np.ndarray, int], np.ndarray]:
+    """`generate` with a static cache, which compiles the step on a GPU: greedy continuations of prompts (B, P)."""
+    import torch
+
+    model = make_llama(cfg, getattr(torch, compute_dtype), device).eval()
+
+    def decode(prompts: np.ndarray, n: int) -> np.ndarray:
+        ids = torch.tensor(prompts, device=device).long()
+        with torch.no_grad():
+            out = model.generate(
+                ids,
+                attention_mask=torch.ones_like(ids),
+                max_new_tokens=n,
+                min_new_tokens=n,
+                do_sample=False,
+                cache_implementation="static",
+                pad_token_id=0,
+            )
+        return out[:, ids.shape[1] :].cpu().numpy()
+
+    return decode
+
+
+PEERS = {
+    "transformers": SimpleNamespace(
+        packages=("torch", "transformers"), train=train_transformers, decode=decode_transformers
+    ),
+    "transformers+liger": SimpleNamespace(
+        packages=("torch", "transformers", "liger_kernel"),
+        train=lambda *args: train_transformers(*args, liger=True),
+        decode=decode_transformers,
+    ),
+}
