@@ -12,8 +12,11 @@ weights and cache, over the second. --out writes PREFIX.md, PREFIX.json and PREF
 """
 
 import argparse
+import contextlib
+import functools
 import json
 import time
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from datetime import date
 from pathlib import Path
@@ -185,10 +188,7 @@ def measure_decode(args: argparse.Namespace, task: dict[str, Any]) -> dict[str, 
         return times
 
     if name in OURS:
-        weights = random_weights(cfg)
-        settings = {"compile": args.compile} if name == "torch" else {}
-        opened = import_side(name, "generate").generator(cfg, weights, args.device, args.compute_dtype, **settings)
-        with opened as generate:
+        with open_generator(args, name, cfg) as generate:
             stream = lambda n=n: generate(prompts.tolist(), n, sampling)
             run(stream, measure, args, seconds, prefill, n)
             if folder is not None:
@@ -230,12 +230,27 @@ def seconds_to_compile(started: float, seconds: list[float], n: int) -> float:
     return max(0.0, time.perf_counter() - started - (len(seconds) + 1) * float(np.median(seconds)) * n)
 
 
-def random_weights(cfg: ModelConfig) -> dict[str, np.ndarray]:
-    """Canonical weights that cost little to make: decoding is as fast with any."""
-    from llm_common.tensors import tensor_shapes
+@contextlib.contextmanager
+def open_generator(args: argparse.Namespace, name: str, cfg: ModelConfig) -> Iterator[Callable[..., Any]]:
+    """`generate_stream` with initial weights made on the device: those of a file would take a minute to come there."""
+    side, generate = import_side(name, "train"), import_side(name, "generate")
+    model, target = import_side(name, "model"), side.select_device(args.device)
+    with side.matmul_precision(args.compute_dtype):
+        if name == "torch":
+            import torch
 
-    block = np.random.default_rng(0).standard_normal(2**20).astype(np.float32) * 0.02
-    return {name: np.resize(block, shape) for name, shape in tensor_shapes(cfg).items()}
+            backend = import_side(name, "attention").resolve_backend("auto", target.type, args.compute_dtype)
+            made = model.init_model(cfg, 0, backend, getattr(torch, args.compute_dtype), target).requires_grad_(False)
+            programs = generate.Programs(args.compile == "on") if target.type == "cuda" else None
+            yield functools.partial(generate.generate_stream, made, programs=programs)
+            return
+        import jax
+
+        with jax.default_device(target):
+            resolve = import_side(name, "attention").resolve_backend
+            backend = resolve("auto", target.platform, args.compute_dtype, cfg, seq_len=0)
+            make = lambda: side.unstack(side.cast(model.init_params(cfg, 0), args.compute_dtype), cfg.num_hidden_layers)
+            yield functools.partial(generate.generate_stream, model.CausalLM(cfg, backend=backend), jax.jit(make)())
 
 
 def measure_startup(args: argparse.Namespace, task: dict[str, Any]) -> dict[str, Any]:

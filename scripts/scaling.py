@@ -19,27 +19,13 @@ from typing import Any
 
 import numpy as np
 from flags import make_parser, only_the_first_prints, prepare_environment
+from measure import RandomTokens
 
 from llm_common.budget import GIB, flops_per_step
 from llm_common.config import ModelConfig, OptimizerConfig, TrainConfig, preset
-from llm_common.data import host_rows
 from llm_common.errors import UserError, import_side, run_main
+from llm_common.metrics import StepMetrics
 from llm_common.sharding import ONE_DEVICE, MeshConfig, check_sharded
-
-
-class RandomTokens:
-    """Batches of random tokens: every step the same rows in another order, so that reading costs nothing."""
-
-    def __init__(self, cfg: ModelConfig, train: TrainConfig) -> None:
-        rng = np.random.default_rng(0)
-        self.rows = rng.integers(0, cfg.vocab_size, (train.batch_size, train.seq_len + 1)).astype(np.int32)
-
-    def batch(self, step: int, host: int = 0, n_hosts: int = 1) -> tuple[np.ndarray, np.ndarray]:
-        rows = self.rows[[number % len(self.rows) for number in host_rows(step, len(self.rows), host, n_hosts)]]
-        return rows[:, :-1], rows[:, 1:]
-
-    def fingerprint(self) -> dict[str, Any]:
-        return {}
 
 
 def main() -> None:
@@ -105,9 +91,11 @@ def measure(args: argparse.Namespace, task: dict[str, Any]) -> dict[str, Any]:
     opt = OptimizerConfig(lr_max=1e-4, lr_min=1e-5, total_steps=args.steps + args.warm_up)  # stable without a warm-up
     data, times, losses = RandomTokens(cfg, train), [], []
 
-    def note(step: int, _: Any, metrics: dict[str, float]) -> None:
+    def note(
+        step: int, _: Any, metrics: StepMetrics
+    ) -> None:  # when the step before is done; this one is not waited for
         times.append(time.perf_counter())
-        losses.append(metrics["loss"])
+        losses.append(metrics)
 
     side, start = import_side(framework, "train"), time.perf_counter()
     hosts = None if mesh is None else import_side(framework, "hosts").join_hosts(args.device)
@@ -141,7 +129,7 @@ def measure(args: argparse.Namespace, task: dict[str, Any]) -> dict[str, Any]:
         "tokens": train.batch_size * train.seq_len,
         "flops": flops_per_step(cfg, train),
         "memory": side.memory_used(device),
-        "losses": [losses[0], losses[-1]],
+        "losses": [losses[0]["loss"], losses[-1]["loss"]],
         "versions": versions,
         "settings": asdict(replace(train, seed=0)),
     }

@@ -14,6 +14,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -68,14 +69,16 @@ class CapturedStep:
         self.tokens, self.numbers = torch.zeros(batch_size, 1, **ids), torch.zeros(batch_size, **ids)
         self.key = random_bits.key(0, device)
         model.model.rotary_table(self.tokens, upcast(weight[:0]).dtype)  # made here, not while capturing
-        step = torch.compile(decode_step, dynamic=False) if compile else decode_step
+        # the search for the fastest matrix-vector products takes a minute, and pays where there is no matrix of texts
+        tuned: dict[str, Any] = {"coordinate_descent_tuning": batch_size == 1}
+        step = torch.compile(decode_step, dynamic=False, options=tuned) if compile else decode_step
 
         def one_token() -> None:
             self.tokens.copy_(step(model, self.cache, self.tokens, self.key, self.numbers, sampling)[:, None])
 
         stream = torch.cuda.Stream(device)
         stream.wait_stream(torch.cuda.current_stream(device))
-        with torch.cuda.stream(stream):
+        with torch.no_grad(), torch.cuda.stream(stream):
             for _ in range(2):  # compiles, and makes the libraries' own buffers
                 one_token()
         torch.cuda.current_stream(device).wait_stream(stream)

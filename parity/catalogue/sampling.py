@@ -230,8 +230,8 @@ CACHE = {"check": "cache"}
 torch(
     "written one slot late",
     "kv_cache:KVCache.update",
-    "self.k[layer, rows, positions] = k",
-    "self.k[layer, rows, positions - (1 if self.filled and k.shape[1] == 1 else 0)] = k",
+    "self.k[layer][rows, positions] = k",
+    "self.k[layer][rows, positions - (1 if self.filled and k.shape[1] == 1 else 0)] = k",
     place="kv_cache",
     quick=True,
     **CACHE,
@@ -247,8 +247,8 @@ jax(
 torch(
     "the second layer keeps no values",
     "kv_cache:KVCache.update",
-    "self.v[layer, rows, positions] = v",
-    "self.v[layer, rows, positions] = v if layer == 0 else 0.0",
+    "self.v[layer][rows, positions] = v",
+    "self.v[layer][rows, positions] = v if layer == 0 else 0.0",
     place="kv_cache",
     **CACHE,
 )
