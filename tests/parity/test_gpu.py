@@ -78,3 +78,35 @@ def test_the_same_text_from_both_on_a_gpu_and_on_the_cpu():
             with import_side(framework, "generate").generator(cfg, weights, device, "float64") as stream:
                 texts.append(list(stream(prompt, 30, SamplingConfig(seed=4, top_p=0.9))))
     assert texts[0] == texts[1] == texts[2] == texts[3]
+
+
+@pytest.mark.parametrize("compile", ["auto", "on"])
+def test_captured_steps_give_the_text_of_the_cpu(compile):
+    cfg, weights = preset("tiny"), random_weights(preset("tiny"), 0)
+    prompts = [[1, 2, 3], [4], [5, 6, 7, 8, 9]]
+    generator = import_side("torch", "generate").generator
+    texts = []
+    for device, settings in (("cpu", {}), ("gpu", {"compile": compile})):
+        with generator(cfg, weights, device, "float64", **settings) as stream:
+            for seed in (4, 5):  # the second time the captured step is played again, with another key and other numbers
+                texts.append(list(stream(prompts, 30, SamplingConfig(seed=seed, top_p=0.9), (), [seed, 2, 7])))
+    assert texts[:2] == texts[2:]
+    assert texts[0] != texts[1]
+
+
+def test_cudnn_attends_to_the_slots_seen_and_to_no_other():
+    import jax
+    import jax.numpy as jnp
+
+    from jax_llm.attention import fused_attention, reference_attention
+
+    keys = jax.random.split(jax.random.key(0), 3)
+    shapes = (5, 1, 8, 64), (5, 96, 2, 64), (5, 96, 2, 64)
+    q, k, v = (jax.random.normal(key, shape, jnp.bfloat16) for key, shape in zip(keys, shapes, strict=True))
+    seen = jnp.array([1, 2, 50, 95, 96])
+    mask = (jnp.arange(96) < seen[:, None])[:, None, None]
+    k, v = (jnp.where(mask[:, 0, 0, :, None, None], x, jnp.nan) for x in (k, v))  # what is not seen must not matter
+    got = fused_attention(q, k, v, mask, "cudnn", seen=seen)
+    k, v = (jnp.nan_to_num(x) for x in (k, v))
+    expected = reference_attention(*(x.astype(jnp.float32) for x in (q, k, v)), mask)
+    assert float(jnp.abs(got.astype(jnp.float32) - expected).max()) < 2**-6  # one rounding of values up to 4 to 8 bits
