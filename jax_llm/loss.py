@@ -1,13 +1,13 @@
 """Cross-entropy of next tokens.
 
-B batch, T positions, V vocab_size.
+B batch, T positions, D hidden_size, V vocab_size.
 """
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 
-from jax_llm.layers import upcast
+from jax_llm.layers import linear, upcast
 
 IGNORE_INDEX = -100  # a target that is not counted
 
@@ -34,3 +34,20 @@ def cross_entropy(logits: Array, targets: Array, count: Array | None = None) -> 
     total, own_count = cross_entropy_sum(logits, targets)
     count = own_count if count is None else count
     return total / jnp.maximum(count, 1)
+
+
+def chunked_cross_entropy(x: Array, weight: Array, targets: Array, count: Array, chunks: int) -> Array:
+    """`cross_entropy` of the logits linear(x, weight), which are made for T / chunks positions at a time and are never all there.
+
+    x (B, T, D), weight (V, D) of the head, targets (B, T). The backward pass makes the logits again, and sums the gradient of
+    weight over the chunks in float32.
+    """
+    weight = upcast(weight)
+
+    @jax.checkpoint
+    def add(total: Array, chunk: tuple[Array, Array]) -> tuple[Array, None]:
+        x, targets = chunk
+        return total + cross_entropy(linear(x, weight.astype(x.dtype)), targets, count), None
+
+    cut = lambda x: x.reshape(x.shape[0], chunks, -1, *x.shape[2:]).swapaxes(0, 1)  # (chunks, B, T / chunks, ...)
+    return jax.lax.scan(add, jnp.zeros((), weight.dtype), (cut(x), cut(targets)))[0]

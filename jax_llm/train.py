@@ -24,7 +24,7 @@ from jax import Array
 
 from jax_llm.attention import resolve_backend
 from jax_llm.layers import upcast
-from jax_llm.loss import IGNORE_INDEX, cross_entropy
+from jax_llm.loss import IGNORE_INDEX, chunked_cross_entropy, cross_entropy
 from jax_llm.model import CausalLM, Params, get_canonical, init_params, slice_layers, stack_layers
 from jax_llm.optim import global_norm, make_optimizer
 from llm_common.budget import host_memory, host_memory_used
@@ -68,19 +68,27 @@ def restack(params: Params) -> Params:
 
 
 def loss_and_grads(
-    model: CausalLM, params: Params, inputs: Array, targets: Array, accumulation_steps: int = 1
+    model: CausalLM,
+    params: Params,
+    inputs: Array,
+    targets: Array,
+    accumulation_steps: int = 1,
+    loss_chunks: int = 1,
 ) -> tuple[Array, Params]:
     """Mean loss of a batch and its gradient, in the dtype of `params`. inputs, targets: (B, T).
 
     The layers are sliced before differentiating and the gradients stacked after: the gradient of a slice would be a
     whole stack of zeros with one slice filled, once for every layer. With accumulation the batch is cut into
     `accumulation_steps` micro-batches, one after the other; the gradients are added up in float32, and the mean is over all
-    counted tokens of the batch.
+    counted tokens of the batch. loss_chunks: how many parts the logits are made in, one after the other.
     """
     count = (targets != IGNORE_INDEX).sum()
     sliced = params if model.scan_layers else unstack(params, model.cfg.num_hidden_layers)
 
     def loss_fn(params: Params, inputs: Array, targets: Array) -> Array:
+        if loss_chunks > 1:
+            x: Any = model.apply({"params": params}, inputs, method=lambda model, ids: model.model(ids)[0])  # (B, T, D)
+            return chunked_cross_entropy(x, head_weight(params), targets, count, loss_chunks)
         logits, _ = model.apply({"params": params}, inputs)  # (B, T, V)
         return cross_entropy(logits, targets, count)
 
@@ -97,6 +105,13 @@ def loss_and_grads(
     cut = lambda x: x.reshape(accumulation_steps, -1, x.shape[1])  # (A, B / A, T)
     (loss, grads), _ = jax.lax.scan(add, (zero_loss, zero), (cut(inputs), cut(targets)))
     return loss, grads if model.scan_layers else restack(grads)
+
+
+def head_weight(params: Params) -> Array:
+    """The head's matrix (V, D): its own, or the embedding's if it is tied."""
+    return params["lm_head" if "lm_head" in params else "model"].get(
+        "weight", params["model"]["embed_tokens"]["weight"]
+    )
 
 
 def matmul_precision(compute_dtype: str):
@@ -154,7 +169,11 @@ def device_kind(device: str) -> str:
 
 
 def make_train_step(
-    model: CausalLM, optimizer: optax.GradientTransformation, compute_dtype: str, accumulation_steps: int = 1
+    model: CausalLM,
+    optimizer: optax.GradientTransformation,
+    compute_dtype: str,
+    accumulation_steps: int = 1,
+    loss_chunks: int = 1,
 ) -> Callable[[TrainState, Array, Array, StepScalars], tuple[TrainState, Metrics]]:
     """The function of one step: gradients, global norm, clip, AdamW. Pure, to be jitted with its state donated.
 
@@ -167,7 +186,7 @@ def make_train_step(
     ) -> tuple[TrainState, Metrics]:
         with matmul_precision(compute_dtype):
             params = cast(state.params, compute_dtype)
-            loss, grads = loss_and_grads(model, params, inputs, targets, accumulation_steps)
+            loss, grads = loss_and_grads(model, params, inputs, targets, accumulation_steps, loss_chunks)
         grads = jax.tree.map(lambda g, p: g.astype(p.dtype), grads, state.params)
         norm = global_norm(grads)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params, scalars=scalars)
@@ -219,7 +238,8 @@ def make_model(cfg: ModelConfig, train: TrainConfig, platform: str) -> CausalLM:
 def compiled_train_step(cfg: ModelConfig, train: TrainConfig, opt: OptimizerConfig, platform: str):
     """The jitted step of a run, its state donated; the same settings give the same function, compiled once."""
     model, steps = make_model(cfg, train, platform), train.gradient_accumulation_steps
-    step = one_step_behind(make_train_step(model, make_optimizer(opt, cfg), train.compute_dtype, steps))
+    step = make_train_step(model, make_optimizer(opt, cfg), train.compute_dtype, steps, train.loss_chunks)
+    step = one_step_behind(step)
     if train.compile == "off":
         return step
     options = {"xla_gpu_deterministic_ops": True} if train.deterministic and platform == "gpu" else None

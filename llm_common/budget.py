@@ -86,7 +86,7 @@ def memory_per_step(
     layer = c * (5 * d + heads + 2 * f) if compiled else c * (5 * d + 2 * heads + 3 * f) + wide * (4 * d + 2 * f)
     kept = {"none": layer + scores, "dots": c * (3 * d + heads + 2 * f), "full": c * d}[train.remat]
     working = layer + scores if train.remat != "none" else 0
-    logits = cfg.vocab_size // tensor * (c + wide * (1 if compiled else 2))
+    logits = cfg.vocab_size // tensor * (c + wide * (1 if compiled else 2)) // train.loss_chunks
     return {
         "weights": p * master // parts,
         "moments": 2 * p * master // parts,
@@ -118,6 +118,8 @@ def memory_advice(cfg: ModelConfig, train: TrainConfig, need: dict[str, int]) ->
     """What a step needs (of `memory_per_step`) and which flags lower it, in a line for an error."""
     parts = ", ".join(f"{name} {size / GIB:.2f}" for name, size in need.items())
     flags = [f"--gradient-accumulation-steps {2 * train.gradient_accumulation_steps} (the same result)"]
+    if train.loss_chunks == 1 and train.seq_len % 8 == 0:
+        flags.append("--loss-chunks 8")
     if train.remat != "full":
         flags.append("--remat full")
     flags += ["a smaller --seq-len", "a smaller model"]

@@ -50,6 +50,7 @@ MAY_CHANGE = (
     "attention_backend",
     "max_skipped_steps",
     "gradient_accumulation_steps",
+    "loss_chunks",
     "remat",
     "compile",
     "scan_layers",

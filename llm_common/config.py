@@ -226,6 +226,7 @@ class TrainConfig:
     attention_backend: str = "auto"  # resolved once from the device: fused on accelerators, reference on a CPU
     max_skipped_steps: int = 10  # updates skipped in a row, for a non-finite gradient norm, that stop the run
     gradient_accumulation_steps: int = 1  # micro-batches that a batch is cut into: the same gradient in less memory
+    loss_chunks: int = 1  # parts that the logits are made in, never all at once: less memory for about 1 % of the time
     remat: str = (
         "none"  # what the backward pass computes again: nothing, all but matrix products ("dots"), or all ("full")
     )
@@ -235,10 +236,11 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         _check(_is_int(self.seed, 0) and self.seed < 2**32, self, "seed", "must be an integer in [0, 2^32)")
-        for field in ("batch_size", "seq_len", "max_skipped_steps", "gradient_accumulation_steps"):
+        for field in ("batch_size", "seq_len", "max_skipped_steps", "gradient_accumulation_steps", "loss_chunks"):
             _check(_is_int(getattr(self, field), 1), self, field, "must be an integer of at least 1")
         batch, steps = self.batch_size, self.gradient_accumulation_steps
         _check(batch % steps == 0, self, "gradient_accumulation_steps", f"must divide batch_size = {batch}")
+        _check(self.seq_len % self.loss_chunks == 0, self, "loss_chunks", f"must divide seq_len = {self.seq_len}")
         for field, known in (("remat", REMAT), ("compile", COMPILE)):
             _check(getattr(self, field) in known, self, field, f"must be one of {', '.join(known)}")
         for field in ("scan_layers", "deterministic"):

@@ -49,8 +49,8 @@ class JaxSide:
         self.fields: dict[str, Any] = {}  # of the model, beside config and backend
         self._logits = jax.jit(lambda params, ids: self._model(ids).apply({"params": params}, ids)[0])
         self._cached = jax.jit(lambda params, ids, cache: self._model(ids).apply({"params": params}, ids, cache))
-        grads = lambda params, ids, targets, steps: loss_and_grads(self._model(ids), params, ids, targets, steps)
-        self._grads = jax.jit(grads, static_argnums=3)
+        grads = lambda params, ids, targets, *cuts: loss_and_grads(self._model(ids), params, ids, targets, *cuts)
+        self._grads = jax.jit(grads, static_argnums=(3, 4))
 
     def variant(self, **fields) -> "JaxSide":
         """The same with another `remat` or `scan_layers`."""
@@ -99,10 +99,16 @@ class JaxSide:
             return np.concatenate(parts, axis=1)
 
     def loss_and_grads(
-        self, weights: Tensors, ids: np.ndarray, targets: np.ndarray, accumulation_steps: int = 1
+        self,
+        weights: Tensors,
+        ids: np.ndarray,
+        targets: np.ndarray,
+        accumulation_steps: int = 1,
+        loss_chunks: int = 1,
     ) -> tuple[float, Tensors]:
         with self.scope():
-            loss, grads = self._grads(self._params(weights), jnp.array(ids), jnp.array(targets), accumulation_steps)
+            batch = jnp.array(ids), jnp.array(targets)
+            loss, grads = self._grads(self._params(weights), *batch, accumulation_steps, loss_chunks)
             return float(loss), self._tensors(grads)
 
     def uncompiled_logits(self, weights: Tensors, ids: np.ndarray) -> np.ndarray:

@@ -150,21 +150,25 @@ def _check_model(s: Settings, what: str) -> Iterator[Row]:
             yield placed(three_way("loss", name, "float64", losses, FLOAT64_ALLOWED), s, cfg)
             row = three_way("gradients", name, "float64", [grads for _, grads in pairs], FLOAT64_ALLOWED)
             yield placed(row, s, cfg)
-        yield from _check_accumulation(s)
+        yield from _check_parts(s)
     for dtype in [d for d in ("float32", "bfloat16") if d in s.dtypes]:
         yield from _check_pooled(s, what, dtype)
 
 
-def _check_accumulation(s: Settings) -> Iterator[Row]:
-    """A batch in three micro-batches, of which one counts few targets and one none, against the whole batch at once."""
+def _check_parts(s: Settings) -> Iterator[Row]:
+    """A batch in three micro-batches, of which one counts few targets and one none, and logits in parts, against the whole."""
     weights = random_weights(s.cfg, s.seed)
-    ids, targets = random_batch(s.cfg, s.seed, 3, s.length)
+    ids, targets = random_batch(s.cfg, s.seed, 3, s.length - s.length % 3 or s.length)
     targets[1], targets[2, 1:] = -100, -100
-    pairs = [side.loss_and_grads(weights, ids, targets, 3) for side in s.sides("float64")]
-    pairs.append(spec.loss_and_grads(weights, ids, targets, s.cfg))
-    item = "three micro-batches, uneven token counts"
-    yield three_way("loss", item, "float64", [{"loss": np.array(loss)} for loss, _ in pairs], FLOAT64_ALLOWED)
-    yield three_way("gradients", item, "float64", [grads for _, grads in pairs], FLOAT64_ALLOWED)
+    exact = spec.loss_and_grads(weights, ids, targets, s.cfg)
+    chunks = 3 if ids.shape[1] % 3 == 0 else 1
+    for item, parts in (
+        ("three micro-batches, uneven token counts", (3, 1)),
+        (f"logits in {chunks} parts", (1, chunks)),
+    ):
+        pairs = [*(side.loss_and_grads(weights, ids, targets, *parts) for side in s.sides("float64")), exact]
+        yield three_way("loss", item, "float64", [{"loss": np.array(loss)} for loss, _ in pairs], FLOAT64_ALLOWED)
+        yield three_way("gradients", item, "float64", [grads for _, grads in pairs], FLOAT64_ALLOWED)
 
 
 def _check_pooled(s: Settings, what: str, dtype: str) -> Iterator[Row]:

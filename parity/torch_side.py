@@ -81,11 +81,17 @@ class TorchSide:
             )
 
     def loss_and_grads(
-        self, weights: Tensors, ids: np.ndarray, targets: np.ndarray, accumulation_steps: int = 1
+        self,
+        weights: Tensors,
+        ids: np.ndarray,
+        targets: np.ndarray,
+        accumulation_steps: int = 1,
+        loss_chunks: int = 1,
     ) -> tuple[float, Tensors]:
         model, dtype = self._model(weights), getattr(torch, self.dtype)
         with self.scope():
-            loss = loss_and_grads(model, self._tensor(ids), self._tensor(targets), dtype, accumulation_steps)
+            batch = self._tensor(ids), self._tensor(targets)
+            loss = loss_and_grads(model, *batch, dtype, accumulation_steps, loss_chunks)
         return float(loss), self._gradients(model)
 
     def tapped(self, weights: Tensors, ids: np.ndarray, targets: np.ndarray, given: Values, given_back: Values):

@@ -1,12 +1,14 @@
 """Cross-entropy of next tokens.
 
-B batch, T positions, V vocab_size.
+B batch, T positions, D hidden_size, V vocab_size.
 """
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
-from torch_llm.layers import upcast
+from torch_llm.layers import linear, upcast
 
 IGNORE_INDEX = -100  # a target that is not counted
 
@@ -30,3 +32,18 @@ def cross_entropy(logits: Tensor, targets: Tensor, count: Tensor | None = None) 
     total, own_count = cross_entropy_sum(logits, targets)
     count = own_count if count is None else count
     return total / count.clamp(min=1)
+
+
+def chunked_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, count: Tensor, chunks: int) -> Tensor:
+    """`cross_entropy` of the logits linear(x, weight), which are made for T / chunks positions at a time and are never all there.
+
+    x (B, T, D), weight (V, D) of the head, targets (B, T). The backward pass makes the logits again, and sums the gradient of
+    weight over the chunks in float32.
+    """
+    weight = upcast(weight)
+
+    def loss(x: Tensor, targets: Tensor, weight: Tensor) -> Tensor:
+        return cross_entropy(linear(x, weight.to(x.dtype)), targets, count)
+
+    cut = zip(x.chunk(chunks, dim=1), targets.chunk(chunks, dim=1), strict=True)  # (B, T / chunks, ...)
+    return torch.stack([checkpoint(loss, *chunk, weight, use_reentrant=False) for chunk in cut]).sum()

@@ -25,7 +25,7 @@ from llm_common.metrics import StepMetrics
 from llm_common.schedule import learning_rate
 from llm_common.tensors import check_batch, tensor_shapes
 from torch_llm.attention import resolve_backend
-from torch_llm.loss import IGNORE_INDEX, cross_entropy
+from torch_llm.loss import IGNORE_INDEX, chunked_cross_entropy, cross_entropy
 from torch_llm.model import CausalLM, empty_model
 from torch_llm.optim import clip_factor, global_norm, make_optimizer, sum_of_squares
 
@@ -35,8 +35,14 @@ def cast(model: CausalLM, dtype: torch.dtype) -> dict[str, Tensor]:
     return {name: p.detach().to(dtype) for name, p in model.named_parameters()}
 
 
-def batch_loss(model: CausalLM, weights: dict[str, Tensor], inputs: Tensor, targets: Tensor, count: Tensor) -> Tensor:
+def batch_loss(
+    model: CausalLM, weights: dict[str, Tensor], inputs: Tensor, targets: Tensor, count: Tensor, loss_chunks: int = 1
+) -> Tensor:
     """Sum of the losses of inputs and targets (B, T) over `count`, with weights in the place of the model's own."""
+    if loss_chunks > 1:
+        own = {name.removeprefix("model."): w for name, w in weights.items() if name.startswith("model.")}
+        x = functional_call(model.model, own, (inputs,))  # (B, T, D)
+        return chunked_cross_entropy(x, head_weight(weights), targets, count, loss_chunks)
     return cross_entropy(functional_call(model, weights, (inputs,)), targets, count)
 
 
@@ -46,13 +52,15 @@ def loss_and_grads(
     targets: Tensor,
     compute_dtype: torch.dtype,
     accumulation_steps: int = 1,
+    loss_chunks: int = 1,
     batch_loss: Callable[..., Tensor] = batch_loss,
 ) -> Tensor:
     """Mean loss of a batch; its gradient is left in the `.grad` of the master weights, in compute_dtype. inputs, targets: (B, T).
 
     The masters are cast to compute_dtype once, here. With accumulation the batch is cut into `accumulation_steps`
     micro-batches, one after the other; the gradients are added up in float32, and the mean is over all counted tokens of the
-    batch. batch_loss: that function, or a compiled form of it.
+    batch. loss_chunks: how many parts the logits are made in, one after the other. batch_loss: that function, or a compiled form
+    of it.
     """
     masters = dict(model.named_parameters())
     weights = {name: p.requires_grad_() for name, p in cast(model, compute_dtype).items()}
@@ -60,7 +68,7 @@ def loss_and_grads(
     model.zero_grad()
     losses = []
     for micro_batch in zip(inputs.chunk(accumulation_steps), targets.chunk(accumulation_steps), strict=True):
-        loss = batch_loss(model, weights, *micro_batch, count)
+        loss = batch_loss(model, weights, *micro_batch, count, loss_chunks)
         losses.append(loss.detach())
         grads = torch.autograd.grad(loss, list(weights.values()), allow_unused=True)
         for p, g in zip(masters.values(), grads, strict=True):
@@ -72,6 +80,11 @@ def loss_and_grads(
             else:
                 p.grad = g.to(p.dtype) if p.grad is None else p.grad.add_(g)
     return torch.stack(losses).sum()
+
+
+def head_weight(weights: dict[str, Tensor]) -> Tensor:
+    """The head's matrix (V, D): its own, or the embedding's if it is tied."""
+    return weights.get("lm_head.weight", weights["model.embed_tokens.weight"])
 
 
 @contextlib.contextmanager
@@ -193,8 +206,8 @@ class Trainer:
 
     def loss_and_grads(self, inputs: Tensor, targets: Tensor) -> Tensor:
         """Mean loss of a batch, with the gradients left in the masters' `.grad`."""
-        steps = self.train.gradient_accumulation_steps
-        return loss_and_grads(self.model, inputs, targets, self.compute_dtype, steps, self._batch_loss)
+        steps, chunks = self.train.gradient_accumulation_steps, self.train.loss_chunks
+        return loss_and_grads(self.model, inputs, targets, self.compute_dtype, steps, chunks, self._batch_loss)
 
     @torch.no_grad()
     def grad_norm(self) -> Tensor:

@@ -117,6 +117,26 @@ jax(
     "grads = jax.tree.map(lambda g: g / accumulation_steps, grads)",
     "gradients",
 )
+jax(
+    "logits in parts: the first part left out",
+    "loss:chunked_cross_entropy",
+    "(cut(x), cut(targets))",
+    "(cut(x)[1:], cut(targets)[1:])",
+    **LOSS,
+)
+torch(
+    "logits in parts: each part's own mean",
+    "loss:chunked_cross_entropy",
+    "cross_entropy(linear(x, weight.to(x.dtype)), targets, count)",
+    "cross_entropy(linear(x, weight.to(x.dtype)), targets)",
+    **LOSS,
+)
+both(
+    "logits in parts: the head learns from none",
+    ("loss:chunked_cross_entropy", "weight = upcast(weight)", "weight = jax.lax.stop_gradient(upcast(weight))"),
+    ("loss:chunked_cross_entropy", "weight = upcast(weight)", "weight = upcast(weight).detach()"),
+    "gradients",
+)
 area("gradient")
 GRAD = {"check": "gradients"}
 jax(
