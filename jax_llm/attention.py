@@ -4,7 +4,7 @@ B batch, T query positions, S key positions, D hidden_size, N query heads, K key
 """
 
 from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal
 
 import flax.linen as nn
 import jax
@@ -41,18 +41,12 @@ def reference_attention(q: Array, k: Array, v: Array, mask: Array | None = None,
 
 
 def fused_attention(
-    q: Array,
-    k: Array,
-    v: Array,
-    mask: Array | None,
-    implementation: Literal["xla", "cudnn"],
-    window: int | None = None,
-    seen: Array | None = None,
+    q: Array, k: Array, v: Array, mask: Array | None, implementation: Literal["xla", "cudnn"], window: int | None = None
 ) -> Array:
     """The same through `jax.nn.dot_product_attention`: "xla" on any device, "cudnn" on a GPU in bfloat16.
 
-    seen (B,): if each text has one query, which looks at this many first slots, as it does when it decodes: cuDNN then reads
-    those alone. Any other explicit mask is for "xla".
+    cuDNN takes a mask if it is that of decoding without a window, where a text's one query sees the first slots: it then reads
+    those alone. Any other mask is for "xla".
     """
     if q.dtype == jnp.float64:
         raise UserError(
@@ -64,11 +58,10 @@ def fused_attention(
         return jax.nn.dot_product_attention(
             q, k, v, scale=scale, is_causal=True, local_window_size=local, implementation=implementation
         )
-    if implementation == "cudnn" and seen is not None:
-        one, scale = jnp.ones_like(seen), q.shape[-1] ** -0.5
-        return jax.nn.dot_product_attention(
-            q, k, v, scale=scale, query_seq_lengths=one, key_value_seq_lengths=seen, implementation="cudnn"
-        )
+    if implementation == "cudnn" and q.shape[1] == 1 and window is None:
+        seen = mask.sum(-1, dtype=jnp.int32).reshape(q.shape[0])
+        lengths: dict[str, Any] = {"query_seq_lengths": jnp.ones_like(seen), "key_value_seq_lengths": seen}
+        return jax.nn.dot_product_attention(q, k, v, scale=q.shape[-1] ** -0.5, implementation="cudnn", **lengths)
     mask = jnp.broadcast_to(mask, (q.shape[0], q.shape[2], q.shape[1], k.shape[1]))  # (B, N, T, S)
     return jax.nn.dot_product_attention(q, k, v, scale=q.shape[-1] ** -0.5, mask=mask, implementation="xla")
 
@@ -83,24 +76,15 @@ def causal_mask(query_positions: Array, key_positions: Array, window: int | None
 
 
 def dot_product_attention(
-    q: Array,
-    k: Array,
-    v: Array,
-    mask: Array | None,
-    backend: Backend,
-    window: int | None = None,
-    seen: Array | None = None,
+    q: Array, k: Array, v: Array, mask: Array | None, backend: Backend, window: int | None = None
 ) -> Array:
-    """Attention by a resolved backend. mask: broadcasts to (B, N, T, S); None is causal, `window` wide.
-
-    seen (B,): the same said otherwise, where a mask shows a text's only query that many first slots.
-    """
+    """Attention by a resolved backend. mask: broadcasts to (B, N, T, S); None is causal, `window` wide."""
     if backend == "reference":
         return reference_attention(q, k, v, mask, window)
     if callable(backend) and mask is None:
         return backend(q, k, v, window)
     if backend in ("xla", "cudnn") or callable(backend):
-        return fused_attention(q, k, v, mask, "cudnn" if backend == "cudnn" else "xla", window, seen)
+        return fused_attention(q, k, v, mask, "cudnn" if backend == "cudnn" else "xla", window)
     raise UserError(f"attention backend {backend!r} is unknown; known: reference, xla, cudnn; splash needs --mesh")
 
 
@@ -153,10 +137,8 @@ class Attention(nn.Module):
             q = RMSNorm(cfg.rms_norm_eps, dtype, name="q_norm")(q)
             k = RMSNorm(cfg.rms_norm_eps, dtype, name="k_norm")(k)
         q, k = apply_rope(q, cos, sin), apply_rope(k, cos, sin)
-        seen = None
         if cache is not None:
             assert positions is not None, "a cache needs the positions to write at"
             k, v = cache = update(cache, k, v, positions)  # (B, S, K, H): all slots, the mask hides the empty ones
-            seen = positions[:, 0] + 1 if t == 1 and cfg.sliding_window is None else None
-        out = dot_product_attention(q, k, v, mask, self.backend, cfg.sliding_window, seen)  # (B, T, N, H)
+        out = dot_product_attention(q, k, v, mask, self.backend, cfg.sliding_window)  # (B, T, N, H)
         return Linear(d, dtype, name="o_proj")(out.reshape(b, t, n * h)), cache

@@ -36,16 +36,20 @@ def peak_flops(device_name: str, compute_dtype: str) -> float | None:
 def flops_per_step(cfg: ModelConfig, train: TrainConfig) -> float:
     """Model FLOPs of a training step: 6 for each weight of a matrix product and token, and causal attention.
 
-    The head counts and the look-up of embeddings does not; what rematerialisation computes again is not counted. A query
-    looks at (T + 1) / 2 keys on average, or at its window.
+    The head counts and the look-up of embeddings does not; what rematerialisation computes again is not counted.
     """
     d, h = cfg.hidden_size, cfg.head_dim
     layer = 2 * d * h * (cfg.num_attention_heads + cfg.num_key_value_heads) + 3 * d * cfg.intermediate_size
     products = cfg.num_hidden_layers * layer + cfg.vocab_size * d
+    return 6.0 * products * train.batch_size * train.seq_len + attention_flops(cfg, train)
+
+
+def attention_flops(cfg: ModelConfig, train: TrainConfig) -> float:
+    """Those of them that are q k^T and its product with v: a query looks at (T + 1) / 2 keys on average, or at its window."""
     window = min(cfg.sliding_window or train.seq_len, train.seq_len)
-    keys = window - window * (window - 1) / (2 * train.seq_len)  # seen by a query, on average
-    attention = 2 * cfg.num_hidden_layers * cfg.num_attention_heads * h * keys
-    return 6.0 * (products + attention) * train.batch_size * train.seq_len
+    keys = window - window * (window - 1) / (2 * train.seq_len)
+    per_token = 2 * cfg.num_hidden_layers * cfg.num_attention_heads * cfg.head_dim * keys
+    return 6.0 * per_token * train.batch_size * train.seq_len
 
 
 def decode_bytes(cfg: ModelConfig, batch_size: int, context: float, compute_dtype: str) -> float:

@@ -47,14 +47,8 @@ ASIDE = ".old"  # with a leading dot, the name of a checkpoint that is about to 
 CONFIG_FILE, OPTIMIZER_FILE, STATE_FILE = "config.json", "optimizer.safetensors", "state.json"
 # Settings of TrainConfig that change no result, or only its rounding: a run may go on with others.
 MAY_CHANGE = (
-    "attention_backend",
-    "max_skipped_steps",
-    "gradient_accumulation_steps",
-    "loss_chunks",
-    "remat",
-    "compile",
-    "scan_layers",
-    "deterministic",
+    *("attention_backend", "max_skipped_steps", "gradient_accumulation_steps", "loss_chunks"),
+    *("remat", "compile", "scan_layers", "deterministic"),
 )
 
 

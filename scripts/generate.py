@@ -20,7 +20,7 @@ import numpy as np
 from flags import add_flags, add_mesh_flags, from_flags, join, make_parser, only_the_first_prints, prepare_environment
 
 from llm_common.checkpoint import load_weights
-from llm_common.config import DTYPES, ModelConfig, SamplingConfig
+from llm_common.config import COMPILE, DTYPES, ModelConfig, SamplingConfig
 from llm_common.errors import UserError, import_side, run_main
 from llm_common.hf_tokenizer import AnyTokenizer, HfTokenizer, load_tokenizer, open_tokenizer
 from llm_common.run import newest
@@ -49,6 +49,12 @@ def main() -> None:
     parser.add_argument("--device", default="auto", help="auto, cpu, gpu or tpu")
     add_mesh_flags(parser)
     parser.add_argument("--compute-dtype", choices=DTYPES, default="float32")
+    parser.add_argument(
+        "--compile",
+        choices=COMPILE,
+        default="auto",
+        help="PyTorch on a GPU: 'auto' captures a step, 'on' compiles it before, which takes a minute and pays for long texts",
+    )
     add_flags(parser, SamplingConfig, "sampling")
     args = parser.parse_args()
 
@@ -79,7 +85,8 @@ def main() -> None:
     results = {}
     for name, side in sides.items():
         if mesh is None:
-            opened = side.generator(cfg, weights, hosts.device, args.compute_dtype)
+            settings = {"compile": args.compile} if name == "torch" else {}
+            opened = side.generator(cfg, weights, hosts.device, args.compute_dtype, **settings)
         else:
             opened = import_side(name, "distributed").generator(cfg, weights, mesh, hosts.device, args.compute_dtype)
         with opened as stream:

@@ -34,10 +34,10 @@ class RandomTokens:
         return {}
 
 
-def run_worker(task: dict[str, Any], prefix: list[str] | None = None, **variables: str) -> dict[str, Any]:
+def run_worker(task: dict[str, Any], **variables: str) -> dict[str, Any]:
     """Run this script again with `--worker TASK` in a process of its own; what it printed as JSON, or {"error": ...}."""
     task = {**task, "started": time.time()}
-    command = [sys.executable, *(prefix or []), *sys.argv, "--worker", json.dumps(task)]
+    command = [sys.executable, *sys.argv, "--worker", json.dumps(task)]
     process = subprocess.run(command, env={**os.environ, **variables}, capture_output=True, text=True, check=False)
     found = [json.loads(text) for text in process.stdout.splitlines() if text.startswith("{")]
     if process.returncode or not found:

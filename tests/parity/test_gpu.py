@@ -106,7 +106,7 @@ def test_cudnn_attends_to_the_slots_seen_and_to_no_other():
     seen = jnp.array([1, 2, 50, 95, 96])
     mask = (jnp.arange(96) < seen[:, None])[:, None, None]
     k, v = (jnp.where(mask[:, 0, 0, :, None, None], x, jnp.nan) for x in (k, v))  # what is not seen must not matter
-    got = fused_attention(q, k, v, mask, "cudnn", seen=seen)
+    got = fused_attention(q, k, v, mask, "cudnn")
     k, v = (jnp.nan_to_num(x) for x in (k, v))
     expected = reference_attention(*(x.astype(jnp.float32) for x in (q, k, v)), mask)
     assert float(jnp.abs(got.astype(jnp.float32) - expected).max()) < 2**-6  # one rounding of values up to 4 to 8 bits

@@ -2,6 +2,7 @@
 
 import json
 import runpy
+import subprocess
 import sys
 from pathlib import Path
 
@@ -433,3 +434,58 @@ def test_a_checkpoint_goes_through_another_format_and_comes_back(kind, tmp_path,
     assert (code, "is there already" in err) == (2, True)
     code, _, err = run("convert_checkpoint", f"--from-{kind}", tmp_path / "nothing", "--like", saved, "--to", back)
     assert (code, "nothing: n" in err) == (2, True)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["train", "--peer", "nobody"], "--peer nobody: unknown; known: transformers"),
+        (["train", "--peer", "missing.py"], "no such file"),
+        (["decode", "--preset", "tiny", "--new-tokens", "64"], "needs 192 positions but max_position_embeddings = 64"),
+        (["train", "--preset", "tiny", "--seq-len", "65"], "needs 65 positions"),
+        (["train", "--preset", "huge"], "unknown preset 'huge'"),
+        (["train", "--groups", "0"], "--groups 0: at least 1"),
+        (["train", "--loss-chunks", "3", "--seq-len", "128"], "loss_chunks = 3: must divide seq_len = 128"),
+    ],
+)
+def test_benchmark_refuses_before_it_measures(run, flags, message):
+    code, _, err = run("benchmark", *flags, "--device", "cpu")
+    assert code == 2
+    assert message in err
+
+
+def benchmark(*flags: str) -> None:
+    """In a process of its own, which starts more of them."""
+    command = [sys.executable, str(SCRIPTS / "benchmark.py"), *flags]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    assert "failed" not in result.stdout, result.stdout
+
+
+@pytest.mark.slow
+def test_benchmark_measures_both_frameworks_and_a_peer(tmp_path):
+    peer = tmp_path / "mine.py"
+    peer.write_text("import time\ndef train(*args):\n    return lambda inputs, targets: time.sleep(0.01) or 1.0\n")
+    common = [
+        "--preset",
+        "tiny",
+        "--device",
+        "cpu",
+        "--seq-len",
+        "32",
+        "--groups",
+        "2",
+        "--steps",
+        "2",
+        "--warm-up",
+        "2",
+    ]
+    out = ["--out", str(tmp_path / "speed")]
+    benchmark("train", *common, "--peer", str(peer), *out, "--profile", str(tmp_path / "trace"))
+    cases = {case["side"]: case for case in json.loads((tmp_path / "speed.json").read_text())["cases"]}
+    assert cases["jax"]["losses"] == pytest.approx(cases["torch"]["losses"], rel=1e-4)
+    assert 0.009 < cases[str(peer)]["seconds"][1] < 1
+    assert (tmp_path / "speed.png").stat().st_size > 1000
+    for what in ("decode", "attention", "input"):
+        more = ["--batch", "2", "--prompt-length", "5", "--new-tokens", "20"] if what == "decode" else []
+        benchmark(what, *common, *more, "--framework", "torch")

@@ -1,0 +1,270 @@
+"""The cases of `benchmark.py`: what is measured in a process of its own. Each gets the flags and a task, and returns a row."""
+
+import argparse
+import contextlib
+import functools
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from flags import from_flags
+from measure import RandomTokens, ceilings, profiled, quartiles, top_kernels, versions
+from peers import find_peer
+
+from llm_common.budget import attention_flops, decode_bytes, flops_per_step
+from llm_common.config import ModelConfig, OptimizerConfig, SamplingConfig, TrainConfig, preset
+from llm_common.data import TokenDataset
+from llm_common.errors import import_side
+
+OURS = ("jax", "torch")
+
+
+def model_config(args: argparse.Namespace) -> ModelConfig:
+    return ModelConfig.from_file(args.model_config) if args.model_config else preset(args.preset)
+
+
+def work(args: argparse.Namespace, task: dict[str, Any]) -> dict[str, Any]:
+    result = WORK[task["what"]](args, task)
+    return {**{key: x for key, x in task.items() if key != "started"}, **result}
+
+
+def measure_ceilings(args: argparse.Namespace, task: dict[str, Any]) -> dict[str, Any]:
+    side = import_side("torch", "train")
+    return {**ceilings(args.device, args.compute_dtype), "device": side.device_kind(args.device)}
+
+
+class Clock:
+    """Called after every step with the loss, which it reads only at the borders of groups, so that a step is not waited for."""
+
+    def __init__(self, args: argparse.Namespace, started: float) -> None:
+        self.args, self.started = args, started
+        self.seconds: list[float] = []
+        self.losses: list[float] = []
+        self.first_step = 0.0
+        self.total = args.warm_up + args.groups * args.steps
+        self._last = 0.0
+
+    def __call__(self, step: int, loss: Any) -> None:
+        timed = step - self.args.warm_up
+        if step == 1 or (timed >= 0 and timed % self.args.steps == 0):
+            self.losses.append(float(loss))
+            now = time.perf_counter()
+            if step == 1:
+                self.first_step = time.time() - self.started
+            if timed > 0:
+                self.seconds.append((now - self._last) / self.args.steps)
+            self._last = now
+
+
+def measure_train(args: argparse.Namespace, task: dict[str, Any]) -> dict[str, Any]:
+    cfg, train, clock = model_config(args), from_flags(TrainConfig, args), Clock(args, task["started"])
+    opt = OptimizerConfig(lr_max=1e-4, lr_min=1e-5, total_steps=clock.total)  # stable without a warm-up
+    data, name = RandomTokens(cfg, train), task["side"]
+    side = import_side(name if name in OURS else "torch", "train")
+    folder = None if args.profile is None else args.profile / Path(name).stem
+    note = lambda step, _, metrics: clock(step, metrics["loss"])
+    if name == "torch":
+        trainer = side.Trainer(cfg, train, opt, side.select_device(args.device))
+        steps = lambda n: trainer.fit(data, trainer.step + n, note)
+    elif name == "jax":
+        import jax
+
+        jax.config.update("jax_default_device", side.select_device(args.device))
+        states = [side.init_state(cfg, train, opt)]
+
+        def steps(n: int) -> None:
+            state = states.pop()
+            states.append(side.fit(state, cfg, train, opt, data, int(state.step) + n, note))
+
+    else:
+        step, done = find_peer(name).train(cfg, train, opt, side.select_device(args.device)), [0]
+
+        def steps(n: int) -> None:
+            for _ in range(n):
+                loss = step(*data.batch(done[0]))
+                done[0] += 1
+                clock(done[0], loss)
+
+    steps(clock.total)
+    last, memory = clock.losses[-1], side.memory_used(args.device)
+    if folder is not None:
+        with profiled("jax" if name == "jax" else "torch", folder):
+            steps(3)
+    return {
+        "seconds": quartiles(clock.seconds or [0.0]),
+        "first_step": clock.first_step,
+        "losses": [clock.losses[0], last],
+        "tokens": train.batch_size * train.seq_len,
+        "flops": flops_per_step(cfg, train),
+        "memory": memory,
+        "kernels": [] if folder is None else top_kernels(folder, 3),
+        "settings": asdict(train),
+        "uses": side.describe(cfg, train, args.device) if name in OURS else name,
+        "versions": versions("jax" if name == "jax" else "torch", *([] if name in OURS else ["transformers"])),
+    }
+
+
+def measure_decode(args: argparse.Namespace, task: dict[str, Any]) -> dict[str, Any]:
+    cfg, name, b, n = model_config(args), task["side"], task["batch"], args.new_tokens
+    side = import_side(name if name in OURS else "torch", "train")
+    prompts = np.random.default_rng(0).integers(0, cfg.vocab_size, (b, args.prompt_length))
+    sampling, seconds, prefill, started = SamplingConfig(args.temperature), [], [], time.perf_counter()
+    folder = None if args.profile is None else args.profile / f"{Path(name).stem}-{b}"
+
+    def measure(stream: Any) -> list[float]:
+        """The times of the first ids and of the last."""
+        start, times = time.perf_counter(), []
+        for _ in stream():
+            times.append(time.perf_counter() - start)
+        return times
+
+    if name in OURS:
+        with open_generator(args, name, cfg) as generate:
+            stream = lambda n=n: generate(prompts.tolist(), n, sampling)
+            run(stream, measure, args, seconds, prefill, n)
+            if folder is not None:
+                with profiled(name, folder):
+                    measure(lambda: stream(33))
+    else:
+        decode = find_peer(name).decode(cfg, args.compute_dtype, side.select_device(args.device))
+
+        def stream(n: int = n) -> Any:  # the first new token alone, then all of them
+            yield decode(prompts, 1)
+            yield decode(prompts, n)
+
+        run(stream, measure, args, seconds, prefill, n - 1, whole=True)
+    context = args.prompt_length + n / 2
+    return {
+        "seconds": quartiles(seconds),
+        "prefill": float(np.median(prefill)),
+        "compile": seconds_to_compile(started, seconds, n),
+        "bytes": decode_bytes(cfg, b, context, args.compute_dtype),
+        "memory": side.memory_used(args.device),
+        "kernels": [] if folder is None else top_kernels(folder, 33),
+        "versions": versions("jax" if name == "jax" else "torch", *([] if name in OURS else ["transformers"])),
+    }
+
+
+def run(stream: Any, measure: Any, args: argparse.Namespace, seconds: list, prefill: list, n: int, whole=False) -> None:
+    """Fill in the seconds of a step and of the first token: one round to warm up, then some more."""
+    for i in range(1 + args.groups):
+        times = measure(stream)
+        if i == 0:
+            continue
+        prefill.append(times[0])
+        last = times[-1] - times[0]
+        seconds.append((last - times[0]) / n if whole else last / (n - 1))
+
+
+def seconds_to_compile(started: float, seconds: list[float], n: int) -> float:
+    """What the first round took beyond the others."""
+    return max(0.0, time.perf_counter() - started - (len(seconds) + 1) * float(np.median(seconds)) * n)
+
+
+@contextlib.contextmanager
+def open_generator(args: argparse.Namespace, name: str, cfg: ModelConfig) -> Iterator[Callable[..., Any]]:
+    """`generate_stream` with initial weights made on the device: those of a file would take a minute to come there."""
+    side, generate = import_side(name, "train"), import_side(name, "generate")
+    model, target = import_side(name, "model"), side.select_device(args.device)
+    with side.matmul_precision(args.compute_dtype):
+        if name == "torch":
+            import torch
+
+            backend = import_side(name, "attention").resolve_backend("auto", target.type, args.compute_dtype)
+            made = model.init_model(cfg, 0, backend, getattr(torch, args.compute_dtype), target).requires_grad_(False)
+            programs = generate.Programs(args.compile == "on") if target.type == "cuda" else None
+            yield functools.partial(generate.generate_stream, made, programs=programs)
+            return
+        import jax
+
+        with jax.default_device(target):
+            resolve = import_side(name, "attention").resolve_backend
+            backend = resolve("auto", target.platform, args.compute_dtype, cfg, seq_len=0)
+            make = lambda: side.unstack(side.cast(model.init_params(cfg, 0), args.compute_dtype), cfg.num_hidden_layers)
+            yield functools.partial(generate.generate_stream, model.CausalLM(cfg, backend=backend), jax.jit(make)())
+
+
+def measure_startup(args: argparse.Namespace, task: dict[str, Any]) -> dict[str, Any]:
+    """From the start of a process to the end of its first step, with the cache of compiled programs as it is found."""
+    args.warm_up, args.groups = 1, 0
+    result = measure_train(args, task)
+    return {**result, "seconds": [result["first_step"]] * 3}
+
+
+def measure_attention(args: argparse.Namespace, task: dict[str, Any]) -> dict[str, Any]:
+    """Attention alone, forward and backward, of one layer and the whole batch."""
+    cfg, train, name, backend = model_config(args), from_flags(TrainConfig, args), task["side"], task["backend"]
+    side, attention = import_side(name, "train"), import_side(name, "attention")
+    b, t, n, kv_heads, h = (
+        train.batch_size,
+        train.seq_len,
+        cfg.num_attention_heads,
+        cfg.num_key_value_heads,
+        cfg.head_dim,
+    )
+    rng = np.random.default_rng(0)
+    arrays = [rng.standard_normal((b, t, heads, h)).astype(np.float32) for heads in (n, kv_heads, kv_heads)]
+    target = side.select_device(args.device)
+    if name == "jax":
+        import jax
+        import jax.numpy as jnp
+
+        q, k, v = (jax.device_put(jnp.array(x, train.compute_dtype), target) for x in arrays)
+        loss = lambda *qkv: (attention.dot_product_attention(*qkv, None, backend) * qkv[0]).sum()
+        step = jax.jit(jax.grad(loss, (0, 1, 2)))
+        once = lambda: jax.block_until_ready([step(q, k, v) for _ in range(args.steps)])
+    else:
+        import torch
+
+        q, k, v = (torch.tensor(x, device=target).to(getattr(torch, train.compute_dtype)) for x in arrays)
+        q, k, v = (x.requires_grad_() for x in (q, k, v))
+
+        def once() -> None:
+            for _ in range(args.steps):
+                out = attention.dot_product_attention(q, k, v, None, backend)
+                torch.autograd.grad(out, (q, k, v), q.detach())
+            if target.type == "cuda":
+                torch.cuda.synchronize()
+
+    seconds = []
+    with side.matmul_precision(train.compute_dtype):
+        for _ in range(2 + args.groups):
+            start = time.perf_counter()
+            once()
+            seconds.append((time.perf_counter() - start) / args.steps)
+    flops = attention_flops(replace(cfg, num_hidden_layers=1), train)
+    return {"seconds": quartiles(seconds[2:]), "flops": flops, "versions": versions(name)}
+
+
+def measure_input(args: argparse.Namespace, task: dict[str, Any]) -> dict[str, Any]:
+    """Batches as a run reads them, from a file of random tokens."""
+    cfg, train = model_config(args), from_flags(TrainConfig, args)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "tokens.npy"
+        np.save(path, np.random.default_rng(0).integers(0, min(cfg.vocab_size, 65_536), 20_000_000).astype(np.uint16))
+        data = TokenDataset(path, train.seq_len, train.batch_size, 0, cfg.vocab_size)
+        seconds = []
+        for group in range(1 + args.groups):
+            start = time.perf_counter()
+            for step in range(50):
+                data.batch(50 * group + step)
+            seconds.append((time.perf_counter() - start) / 50)
+    return {
+        "seconds": quartiles(seconds[1:]),
+        "tokens": train.batch_size * train.seq_len,
+        "versions": versions("numpy"),
+    }
+
+
+WORK = {
+    "ceilings": measure_ceilings,
+    "train": measure_train,
+    "decode": measure_decode,
+    "startup": measure_startup,
+    "attention": measure_attention,
+    "input": measure_input,
+}
