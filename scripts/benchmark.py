@@ -148,7 +148,7 @@ def describe(r: dict[str, Any], ceiling: dict[str, float]) -> str:
         "attention": lambda: [r["backend"], spread, f"{1e-9 * r['flops'] / median:.3g}", share("flops")],
         "input": lambda: [spread, f"{1e3 * r['tokens'] / median:,.0f}"],
     }
-    return "| " + " | ".join(str(x) for x in [r["side"], *cells[r["what"]]()]) + " |"
+    return "| " + " | ".join(str(x) for x in [Path(r["side"]).stem, *cells[r["what"]]()]) + " |"
 
 
 def summary(args: argparse.Namespace, before: dict, after: dict, results: list[dict[str, Any]]) -> str:
@@ -159,8 +159,8 @@ def summary(args: argparse.Namespace, before: dict, after: dict, results: list[d
         f"{args.model_config or args.preset}, {args.compute_dtype}, {before.get('device')}, {date.today()}; "
         + ", ".join(f"{name} {x}" for name, x in sorted(installed.items())),
         "",
-        f"Ceilings before and after: {before['flops'] / 1e12:.0f} and {after['flops'] / 1e12:.0f} TFLOP/s, "
-        f"{before['bytes'] / 1e12:.2f} and {after['bytes'] / 1e12:.2f} TB/s.",
+        f"Ceilings before and after: {before['flops'] / 1e12:.3g} and {after['flops'] / 1e12:.3g} TFLOP/s, "
+        f"{before['bytes'] / 1e12:.3g} and {after['bytes'] / 1e12:.3g} TB/s.",
         "",
         header,
         "|" + "---|" * (header.count("|") - 1),
@@ -193,7 +193,8 @@ def draw(path: Path, content: dict[str, Any]) -> None:
     if name is None or not good:
         return
     shares = [r[name] / r["seconds"][1] / content["ceilings"][0][name] for r in good]
-    labels = [" ".join(str(r[key]) for key in ("side", "backend", "batch") if key in r) for r in good]
+    parts = lambda r: [Path(r["side"]).stem, *(str(r[key]) for key in ("backend", "batch") if key in r)]
+    labels = [" ".join(parts(r)) for r in good]
     figure = Figure(figsize=(7, 0.8 + 0.45 * len(good)), layout="constrained")
     axes = figure.subplots()
     bars = axes.barh(range(len(good)), shares, color=["#4477aa" if r["side"] in OURS else "#bbbbbb" for r in good])

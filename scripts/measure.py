@@ -137,7 +137,9 @@ def top_kernels(folder: Path, steps: int, n: int = 25) -> list[dict[str, Any]]:
         if event.get("ph") == "X" and on_device(event):
             total[event["name"]] += event.get("dur", 0.0)
             calls[event["name"]] += 1
-    everything = sum(total.values()) or 1.0
+    if not total:
+        return []  # on a CPU there are none
+    everything = sum(total.values())
     longest = sorted(total, key=lambda name: -total[name])
     rows = [
         {"name": name, "ms": total[name] / 1e3 / steps, "calls": calls[name] / steps, "share": total[name] / everything}

@@ -141,9 +141,9 @@ torch(
 torch("Adam's count advances by two", "optim:AdamW.step", "self.count += 1", "self.count += 2", place=UP, **STEP)
 jax(
     "bias corrections of the steps, not the updates",
-    "train:fit",
-    "known_count + (not metrics['skipped'])",
-    "known_count + 1",
+    "train:one_step_behind",
+    "jnp.where(updated, yes, no)",
+    "yes",
     place="",
     **STEP,
 )

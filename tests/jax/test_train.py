@@ -15,7 +15,17 @@ from jax_llm.evaluate import evaluator
 from jax_llm.loss import cross_entropy
 from jax_llm.model import CausalLM
 from jax_llm.run import fit_and_save
-from jax_llm.train import first_not_finite, fit, init_state, loss_and_grads, make_model, make_train_step, select_device
+from jax_llm.train import (
+    Metrics,
+    first_not_finite,
+    fit,
+    init_state,
+    loss_and_grads,
+    make_model,
+    make_train_step,
+    one_step_behind,
+    select_device,
+)
 from llm_common.checkpoint import latest_checkpoint, load_checkpoint
 from llm_common.config import OptimizerConfig, RunConfig, TrainConfig, preset
 from llm_common.errors import UserError
@@ -121,6 +131,20 @@ def test_skips_stop_the_run_with_a_diagnosis():
             on_step=lambda step, s, m: steps.append((step, m["skipped"], int(s.adam_count))),
         )
     assert steps == [(n, True, 0) for n in range(1, 11)]
+
+
+def test_bias_corrections_follow_the_updates_made_though_a_step_is_begun_before_the_last_is_read():
+    skipped, seen = {2, 3, 6}, []
+
+    def step(state, inputs, targets, scalars):
+        skip = int(state.step) in skipped
+        seen.append((int(state.adam_count), float(scalars.bias_correction1)))
+        new = state._replace(step=state.step + 1, adam_count=state.adam_count + (not skip))
+        return new, Metrics(jnp.zeros(()), jnp.zeros(()), jnp.array(skip))
+
+    fit(init_state(CFG, TRAIN, OPT), CFG, TRAIN, OPT, Batches(CFG, 0), 9, train_step=one_step_behind(step))
+    assert [count for count, _ in seen] == [0, 1, 2, 2, 2, 3, 4, 4, 5]
+    np.testing.assert_allclose([c for _, c in seen], [1 - OPT.beta1 ** (n + 1) for n, _ in seen], rtol=1e-6)
 
 
 def grads_of(train, seed=0):

@@ -18,7 +18,7 @@ from llm_common.tokenizer import Tokenizer
 from parity import spec
 from parity.cases import RandomBatches, random_batch, random_weights
 from torch_llm import optim
-from torch_llm.checkpoint import from_canonical, to_canonical
+from torch_llm.checkpoint import from_canonical, to_canonical, to_training_state
 from torch_llm.evaluate import evaluator
 from torch_llm.generate import generate
 from torch_llm.loss import cross_entropy
@@ -132,6 +132,30 @@ def test_skips_stop_the_run_with_a_diagnosis():
     with pytest.raises(UserError, match="not finite in 10 steps in a row.*is the first tensor that is not finite"):
         trainer.fit(Batches(CFG, 0), on_step=hook)
     assert steps == [(n, True, 0) for n in range(1, 11)]
+
+
+def test_a_step_that_is_not_waited_for_updates_as_one_that_is():
+    states = []
+    for ahead in (False, True):
+        trainer = Trainer(CFG, TRAIN, OPT)
+        if ahead:  # as on a GPU, but for the compiler
+            trainer.compiled, trainer.optimizer._compiled = True, optim.clipped_update
+        honest = trainer.loss_and_grads
+
+        def sometimes_not_finite(inputs, targets, trainer=trainer, honest=honest):
+            loss = honest(inputs, targets)
+            if trainer.step in (2, 3, 6):
+                trainer.model.model.norm.weight.grad.fill_(torch.nan)
+            return loss
+
+        trainer.loss_and_grads = sometimes_not_finite
+        skipped = []
+        trainer.fit(Batches(CFG, 0), 9, on_step=lambda step, t, m, skipped=skipped: skipped.append(m["skipped"]))
+        assert [i for i, x in enumerate(skipped) if x] == [2, 3, 6]
+        states.append(to_training_state(trainer))
+    assert states[0].adam_count == states[1].adam_count == 6
+    for name, weight in states[0].weights.items():
+        np.testing.assert_allclose(states[1].weights[name], weight, rtol=1e-5, atol=1e-8)
 
 
 def grads_of(train, seed=0):
