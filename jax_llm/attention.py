@@ -130,9 +130,13 @@ class Attention(nn.Module):
         cfg, dtype, bias = self.cfg, self.param_dtype, self.cfg.qkv_bias
         n, kv_heads, h = cfg.num_attention_heads, cfg.num_key_value_heads, cfg.head_dim
         b, t, d = x.shape
-        q = Linear(n * h, dtype, bias, name="q_proj")(x).reshape(b, t, n, h)
-        k = Linear(kv_heads * h, dtype, bias, name="k_proj")(x).reshape(b, t, kv_heads, h)
-        v = Linear(kv_heads * h, dtype, bias, name="v_proj")(x).reshape(b, t, kv_heads, h)
+        if self.has_variable("params", "qkv_proj"):  # one product in the place of three: see `fuse_projections`
+            qkv = Linear((n + 2 * kv_heads) * h, dtype, bias, name="qkv_proj")(x).reshape(b, t, -1, h)
+            q, k, v = jnp.split(qkv, [n, n + kv_heads], axis=2)
+        else:
+            q = Linear(n * h, dtype, bias, name="q_proj")(x).reshape(b, t, n, h)
+            k = Linear(kv_heads * h, dtype, bias, name="k_proj")(x).reshape(b, t, kv_heads, h)
+            v = Linear(kv_heads * h, dtype, bias, name="v_proj")(x).reshape(b, t, kv_heads, h)
         if cfg.qk_norm:
             q = RMSNorm(cfg.rms_norm_eps, dtype, name="q_norm")(q)
             k = RMSNorm(cfg.rms_norm_eps, dtype, name="k_norm")(k)

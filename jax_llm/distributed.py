@@ -41,6 +41,13 @@ from llm_common.sharding import AXES, BATCH_AXES, MeshConfig, check_devices, che
 from llm_common.tensors import ReadOnDemand, Tensors, check_batch, check_tensors, tensor_shapes
 
 BATCH = PartitionSpec(BATCH_AXES)  # rows of a batch; the axes after it are whole
+# On GPUs: communication is begun early and waited for late, in pieces of many tensors. docs/performance.md has what it gains.
+GPU_OPTIONS = {
+    "xla_gpu_enable_latency_hiding_scheduler": True,
+    "xla_gpu_all_gather_combine_threshold_bytes": 2**28,
+    "xla_gpu_all_reduce_combine_threshold_bytes": 2**28,
+    "xla_gpu_reduce_scatter_combine_threshold_bytes": 2**28,
+}
 
 
 def make_mesh(config: MeshConfig, device: str = "auto") -> Mesh:
@@ -195,6 +202,7 @@ def compiled_train_step(cfg: ModelConfig, train: TrainConfig, opt: OptimizerConf
         donate_argnums=0,
         in_shardings=(state, rows, rows, whole, whole),
         out_shardings=(state, whole),
+        compiler_options=GPU_OPTIONS if mesh.devices.flat[0].platform == "gpu" else None,
     )
 
 

@@ -33,6 +33,29 @@ from llm_common.tensors import Tensors, bucket, check_prompts
 CHUNK = 16  # tokens drawn by one call of the compiled loop, after which the host looks at the texts
 
 
+FUSED = {"self_attn": ("qkv_proj", "q_proj", "k_proj", "v_proj"), "mlp": ("gate_up_proj", "gate_proj", "up_proj")}
+
+
+def fuse_projections(layer: Params) -> Params:
+    """A layer's tree with the weights that multiply the same input put side by side, so that one product replaces them.
+
+    For decoding, whose products are too small to fill a GPU. Training gains nothing by it.
+    """
+    layer = {**layer}
+    for block, (fused, *names) in FUSED.items():
+        rest = {name: p for name, p in layer[block].items() if name not in names}
+        parts = [layer[block][name] for name in names]
+        layer[block] = {**rest, fused: jax.tree.map(lambda *w: jnp.concatenate(w), *parts)}
+    return layer
+
+
+def decoding_params(params: Params, num_layers: int) -> Params:
+    """The tree that decoding runs with: layers as a tuple of L trees, their projections fused."""
+    params = unstack(params, num_layers)
+    model = params["model"]
+    return {**params, "model": {**model, "layers": tuple(map(fuse_projections, model["layers"]))}}
+
+
 def decode_step(
     model: CausalLM,
     params: Params,
@@ -175,5 +198,5 @@ def generator(
     target = select_device(device)
     with jax.default_device(target), x64(compute_dtype), matmul_precision(compute_dtype):
         model = CausalLM(cfg, backend=resolve_backend("auto", target.platform, compute_dtype, cfg, seq_len=0))
-        params = unstack(from_canonical(cfg, weights, jnp.dtype(compute_dtype)), cfg.num_hidden_layers)
+        params = decoding_params(from_canonical(cfg, weights, jnp.dtype(compute_dtype)), cfg.num_hidden_layers)
         yield partial(generate_stream, model, params)

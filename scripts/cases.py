@@ -48,10 +48,10 @@ class Clock:
         self.total = args.warm_up + args.groups * args.steps
         self._last = 0.0
 
-    def __call__(self, step: int, loss: Any) -> None:
+    def __call__(self, step: int, read_loss: Callable[[], Any]) -> None:
         timed = step - self.args.warm_up
         if step == 1 or (timed >= 0 and timed % self.args.steps == 0):
-            self.losses.append(float(loss))
+            self.losses.append(float(read_loss()))
             now = time.perf_counter()
             if step == 1:
                 self.first_step = time.time() - self.started
@@ -66,7 +66,7 @@ def measure_train(args: argparse.Namespace, task: dict[str, Any]) -> dict[str, A
     data, name = RandomTokens(cfg, train), task["side"]
     side = import_side(name if name in OURS else "torch", "train")
     folder = None if args.profile is None else args.profile / Path(name).stem
-    note = lambda step, _, metrics: clock(step, metrics["loss"])
+    note = lambda step, _, metrics: clock(step, lambda: metrics["loss"])
     if name == "torch":
         trainer = side.Trainer(cfg, train, opt, side.select_device(args.device))
         steps = lambda n: trainer.fit(data, trainer.step + n, note)
@@ -87,7 +87,7 @@ def measure_train(args: argparse.Namespace, task: dict[str, Any]) -> dict[str, A
             for _ in range(n):
                 loss = step(*data.batch(done[0]))
                 done[0] += 1
-                clock(done[0], loss)
+                clock(done[0], lambda loss=loss: loss)
 
     steps(clock.total)
     last, memory = clock.losses[-1], side.memory_used(args.device)
@@ -176,6 +176,7 @@ def open_generator(args: argparse.Namespace, name: str, cfg: ModelConfig) -> Ite
 
             backend = import_side(name, "attention").resolve_backend("auto", target.type, args.compute_dtype)
             made = model.init_model(cfg, 0, backend, getattr(torch, args.compute_dtype), target).requires_grad_(False)
+            made = generate.fuse_projections(made)
             programs = generate.Programs(args.compile == "on") if target.type == "cuda" else None
             yield functools.partial(generate.generate_stream, made, programs=programs)
             return
@@ -184,7 +185,8 @@ def open_generator(args: argparse.Namespace, name: str, cfg: ModelConfig) -> Ite
         with jax.default_device(target):
             resolve = import_side(name, "attention").resolve_backend
             backend = resolve("auto", target.platform, args.compute_dtype, cfg, seq_len=0)
-            make = lambda: side.unstack(side.cast(model.init_params(cfg, 0), args.compute_dtype), cfg.num_hidden_layers)
+            cast = lambda: side.cast(model.init_params(cfg, 0), args.compute_dtype)
+            make = lambda: generate.decoding_params(cast(), cfg.num_hidden_layers)
             yield functools.partial(generate.generate_stream, model.CausalLM(cfg, backend=backend), jax.jit(make)())
 
 

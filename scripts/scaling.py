@@ -91,9 +91,8 @@ def measure(args: argparse.Namespace, task: dict[str, Any]) -> dict[str, Any]:
     opt = OptimizerConfig(lr_max=1e-4, lr_min=1e-5, total_steps=args.steps + args.warm_up)  # stable without a warm-up
     data, times, losses = RandomTokens(cfg, train), [], []
 
-    def note(
-        step: int, _: Any, metrics: StepMetrics
-    ) -> None:  # when the step before is done; this one is not waited for
+    def note(step: int, _: Any, metrics: StepMetrics) -> None:
+        """Called when the step before is done; this one is not waited for."""
         times.append(time.perf_counter())
         losses.append(metrics)
 

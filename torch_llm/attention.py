@@ -87,7 +87,9 @@ class Attention(nn.Module):
     def __init__(self, cfg: ModelConfig, backend: str = "reference") -> None:
         super().__init__()
         n, kv_heads, h, d = cfg.num_attention_heads, cfg.num_key_value_heads, cfg.head_dim, cfg.hidden_size
-        self.h, self.backend, self.window = h, backend, cfg.sliding_window
+        self.n, self.kv_heads, self.h = n, kv_heads, h
+        self.backend, self.window = backend, cfg.sliding_window
+        self.qkv_proj: Linear | None = None
         self.q_proj = Linear(d, n * h, cfg.qkv_bias)
         self.k_proj = Linear(d, kv_heads * h, cfg.qkv_bias)
         self.v_proj = Linear(d, kv_heads * h, cfg.qkv_bias)
@@ -105,9 +107,12 @@ class Attention(nn.Module):
         layer: int = 0,
     ) -> Tensor:
         b, t, _ = x.shape
-        q = self.q_proj(x).reshape(b, t, -1, self.h)  # (B, T, N, H), or the heads that this device has of them
-        k = self.k_proj(x).reshape(b, t, -1, self.h)  # (B, T, K, H)
-        v = self.v_proj(x).reshape(b, t, -1, self.h)
+        if self.qkv_proj is not None:  # one product in the place of three: see `fuse_projections`
+            q, k, v = self.qkv_proj(x).reshape(b, t, -1, self.h).split([self.n, self.kv_heads, self.kv_heads], dim=2)
+        else:
+            q = self.q_proj(x).reshape(b, t, -1, self.h)  # (B, T, N, H), or the heads that this device has of them
+            k = self.k_proj(x).reshape(b, t, -1, self.h)  # (B, T, K, H)
+            v = self.v_proj(x).reshape(b, t, -1, self.h)
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         q, k = apply_rope(q, cos, sin), apply_rope(k, cos, sin)

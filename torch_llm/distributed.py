@@ -136,7 +136,10 @@ def parallelize(model: CausalLM, mesh: DeviceMesh) -> None:
 
 
 def shard(model: CausalLM, mesh: DeviceMesh, compute_dtype: torch.dtype) -> None:
-    """Cut a model over the axes data and fsdp: each layer is a group of weights that is gathered and freed together."""
+    """Cut a model over the axes data and fsdp: each layer is a group of weights that is gathered together.
+
+    A layer's whole weights are kept until its backward pass, or gathered once more there if remat spares memory.
+    """
     names = {id(p): name for name, p in model.named_parameters()}
     policy = MixedPrecisionPolicy(
         param_dtype=compute_dtype,
@@ -149,7 +152,7 @@ def shard(model: CausalLM, mesh: DeviceMesh, compute_dtype: torch.dtype) -> None
         assert axis is not None, "every weight is cut by fsdp"
         return Shard(axis)
 
-    again = mesh["fsdp"].size() > 1  # gather a layer's weights once more in the backward pass, or keep them
+    again = mesh["fsdp"].size() > 1 and model.model.remat != "none"
     for layer in model.model.layers:
         fully_shard(layer, mesh=mesh, mp_policy=policy, shard_placement_fn=placement, reshard_after_forward=again)
     fully_shard(model, mesh=mesh, mp_policy=policy, shard_placement_fn=placement, reshard_after_forward=False)

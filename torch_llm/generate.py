@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from llm_common.config import ModelConfig, SamplingConfig
 from llm_common.tensors import Tensors, bucket, check_prompts
@@ -26,12 +26,36 @@ from torch_llm import random_bits
 from torch_llm.attention import resolve_backend
 from torch_llm.checkpoint import from_canonical
 from torch_llm.kv_cache import KVCache
-from torch_llm.layers import upcast
+from torch_llm.layers import Linear, upcast
 from torch_llm.model import CausalLM, empty_model
 from torch_llm.sampling import sample
 from torch_llm.train import matmul_precision, select_device, to_host_later
 
 CHUNK = 16  # tokens drawn between two looks of the host at the texts
+
+
+FUSED = {"self_attn": ("qkv_proj", "q_proj", "k_proj", "v_proj"), "mlp": ("gate_up_proj", "gate_proj", "up_proj")}
+
+
+@torch.no_grad()
+def fuse_projections(model: CausalLM) -> CausalLM:
+    """The model with the weights that multiply the same input put side by side, so that one product replaces them.
+
+    For decoding, whose products are too small to fill a GPU. Training gains nothing by it. The model is changed.
+    """
+    for layer in model.model.layers:
+        for block, (fused, *names) in FUSED.items():
+            module = layer.get_submodule(block)
+            parts = [module.get_submodule(name) for name in names]
+            with torch.device("meta"):
+                one = Linear(1, 1, parts[0].bias is not None)
+            for name, _ in list(one.named_parameters()):
+                side_by_side = torch.cat([part.get_parameter(name) for part in parts])
+                setattr(one, name, nn.Parameter(side_by_side, requires_grad=False))
+            setattr(module, fused, one)
+            for name in names:
+                delattr(module, name)
+    return model
 
 
 @torch.no_grad()
@@ -196,7 +220,7 @@ def generator(
     """
     target = select_device(device)
     backend = resolve_backend("auto", target.type, compute_dtype)
-    model = from_canonical(empty_model(cfg, backend, getattr(torch, compute_dtype), target), weights)
+    model = fuse_projections(from_canonical(empty_model(cfg, backend, getattr(torch, compute_dtype), target), weights))
     programs = Programs(compile == "on") if target.type == "cuda" and compile != "off" else None
     with matmul_precision(compute_dtype):
         yield partial(generate_stream, model.requires_grad_(False), programs=programs)

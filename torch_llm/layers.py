@@ -98,11 +98,15 @@ class MLP(nn.Module):
 
     def __init__(self, hidden_size: int, intermediate_size: int) -> None:
         super().__init__()
+        self.gate_up_proj: Linear | None = None
         self.gate_proj = Linear(hidden_size, intermediate_size)
         self.up_proj = Linear(hidden_size, intermediate_size)
         self.down_proj = Linear(intermediate_size, hidden_size)
 
     def forward(self, x: Tensor) -> Tensor:
-        gate = self.gate_proj(x)  # (B, T, F)
-        up = self.up_proj(x)  # (B, T, F)
+        if self.gate_up_proj is not None:  # one product in the place of two
+            gate, up = self.gate_up_proj(x).chunk(2, dim=-1)
+        else:
+            gate = self.gate_proj(x)  # (B, T, F)
+            up = self.up_proj(x)  # (B, T, F)
         return self.down_proj(swiglu(gate, up))  # (B, T, D)
