@@ -108,10 +108,10 @@ class MLP(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        f = self.intermediate_size
         if self.has_variable("params", "gate_up_proj"):  # one product in the place of two
-            gate, up = jnp.split(Linear(2 * f, self.param_dtype, name="gate_up_proj")(x), 2, axis=-1)
+            both = Linear(2 * self.intermediate_size, self.param_dtype, name="gate_up_proj")(x)  # (B, T, 2 F)
+            gate, up = jnp.split(both, 2, axis=-1)
         else:
-            gate = Linear(f, self.param_dtype, name="gate_proj")(x)  # (B, T, F)
-            up = Linear(f, self.param_dtype, name="up_proj")(x)  # (B, T, F)
+            gate = Linear(self.intermediate_size, self.param_dtype, name="gate_proj")(x)  # (B, T, F)
+            up = Linear(self.intermediate_size, self.param_dtype, name="up_proj")(x)  # (B, T, F)
         return Linear(x.shape[-1], self.param_dtype, name="down_proj")(swiglu(gate, up))  # (B, T, D)

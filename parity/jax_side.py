@@ -17,7 +17,7 @@ import jax_llm.train
 from jax_llm import checkpoint, optim, random_bits, sampling
 from jax_llm.attention import resolve_backend
 from jax_llm.evaluate import evaluator
-from jax_llm.generate import generate
+from jax_llm.generate import decoding_params, generate
 from jax_llm.kv_cache import init_cache
 from jax_llm.model import CausalLM
 from jax_llm.train import compiled_train_step, fit, init_state, loss_and_grads, matmul_precision, select_device
@@ -87,10 +87,14 @@ class JaxSide:
         with self.scope():
             return np.asarray(self._logits(self._params(weights), jnp.array(ids))).astype(np.float64)
 
-    def cached_logits(self, weights: Tensors, ids: np.ndarray, prompt: int) -> np.ndarray:
-        """The logits of ids (B, T) fed in pieces: the first `prompt` positions, then two, then one by one."""
+    def cached_logits(self, weights: Tensors, ids: np.ndarray, prompt: int, fused: bool = False) -> np.ndarray:
+        """The logits of ids (B, T) fed in pieces: the first `prompt` positions, then two, then one by one.
+
+        fused: with weights as the generator takes them.
+        """
         with self.scope():
             params = self._params(weights)
+            params = decoding_params(params, self.cfg.num_hidden_layers) if fused else params
             cache = init_cache(self.cfg, ids.shape[0], ids.shape[1], jnp.dtype(self.dtype))
             parts = []
             for piece in np.split(ids, [prompt, *range(prompt + 2, ids.shape[1])], axis=1):

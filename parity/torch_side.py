@@ -20,7 +20,7 @@ from parity.taps import TorchRecorder, Values
 from torch_llm import checkpoint, random_bits, sampling
 from torch_llm.attention import resolve_backend
 from torch_llm.evaluate import evaluator
-from torch_llm.generate import generate
+from torch_llm.generate import fuse_projections, generate
 from torch_llm.kv_cache import KVCache
 from torch_llm.model import CausalLM, empty_model
 from torch_llm.optim import make_optimizer
@@ -70,9 +70,12 @@ class TorchSide:
         with torch.no_grad(), self.scope():
             return torch.compile(self._model(weights))(self._tensor(ids)).double().cpu().numpy()
 
-    def cached_logits(self, weights: Tensors, ids: np.ndarray, prompt: int) -> np.ndarray:
-        """The logits of ids (B, T) fed in pieces: the first `prompt` positions, then two, then one by one."""
-        model = self._model(weights)
+    def cached_logits(self, weights: Tensors, ids: np.ndarray, prompt: int, fused: bool = False) -> np.ndarray:
+        """The logits of ids (B, T) fed in pieces: the first `prompt` positions, then two, then one by one.
+
+        fused: with weights as the generator takes them.
+        """
+        model = fuse_projections(self._model(weights)) if fused else self._model(weights)
         cache = KVCache(self.cfg, ids.shape[0], ids.shape[1], getattr(torch, self.dtype), self.device)
         pieces = np.split(ids, [prompt, *range(prompt + 2, ids.shape[1])], axis=1)
         with torch.no_grad(), self.scope():

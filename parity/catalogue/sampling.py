@@ -337,6 +337,45 @@ both(
     place=CORE,
     **CACHE,
 )
+FUSED = {"check": "cache", "place": "fuse_projections"}
+jax(
+    "fused keys before queries",
+    "generate:fuse_projections",
+    "[layer[block][name] for name in names]",
+    "[layer[block][name] for name in sorted(names)]",
+    **FUSED,
+)
+torch(
+    "fused keys before queries",
+    "generate:fuse_projections",
+    "[module.get_submodule(name) for name in names]",
+    "[module.get_submodule(name) for name in sorted(names)]",
+    **FUSED,
+)
+both(
+    "fused up for gate",
+    ("layers:MLP.__call__", "gate, up = jnp.split(both, 2, axis=-1)", "up, gate = jnp.split(both, 2, axis=-1)"),
+    (
+        "layers:MLP.forward",
+        "gate, up = self.gate_up_proj(x).chunk(2, dim=-1)",
+        "up, gate = self.gate_up_proj(x).chunk(2, dim=-1)",
+    ),
+    **FUSED,
+)
+torch(
+    "fused values for keys",
+    "attention:Attention.forward",
+    "q, k, v = self.qkv_proj(x).reshape(b, t, -1, self.h).split([self.n, self.kv_heads, self.kv_heads], dim=2)",
+    "q, v, k = self.qkv_proj(x).reshape(b, t, -1, self.h).split([self.n, self.kv_heads, self.kv_heads], dim=2)",
+    **FUSED,
+)
+torch(
+    "fused bias lost",
+    "generate:fuse_projections",
+    "Linear(1, 1, parts[0].bias is not None)",
+    "Linear(1, 1, False)",
+    **FUSED,
+)
 area("generation")
 GENERATE = {"check": "tokens", "place": "generate"}
 torch("padding kept", "kv_cache:KVCache.set_length", "self.length.copy_(length)", "pass", **GENERATE)
