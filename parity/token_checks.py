@@ -42,6 +42,8 @@ def check_tokens(s: Settings) -> Iterator[Row]:
         yield from _texts(s)
     for dtype in [d for d in ("float32", "bfloat16") if d in s.dtypes]:
         yield from _draws(s, dtype)
+    if "bfloat16" in s.dtypes:
+        yield _first_flips(s)
 
 
 def _noise(s: Settings) -> Row:
@@ -94,17 +96,21 @@ def _unlike(a: np.ndarray, b: np.ndarray) -> int:
     return int((~np.where(kept, close, a == b)).sum())
 
 
+def _prompts(s: Settings) -> tuple[list[list[int]], int]:
+    """Three prompts of different lengths, and how many tokens are to follow them."""
+    length = min(5, s.cfg.max_position_embeddings // 4 or 1)
+    ids, _ = random_batch(s.cfg, s.seed, 3, length)
+    prompts = [ids[0].tolist(), ids[1, : max(1, length - 3)].tolist(), ids[2, : max(1, length - 1)].tolist()]
+    return prompts, min(20, s.cfg.max_position_embeddings - length)
+
+
 def _texts(s: Settings) -> Iterator[Row]:
     """Prefill, cache, sampler and end of text together, in float64: every text must be the specification's.
 
     The prompts have different lengths, and the texts are longer than what one call of JAX's loop draws.
     The token that ends a text is one that a free text holds, so that it is sure to be drawn.
     """
-    weights = random_weights(s.cfg, s.seed)
-    length = min(5, s.cfg.max_position_embeddings // 4 or 1)
-    ids, _ = random_batch(s.cfg, s.seed, 3, length)
-    prompts = [ids[0].tolist(), ids[1, : max(1, length - 3)].tolist(), ids[2, : max(1, length - 1)].tolist()]
-    n_new = min(20, s.cfg.max_position_embeddings - length)
+    weights, (prompts, n_new) = random_weights(s.cfg, s.seed), _prompts(s)
     sides = s.sides("float64")
     for name, sampling in settings(s.seed % 2**31).items():
         if name not in WHOLE_TEXTS:
@@ -164,6 +170,33 @@ def _draws(s: Settings, dtype: str) -> Iterator[Row]:
     side = verdict(flips[0] > limit, flips[1] > limit, False)
     item = f"draws within the margin of rounding, of {total}"
     yield Row("tokens", item, dtype, max(flips), limit, not side, side, f"logit error {error:.1e}")
+
+
+def _first_flips(s: Settings) -> Row:
+    """Greedy texts in bfloat16, where each side goes its own way: both tokens at which two texts part must be as good as the best.
+
+    As good: short of it by no more than rounding explains, by the logits of the specification for the text up to there.
+    """
+    weights, (prompts, n_new), sides = random_weights(s.cfg, s.seed, "bfloat16"), _prompts(s), s.sides("bfloat16")
+    greedy = SamplingConfig(temperature=0.0)
+    texts = [side.generate(weights, prompts, n_new, greedy) for side in sides]
+    unexplained, notes = [0, 0], []
+    for row, (prompt, *pair) in enumerate(zip(prompts, *texts, strict=True)):
+        at = next((i for i, tokens in enumerate(zip(*pair, strict=True)) if len(set(tokens)) > 1), None)
+        if at is None:
+            continue
+        ids, last = np.zeros((1, len(prompts[0]) + n_new), np.int64), len(prompt) + at - 1
+        ids[0, : last + 1] = [*prompt, *pair[0][:at]]
+        exact = spec.forward(weights, ids, s.cfg)[0][0, last]
+        error = max(float(np.abs(side.logits(weights, ids)[0, last] - exact).max()) for side in sides)
+        short = [float(exact.max() - exact[text[at]]) for text in pair]
+        for k in range(2):
+            unexplained[k] += not short[k] <= MARGIN_FACTOR * error
+        notes.append(f"text {row} parts at token {at + 1}: margin {max(short):.1e}, logit error {error:.1e}")
+    side = verdict(unexplained[0] > 0, unexplained[1] > 0, False)
+    item = f"texts that part without reason, of {len(prompts)} x {n_new} tokens"
+    place = "generate" if side else ""
+    return Row("tokens", item, "bfloat16", max(unexplained), 0, not side, side, "; ".join(notes) or "none parts", place)
 
 
 def allowed_margin(logit_error: float, logits: np.ndarray, sampling: SamplingConfig) -> float:

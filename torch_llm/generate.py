@@ -32,6 +32,7 @@ from torch_llm.sampling import sample
 from torch_llm.train import matmul_precision, select_device, to_host_later
 
 CHUNK = 16  # tokens drawn between two looks of the host at the texts
+CAPTURED_PROMPTS = 2**14  # tokens of prompts up to which a GPU would wait for the host, step by step
 
 
 FUSED = {"self_attn": ("qkv_proj", "q_proj", "k_proj", "v_proj"), "mlp": ("gate_up_proj", "gate_proj", "up_proj")}
@@ -80,51 +81,64 @@ def decode_step(
     return sample(logits[:, 0], sampling, key, numbers, cache.length)
 
 
-class CapturedStep:
-    """`decode_step` of one token a text as a CUDA graph, which is played again for each token with nothing asked of the host.
+class CapturedSteps:
+    """`decode_step` as CUDA graphs, one for each number of tokens, which are played with nothing asked of the host between.
 
-    It owns what it reads and writes, all at fixed places: the cache, the tokens, the key and the numbers of the texts.
+    They read and write at fixed places: the cache, the key and the numbers of the texts, and each its tokens.
     """
 
     def __init__(self, model: CausalLM, batch_size: int, slots: int, sampling: SamplingConfig, compile: bool) -> None:
         weight = model.model.embed_tokens.weight
-        device, ids = weight.device, {"dtype": torch.int64, "device": weight.device}
-        self.cache = KVCache(model.cfg, batch_size, slots, weight.dtype, device, static=True)
-        self.tokens, self.numbers = torch.zeros(batch_size, 1, **ids), torch.zeros(batch_size, **ids)
-        self.key = random_bits.key(0, device)
-        model.model.rotary_table(self.tokens, upcast(weight[:0]).dtype)  # made here, not while capturing
+        self.model, self.sampling, self.compile, self.device = model, sampling, compile, weight.device
+        self.cache = KVCache(model.cfg, batch_size, slots, weight.dtype, self.device, static=True)
+        self.numbers, self.key = torch.zeros_like(self.cache.length), random_bits.key(0, self.device)
+        model.model.rotary_table(self.numbers[:, None], upcast(weight[:0]).dtype)  # made here, not while capturing
+        self.graphs: dict[int, tuple[torch.cuda.CUDAGraph, Tensor, Tensor]] = {}
+        self.pool = torch.cuda.graph_pool_handle()
+
+    @torch.no_grad()
+    def capture(self, t: int) -> None:
+        """Make the graph of t tokens a text, unless it is there. What is in the cache is lost."""
+        if t in self.graphs:
+            return
+        tokens = torch.zeros(len(self.numbers), t, dtype=torch.int64, device=self.device)
+        lengths = torch.full_like(self.numbers, t)
         # the search for the fastest matrix-vector products takes a minute, and pays where there is no matrix of texts
-        tuned: dict[str, Any] = {"coordinate_descent_tuning": batch_size == 1}
-        step = torch.compile(decode_step, dynamic=False, options=tuned) if compile else decode_step
+        tuned: dict[str, Any] = {"coordinate_descent_tuning": tokens.numel() == 1}
+        step = torch.compile(decode_step, dynamic=False, options=tuned) if self.compile else decode_step
 
-        def one_token() -> None:
-            self.tokens.copy_(step(model, self.cache, self.tokens, self.key, self.numbers, sampling)[:, None])
+        def run() -> None:
+            drawn = step(self.model, self.cache, tokens, self.key, self.numbers, self.sampling, lengths)
+            tokens[:, 0].copy_(drawn)
 
-        stream = torch.cuda.Stream(device)
-        stream.wait_stream(torch.cuda.current_stream(device))
-        with torch.no_grad(), torch.cuda.stream(stream):
+        stream, graph = torch.cuda.Stream(self.device), torch.cuda.CUDAGraph()
+        stream.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(stream):
             for _ in range(2):  # compiles, and makes the libraries' own buffers
-                one_token()
-        torch.cuda.current_stream(device).wait_stream(stream)
-        self.graph = torch.cuda.CUDAGraph()
-        with torch.no_grad(), torch.cuda.graph(self.graph):
-            one_token()
+                self.cache.set_length(torch.zeros_like(self.numbers))
+                run()
+        torch.cuda.current_stream(self.device).wait_stream(stream)
+        with torch.cuda.graph(graph, pool=self.pool):
+            run()
+        self.graphs[t] = graph, tokens, lengths
 
-    def start(self, key: Tensor, numbers: Tensor) -> KVCache:
-        """The emptied cache, for new texts."""
+    def start(self, key: Tensor, numbers: Tensor) -> None:
+        """Empty the cache for new texts."""
         self.key.copy_(key)
         self.numbers.copy_(numbers)
-        self.cache.set_length(torch.zeros_like(self.cache.length))
-        return self.cache
+        self.cache.set_length(torch.zeros_like(self.numbers))
 
-    def __call__(self, tokens: Tensor) -> Tensor:
-        """The ids (B,) that follow tokens (B,)."""
-        self.tokens.copy_(tokens[:, None])
-        self.graph.replay()
-        return self.tokens[:, 0].clone()
+    def __call__(self, tokens: Tensor, lengths: Tensor | None = None) -> Tensor:
+        """The ids (B,) that follow tokens (B, T), of which `lengths` (B,) are each text's own, as they were before if not given."""
+        graph, own_tokens, own_lengths = self.graphs[tokens.shape[1]]
+        own_tokens.copy_(tokens)
+        if lengths is not None:
+            own_lengths.copy_(lengths)
+        graph.replay()
+        return own_tokens[:, 0].clone()
 
 
-class Programs(dict[tuple[int, int, SamplingConfig], CapturedStep]):
+class Programs(dict[tuple[int, int, SamplingConfig], CapturedSteps]):
     """Captured steps by batch size, slots and settings of the sampler, to be used again. compile: with torch.compile."""
 
     def __init__(self, compile: bool) -> None:
@@ -157,15 +171,23 @@ def generate_stream(
     key, sampling = random_bits.key(sampling.seed, device), replace(sampling, seed=0)  # a value, not a program
     if programs is None:
         cache = KVCache(model.cfg, b, slots, weight.dtype, device)
-        step = lambda tokens: decode_step(model, cache, tokens[:, None], key, row_numbers, sampling)
+        step = partial(decode_step, model, cache, key=key, numbers=row_numbers, sampling=sampling)
+        prefill = step
     else:
-        program = b, bucket(slots, model.cfg.max_position_embeddings), sampling
+        limit = model.cfg.max_position_embeddings
+        program = b, bucket(slots, limit), sampling
         if program not in programs:
-            programs[program] = CapturedStep(model, *program, programs.compile)
-        step = programs[program]
-        cache = step.start(key, row_numbers)
-    tokens = torch.tensor(padded, device=device).long()
-    tokens = decode_step(model, cache, tokens, key, row_numbers, sampling, torch.tensor(lengths, device=device).long())
+            programs[program] = CapturedSteps(model, *program, programs.compile)
+        step = prefill = programs[program]
+        padded = np.pad(padded, ((0, 0), (0, bucket(padded.shape[1], limit) - padded.shape[1])))
+        step.capture(1)
+        if padded.size <= CAPTURED_PROMPTS:
+            step.capture(padded.shape[1])
+        else:
+            prefill = partial(decode_step, model, step.cache, key=key, numbers=row_numbers, sampling=sampling)
+        step.start(key, row_numbers)
+    ids, own = (torch.tensor(x, device=device).long() for x in (padded, lengths))
+    tokens = prefill(ids, lengths=own)
     ahead = 1 if device.type == "cuda" else 0
     begun, total, pieces = 1, 0, deque([to_host_later(tokens[:, None])])
     texts: list[list[int]] = [[] for _ in range(b)]
@@ -174,7 +196,7 @@ def generate_stream(
         while len(pieces) <= ahead and begun < max_new_tokens:
             columns = []
             for _ in range(min(chunk, max_new_tokens - begun)):
-                tokens = step(tokens)
+                tokens = step(tokens[:, None])
                 columns.append(tokens)
             pieces.append(to_host_later(torch.stack(columns, dim=1)))
             begun += len(columns)
