@@ -15,6 +15,7 @@ from jax_llm.kv_cache import LayerCache, update
 from jax_llm.layers import DType, Linear, RMSNorm, upcast
 from jax_llm.rope import apply_rope
 from llm_common.config import ModelConfig
+from llm_common.cudnn import why_not_cudnn
 from llm_common.errors import UserError
 
 Backend = str | Callable[..., Array]  # "reference", "xla", "cudnn", or a function of q, k, v and window
@@ -92,7 +93,7 @@ def resolve_backend(setting: str, platform: str, compute_dtype: str, cfg: ModelC
     """The backend for a setting ("auto", "reference", "fused" or "splash") on a platform ("cpu", "gpu" or "tpu").
 
     Resolved once, outside the model: a program compiled ahead of time for another device must not ask the default one.
-    cuDNN takes bfloat16, heads of a multiple of 8 up to 128, and trains on sequences of even length. seq_len 0: for decoding.
+    seq_len 0: for decoding.
     """
     if setting == "splash":
         if platform != "tpu" or compute_dtype == "float64" or seq_len % 128:
@@ -105,9 +106,7 @@ def resolve_backend(setting: str, platform: str, compute_dtype: str, cfg: ModelC
         return "reference"
     if compute_dtype == "float64":
         raise UserError("attention_backend = 'fused' with compute_dtype = 'float64': use 'reference' or 'auto'")
-    cudnn_fits = compute_dtype == "bfloat16" and cfg.head_dim % 8 == 0 and cfg.head_dim <= 128 and seq_len % 2 == 0
-    cudnn_fits &= cfg.sliding_window is None or cfg.sliding_window >= seq_len  # with a window it was never tried here
-    return "cudnn" if platform == "gpu" and cudnn_fits else "xla"
+    return "cudnn" if platform == "gpu" and not why_not_cudnn(cfg, compute_dtype, seq_len) else "xla"
 
 
 class Attention(nn.Module):

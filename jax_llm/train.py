@@ -29,6 +29,7 @@ from jax_llm.model import CausalLM, Params, get_canonical, init_params, slice_la
 from jax_llm.optim import global_norm, make_optimizer
 from llm_common.budget import host_memory, host_memory_used
 from llm_common.config import ModelConfig, OptimizerConfig, TrainConfig, check_length
+from llm_common.cudnn import why_not_cudnn
 from llm_common.data import Dataset
 from llm_common.errors import UserError
 from llm_common.metrics import StepMetrics
@@ -144,12 +145,12 @@ def describe(cfg: ModelConfig, train: TrainConfig, device: str) -> str:
     """What a run on a device (by name) will use, in a line for people. Raises UserError if the device is absent."""
     target = select_device(device)
     backend = make_model(cfg, train, target.platform).backend
+    refused = "run is deterministic" if train.deterministic else why_not_cudnn(cfg, train.compute_dtype, train.seq_len)
+    instead = f" (not cuDNN's: {refused})" if target.platform == "gpu" and backend == "xla" else ""
     layers = "scanned" if train.scan_layers else "unrolled"
     jit = "not compiled" if train.compile == "off" else f"jit, layers {layers}"
     deterministic = ", deterministic" if train.deterministic else ""
-    return (
-        f"{target.device_kind}, {train.compute_dtype}, {backend} attention, {jit}, remat {train.remat}{deterministic}"
-    )
+    return f"{target.device_kind}, {train.compute_dtype}, {backend} attention{instead}, {jit}, remat {train.remat}{deterministic}"
 
 
 def memory_limit(device: str) -> int | None:

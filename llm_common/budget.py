@@ -126,5 +126,5 @@ def memory_advice(cfg: ModelConfig, train: TrainConfig, need: dict[str, int]) ->
         flags.append("--loss-chunks 8")
     if train.remat != "full":
         flags.append("--remat full")
-    flags += ["a smaller --seq-len", "a smaller model"]
+    flags += ["a smaller --seq-len", "a smaller model", "--mesh fsdp=N on N devices"]
     return f"a step needs about {sum(need.values()) / GIB:.2f} GiB ({parts}); lower it with {', '.join(flags)}"

@@ -19,6 +19,7 @@ from torch.func import functional_call
 
 from llm_common.budget import host_memory, host_memory_used
 from llm_common.config import ModelConfig, OptimizerConfig, TrainConfig, check_length
+from llm_common.cudnn import why_not_cudnn
 from llm_common.data import Dataset
 from llm_common.errors import UserError
 from llm_common.metrics import StepMetrics
@@ -121,9 +122,13 @@ def describe(cfg: ModelConfig, train: TrainConfig, device: str) -> str:
     target = select_device(device)
     name = device_kind(device)
     backend = resolve_backend(train.attention_backend, target.type, train.compute_dtype)
+    refused = why_not_cudnn(cfg, train.compute_dtype, train.seq_len)
+    instead = f" (not cuDNN's: {refused})" if target.type == "cuda" and backend == "sdpa" and refused else ""
     compiled = "torch.compile" if compiles(train, target) else "not compiled"
     deterministic = ", deterministic" if train.deterministic else ""
-    return f"{name}, {train.compute_dtype}, {backend} attention, {compiled}, remat {train.remat}{deterministic}"
+    return (
+        f"{name}, {train.compute_dtype}, {backend} attention{instead}, {compiled}, remat {train.remat}{deterministic}"
+    )
 
 
 def compiles(train: TrainConfig, device: torch.device) -> bool:

@@ -1,0 +1,213 @@
+"""Planted bugs of cache, fused projections and generation."""
+
+from parity.catalogue.mutant import ATTENTION, area, both, jax, torch
+
+CORE = f"{ATTENTION}.attention"
+area("KV cache")
+CACHE = {"check": "cache"}
+torch(
+    "written one slot late",
+    "kv_cache:KVCache.update",
+    "self.k[layer][rows, positions] = k",
+    "self.k[layer][rows, positions - (1 if self.filled and k.shape[1] == 1 else 0)] = k",
+    place="kv_cache",
+    quick=True,
+    **CACHE,
+)
+jax(
+    "values written where the keys are",
+    "kv_cache:update",
+    "cache.v.at[rows, positions].set(v)",
+    "cache.v.at[rows, positions].set(k)",
+    place="kv_cache",
+    **CACHE,
+)
+torch(
+    "the second layer keeps no values",
+    "kv_cache:KVCache.update",
+    "self.v[layer][rows, positions] = v",
+    "self.v[layer][rows, positions] = v if layer == 0 else 0.0",
+    place="kv_cache",
+    **CACHE,
+)
+jax(
+    "offset of the positions ignored",
+    "model:Transformer.__call__",
+    "cache.length[:, None] + jnp.arange(t)",
+    "0 * cache.length[:, None] + jnp.arange(t)",
+    place="rotary table",
+    **CACHE,
+)
+torch(
+    "rotation without the offset",
+    "rope:RotaryTable.__call__",
+    "(cos[positions], sin[positions])",
+    "(cos[: positions.shape[-1]], sin[: positions.shape[-1]])",
+    place="rotary table",
+    **CACHE,
+)
+both(
+    "the mask aligns top left",
+    (
+        "model:Transformer.__call__",
+        "causal_mask(positions, jnp.arange(slots), self.cfg.sliding_window)[:, None]",
+        "causal_mask(positions - cache.length[:, None], jnp.arange(slots), self.cfg.sliding_window)[:, None]",
+    ),
+    (
+        "model:Transformer.forward",
+        "causal_mask(positions, slots, self.cfg.sliding_window)[:, None]",
+        "causal_mask(positions - cache.length[:, None], slots, self.cfg.sliding_window)[:, None]",
+    ),
+    place=CORE,
+    **CACHE,
+)
+jax(
+    "empty slots seen",
+    "model:Transformer.__call__",
+    "causal_mask(positions, jnp.arange(slots), self.cfg.sliding_window)[:, None]",
+    "causal_mask(positions + 1, jnp.arange(slots), self.cfg.sliding_window)[:, None]",
+    place=CORE,
+    **CACHE,
+)
+both(
+    "keys kept before the rotation",
+    (
+        "attention:Attention.__call__",
+        "k, v = cache = update(cache, k, v, positions)",
+        "k, v = cache = update(cache, apply_rope(k, cos, -sin), v, positions)",
+    ),
+    (
+        "attention:Attention.forward",
+        "k, v = cache.update(layer, k, v)",
+        "k, v = cache.update(layer, apply_rope(k, cos, -sin), v)",
+    ),
+    place=ATTENTION,
+    **CACHE,
+)
+torch(
+    "lengths not advanced",
+    "kv_cache:KVCache.advance",
+    "self.length.add_(t)",
+    "pass",
+    place="rotary table",
+    **CACHE,
+)
+jax(
+    "lengths advance by one",
+    "model:Transformer.__call__",
+    "cache.length + t",
+    "cache.length + 1",
+    place="rotary table",
+    **CACHE,
+)
+both(
+    "window ignored with a cache",
+    (
+        "model:Transformer.__call__",
+        "causal_mask(positions, jnp.arange(slots), self.cfg.sliding_window)",
+        "causal_mask(positions, jnp.arange(slots), None)",
+    ),
+    (
+        "model:Transformer.forward",
+        "causal_mask(positions, slots, self.cfg.sliding_window)",
+        "causal_mask(positions, slots, None)",
+    ),
+    place=CORE,
+    **CACHE,
+)
+FUSED = {"check": "cache", "place": "fuse_projections"}
+jax(
+    "fused keys before queries",
+    "generate:fuse_projections",
+    "[layer[block][name] for name in names]",
+    "[layer[block][name] for name in sorted(names)]",
+    **FUSED,
+)
+torch(
+    "fused keys before queries",
+    "generate:fuse_projections",
+    "[module.get_submodule(name) for name in names]",
+    "[module.get_submodule(name) for name in sorted(names)]",
+    **FUSED,
+)
+both(
+    "fused up for gate",
+    ("layers:MLP.__call__", "gate, up = jnp.split(both, 2, axis=-1)", "up, gate = jnp.split(both, 2, axis=-1)"),
+    (
+        "layers:MLP.forward",
+        "gate, up = self.gate_up_proj(x).chunk(2, dim=-1)",
+        "up, gate = self.gate_up_proj(x).chunk(2, dim=-1)",
+    ),
+    **FUSED,
+)
+torch(
+    "fused values for keys",
+    "attention:Attention.forward",
+    "q, k, v = self.qkv_proj(x).reshape(b, t, -1, self.h).split([self.n, self.kv_heads, self.kv_heads], dim=2)",
+    "q, v, k = self.qkv_proj(x).reshape(b, t, -1, self.h).split([self.n, self.kv_heads, self.kv_heads], dim=2)",
+    **FUSED,
+)
+torch(
+    "fused bias lost",
+    "generate:fuse_projections",
+    "Linear(1, 1, parts[0].bias is not None)",
+    "Linear(1, 1, False)",
+    **FUSED,
+)
+area("generation")
+GENERATE = {"check": "tokens", "place": "generate"}
+torch("padding kept", "kv_cache:KVCache.set_length", "self.length.copy_(length)", "pass", **GENERATE)
+jax("padding kept", "generate:decode_step", "cache.length + last + 1", "cache.length + t", **GENERATE)
+jax(
+    "cache adds where it should overwrite",
+    "kv_cache:update",
+    "cache.k.at[rows, positions].set(k)",
+    "cache.k.at[rows, positions].add(k)",
+    **GENERATE,
+)
+torch("logits of the padding", "generate:decode_step", "lengths is None", "True", **GENERATE)
+jax("end of text ignored", "generate:generate_stream", "token in eos_ids", "False", **GENERATE)
+both(
+    "end of text kept",
+    (
+        "generate:generate_stream",
+        "done[row] = done[row] or token in eos_ids\nif not done[row]:\n"
+        "    new[row].append(token)\n    texts[row].append(token)\n    done[row] = finished is not None and finished(row, texts[row])",
+        "if not done[row]:\n    new[row].append(token)\n    texts[row].append(token)\n    done[row] = token in eos_ids",
+    ),
+    (
+        "generate:generate_stream",
+        "done[row] = done[row] or token in eos_ids\nif not done[row]:\n"
+        "    new[row].append(token)\n    texts[row].append(token)\n    done[row] = finished is not None and finished(row, texts[row])",
+        "if not done[row]:\n    new[row].append(token)\n    texts[row].append(token)\n    done[row] = token in eos_ids",
+    ),
+    **GENERATE,
+)
+both(
+    "drawn for the position before",
+    (
+        "generate:decode_step",
+        "sample(logits[:, 0], sampling, key, numbers, new_cache.length)",
+        "sample(logits[:, 0], sampling, key, numbers, new_cache.length - 1)",
+    ),
+    (
+        "generate:decode_step",
+        "sample(logits[:, 0], sampling, key, numbers, cache.length)",
+        "sample(logits[:, 0], sampling, key, numbers, cache.length - 1)",
+    ),
+    **GENERATE,
+)
+torch(
+    "drawn for the padded position",
+    "generate:decode_step",
+    "sample(logits[:, 0], sampling, key, numbers, cache.length)",
+    "sample(logits[:, 0], sampling, key, numbers, cache.length.max().expand(cache.length.shape))",
+    **GENERATE,
+)
+jax(
+    "texts numbered from 1",
+    "generate:generate_stream",
+    "np.arange(b, dtype=np.int32) if numbers is None else np.array(numbers, np.int32)",
+    "1 + np.arange(b, dtype=np.int32)",
+    **GENERATE,
+)
