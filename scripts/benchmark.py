@@ -1,7 +1,7 @@
 """How fast both frameworks train and decode, as shares of what the device itself reaches, beside other libraries.
 
     python scripts/benchmark.py train --preset 1b --batch-size 16 --seq-len 2048 --peer transformers --out runs/benchmark
-    python scripts/benchmark.py decode --preset 1b --batch-size 1 --batch-size 32 --peer transformers
+    python scripts/benchmark.py decode --preset 1b --batch 1 --batch 32 --peer transformers
     python scripts/benchmark.py train --preset demo --compute-dtype float32 --device cpu --peer transformers
     python scripts/benchmark.py train --preset 1b --framework torch --profile runs/profile
     python scripts/benchmark.py startup --preset 1b
