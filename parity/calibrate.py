@@ -23,7 +23,7 @@ import torch
 from llm_common.config import ModelConfig, preset
 from llm_common.run_log import environment
 from parity.compare import Row
-from parity.ladder import CHECKS, rows_of, share_compiled
+from parity.ladder import CHECKS, end_with_parent, rows_of, share_compiled
 from parity.noise import with_noise
 from parity.settings import Settings
 from parity.trace import local_allowed, own_errors, trace
@@ -117,6 +117,7 @@ def calibrate(
 
 def _start_worker(cache: str, turn: Any) -> None:
     """One core for each process: XLA and torch would else start as many threads in each as there are cores."""
+    end_with_parent()
     torch.set_num_threads(1)
     if hasattr(os, "sched_setaffinity"):
         with turn.get_lock():

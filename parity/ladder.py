@@ -2,8 +2,10 @@
 
 import contextlib
 import multiprocessing
+import multiprocessing.connection
 import os
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -111,10 +113,23 @@ def processes(jobs: int) -> Iterator[ProcessPoolExecutor]:
 
 def _start(jobs: int, cache: str) -> None:
     """XLA reads its threads when it is first used."""
+    end_with_parent()
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // jobs))
     if jobs >= (os.cpu_count() or 1):
         os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_cpu_multi_thread_eigen=false"
     share_compiled(cache)
+
+
+def end_with_parent() -> None:
+    """Let this worker end when the process that began it is gone: one that was killed could not tell it to."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None, "for a worker"
+
+    def watch() -> None:
+        multiprocessing.connection.wait([parent.sentinel])
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def share_compiled(cache: str) -> None:

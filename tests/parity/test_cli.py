@@ -1,6 +1,11 @@
 """The command line: exit codes, files, and one clear line for bad input."""
 
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -146,3 +151,32 @@ def test_every_check_has_a_sentence_about_itself():
 def test_the_whole_ladder_holds_on_fresh_seeds(tmp_path):
     for seed in (101, 102, 103):
         assert cli.main(["--seed", str(seed), "--tokens", "20000", "--out", str(tmp_path)]) == 0
+
+
+ONE_WORKER = """
+import os, time
+from parity.ladder import processes
+if __name__ == "__main__":
+    with processes(1) as pool:
+        print(pool.submit(os.getpid).result(), flush=True)
+        pool.submit(time.sleep, 300).result()
+"""
+
+
+def test_workers_end_with_a_process_that_is_killed(tmp_path):
+    (tmp_path / "one_worker.py").write_text(ONE_WORKER)
+    command, pipe = [sys.executable, tmp_path / "one_worker.py"], subprocess.PIPE
+    with subprocess.Popen(command, stdout=pipe, stderr=subprocess.DEVNULL, text=True) as process:
+        assert process.stdout is not None
+        worker = int(process.stdout.readline())
+        process.send_signal(signal.SIGKILL)
+    for _ in range(300):
+        try:
+            os.kill(worker, 0)
+        except ProcessLookupError:
+            return
+        if Path(f"/proc/{worker}/stat").exists() and " Z " in Path(f"/proc/{worker}/stat").read_text():
+            return  # ended, and not yet collected by whoever adopted it
+        time.sleep(0.1)
+    os.kill(worker, signal.SIGKILL)
+    pytest.fail("the worker goes on")
