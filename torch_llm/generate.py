@@ -103,7 +103,7 @@ class CapturedSteps:
             return
         tokens = torch.zeros(len(self.numbers), t, dtype=torch.int64, device=self.device)
         lengths = torch.full_like(self.numbers, t)
-        # the search for the fastest matrix-vector products takes a minute, and pays where there is no matrix of texts
+        # the search for the fastest matrix-vector products takes minutes, and pays where there is no matrix of texts
         tuned: dict[str, Any] = {"coordinate_descent_tuning": tokens.numel() == 1}
         step = torch.compile(decode_step, dynamic=False, options=tuned) if self.compile else decode_step
 
@@ -238,7 +238,7 @@ def generator(
 ) -> Iterator[Callable[..., Iterator[list[list[int]]]]]:
     """Inside `with`: `generate_stream` of canonical weights on a device by name, its first argument filled in.
 
-    compile: on a GPU steps are captured; "on" compiles them before, which takes a minute and is worth it for long texts.
+    compile: on a GPU steps are captured; "on" compiles them before, which takes one to three minutes and is worth it for long texts.
     """
     target = select_device(device)
     backend = resolve_backend("auto", target.type, compute_dtype)
