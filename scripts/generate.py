@@ -53,7 +53,7 @@ def main() -> None:
         "--compile",
         choices=COMPILE,
         default="auto",
-        help="PyTorch on a GPU: 'auto' captures a step, 'on' compiles it before, which takes a minute and pays for long texts",
+        help="PyTorch on a GPU: 'auto' captures a step, 'on' compiles it before, which takes one to three minutes and pays for long texts",
     )
     add_flags(parser, SamplingConfig, "sampling")
     args = parser.parse_args()

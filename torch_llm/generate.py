@@ -238,7 +238,7 @@ def generator(
 ) -> Iterator[Callable[..., Iterator[list[list[int]]]]]:
     """Inside `with`: `generate_stream` of canonical weights on a device by name, its first argument filled in.
 
-    compile: on a GPU steps are captured; "on" compiles them before, which takes one to three minutes and is worth it for long texts.
+    compile: on a GPU steps are captured; "on" compiles them before, which takes one to three minutes and pays for long texts.
     """
     target = select_device(device)
     backend = resolve_backend("auto", target.type, compute_dtype)
