@@ -68,9 +68,10 @@ def memory_per_step(
 ) -> dict[str, int]:
     """About how many bytes a step needs on each device: exact for what is kept, an estimate for activations.
 
-    Keys: weights, moments, gradients (master dtype, and the cast copies of both), activations (of one micro-batch). Measured
-    on an H100 at 124m, bfloat16, 32,768 tokens: the sum is 0.9 to 1.2 times the peak of both frameworks; for meshes, by the TPU's
-    compiler and on two H100s at 1b and 8b: within 10 % (docs/tpu_compiled.md, docs/scaling.md).
+    Keys: weights, moments, gradients (master dtype, and the cast copies of both), activations (of one micro-batch). Gradients
+    come as activations go, so where all of these are kept only the larger of the two counts. Measured on an H100 at 124m,
+    bfloat16, 32,768 tokens: the sum is 1.0 to 1.25 times the peak of both frameworks; at 1b and 8b, by the TPU's compiler and on
+    one or two H100s and H200s: within 10 % (docs/tpu_compiled.md, docs/scaling.md).
     """
     parts, tensor = mesh.fsdp * mesh.tensor, mesh.tensor
     p, master = cfg.num_parameters(), 8 if train.compute_dtype == "float64" else 4
@@ -88,14 +89,18 @@ def memory_per_step(
     # Scores of the reference attention and their softmax. A compiler fuses the float32 middle of norms and SwiGLU away.
     scores = 0 if fused_attention else cfg.num_attention_heads // tensor * t * (wide + c)
     layer = c * (5 * d + heads + 2 * f) if compiled else c * (5 * d + 2 * heads + 3 * f) + wide * (4 * d + 2 * f)
-    kept = {"none": layer + scores, "dots": c * (3 * d + heads + 2 * f), "full": c * d}[train.remat]
+    product = c * f if compiled else 0  # SwiGLU's, which the backward pass reads beside its two factors
+    kept = {"none": layer + product + scores, "dots": c * (3 * d + heads + 2 * f), "full": c * d}[train.remat]
     working = layer + scores if train.remat != "none" else 0
     logits = cfg.vocab_size // tensor * (c + wide * (1 if compiled else 2)) // train.loss_chunks
+    gradients, activations = p * master // parts + cast, tokens * (cfg.num_hidden_layers * kept + working + logits)
+    if compiled and train.remat == "none" and train.gradient_accumulation_steps == 1:
+        gradients = cast // 2 + max(0, gradients - cast // 2 - activations)  # the cast weights stay
     return {
         "weights": p * master // parts,
         "moments": 2 * p * master // parts,
-        "gradients": p * master // parts + cast,
-        "activations": tokens * (cfg.num_hidden_layers * kept + working + logits),
+        "gradients": gradients,
+        "activations": activations,
     }
 
 

@@ -149,6 +149,12 @@ MEASURED = (  # preset, mesh, sequences, positions, remat, GiB on each device
     ("1b", "data=2", 32, 2048, "none", 60.2),
     ("1b", "fsdp=2", 32, 2048, "none", 51.4),
     ("1b", "fsdp=2", 32, 2048, "none", 50.2),
+    ("1b", "", 32, 2048, "none", 101.1),  # H200, JAX
+    ("1b", "", 32, 2048, "none", 93.3),  # PyTorch
+    ("1b", "data=2", 64, 2048, "none", 101.1),
+    ("1b", "data=2", 64, 2048, "none", 101.6),
+    ("1b", "fsdp=2", 64, 2048, "none", 94.9),
+    ("1b", "fsdp=2", 64, 2048, "none", 93.4),
 )
 
 
