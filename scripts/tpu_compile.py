@@ -112,7 +112,7 @@ def write_table(path: Path) -> None:
 
 The train and decode steps of `jax_llm`, compiled by the TPU's own compiler for chips that were not there. Bytes and collectives are
 what the compiler says; the bounds are floors from data sheets; no step was run. bfloat16, splash attention and full
-rematerialisation in training, layers as one scan; decoding is one token of every text against a full cache. GiB are of one chip.
+rematerialisation in training, layers as one scan; decoding is one call, which draws 16 tokens of every text. GiB are of one chip.
 
 | preset | step | topology | mesh | batch | fits | peak | arguments | temporaries | our model | moved | of it in loops | kernels | at least, ms | compiled in, s |
 |---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|
@@ -282,8 +282,10 @@ def report(compiled: Any, cfg, train: TrainConfig, config: MeshConfig, version: 
         model = memory_per_step(cfg, train, train.attention_backend != "reference", True, config)
         result |= {"flops": flops, "bound_flops": flops / peak_flops, "model_memory": sum(model.values())}
     else:
+        from jax_llm.generate import CHUNK
+
         read = cfg.num_parameters() * (2 if train.compute_dtype == "bfloat16" else 4) / config.tensor
-        result |= {"bound_memory": read / bandwidth}
+        result |= {"bound_memory": CHUNK * read / bandwidth}  # a call draws so many tokens, one after the other
     return result
 
 
