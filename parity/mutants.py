@@ -22,7 +22,7 @@ from parity.ladder import processes, rows_of
 from parity.planting import planted
 from parity.settings import Settings
 
-QUICK = Settings(steps=20, tokens=320, updates=(1, 3), seeds=2, noise=False)
+QUICK = Settings(steps=20, tokens=320, updates=(1, 3), seeds=2, noise=False, blamed_only=True)
 EFFECT_WANTED = 10.0  # a tolerance lies below a tenth of what it is there to see
 # what must stay green though the code is another: equal by mathematics
 EQUIVALENT_CHECKS = {

@@ -223,7 +223,12 @@ class Trace:
         """The verdict."""
         jax, torch = self.faults()
         worst = [max(own_errors(side), default=math.inf) for side in self.sides]
-        agrees = lambda k: f"{('JAX', 'torch')[k]} agrees with the specification to {worst[k]:.0e}"
+        names = ("JAX", "torch")
+        agrees = lambda k: (
+            f"{names[k]} agrees with the specification to {worst[k]:.0e}"
+            if self.sides[k].points
+            else f"{names[k]} was not traced"
+        )
         if jax is None and torch is None:
             return f"No difference: given identical inputs, {agrees(0)} and torch to {worst[1]:.0e} at every point."
         describe = lambda f: f"{f.place}: {f.error:.1e} {f.what}"
@@ -249,7 +254,8 @@ def located(row: Row, s: Settings, cfg: ModelConfig | None = None) -> Row:
     """A row that fails, with the place where its side differs first, found by a trace on the same weights and tokens."""
     if row.ok:
         return row
-    found = trace(s, cfg)
+    only = row.side if s.blamed_only and row.side in (JAX, TORCH) else ""
+    found = trace(s, cfg, optimizer=row.check == "adamw", only=only)
     place = found.place()
     if not place:  # the pass without gradients may take another way, which cached decoding takes too
         other = trace_cache(dataclasses.replace(row, place=""), dataclasses.replace(s, cfg=cfg or s.cfg))
@@ -261,15 +267,28 @@ def located(row: Row, s: Settings, cfg: ModelConfig | None = None) -> Row:
 
 
 def trace(
-    s: Settings, cfg: ModelConfig | None = None, dtype: str = "float64", optimizer: bool = True, alone: bool = True
+    s: Settings,
+    cfg: ModelConfig | None = None,
+    dtype: str = "float64",
+    optimizer: bool = True,
+    alone: bool = True,
+    only: str = "",
 ) -> Trace:
-    """Both sides of a config, traced on random weights and tokens of the settings. alone: see `trace_side`."""
+    """Both sides of a config, traced on random weights and tokens of the settings. alone: see `trace_side`.
+
+    only: the one side to trace, the other's points then stay empty.
+    """
     cfg = cfg or s.cfg
     weights = random_weights(cfg, s.seed, dtype)
     ids, targets = random_batch(cfg, s.seed, s.batch, s.length)
     expected = specification(weights, ids, targets, cfg, lambda x: round_to(x, dtype))
     sides = s.sides(dtype, cfg)
-    traces = tuple(trace_side(side, weights, ids, targets, expected, alone) for side in sides)
+    traces = tuple(
+        trace_side(side, weights, ids, targets, expected, alone)
+        if only in ("", side.name)
+        else SideTrace(side.name, [], {"": 0.0}, {}, 0.0)
+        for side in sides
+    )
     steps = tuple(trace_optimizers(s, cfg)) if optimizer and dtype == "float64" else ()
     return Trace(cfg, dtype, (traces[0], traces[1]), steps)
 
