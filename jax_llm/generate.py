@@ -28,12 +28,9 @@ from jax_llm.model import CausalLM, Params
 from jax_llm.sampling import sample
 from jax_llm.train import matmul_precision, select_device, unstack, x64
 from llm_common.config import ModelConfig, SamplingConfig
-from llm_common.tensors import Tensors, bucket, check_prompts
+from llm_common.tensors import FUSED, Tensors, bucket, check_prompts
 
 CHUNK = 16  # tokens drawn by one call of the compiled loop, after which the host looks at the texts
-
-
-FUSED = {"self_attn": ("qkv_proj", "q_proj", "k_proj", "v_proj"), "mlp": ("gate_up_proj", "gate_proj", "up_proj")}
 
 
 def fuse_projections(layer: Params) -> Params:

@@ -16,6 +16,8 @@ from llm_common.tensor_files import TensorFiles
 
 Tensors = Mapping[str, np.ndarray]
 INIT_STD = 0.02
+# Of a layer's blocks: the projections of one input that decoding makes as one product, by the name of that.
+FUSED = {"self_attn": ("qkv_proj", "q_proj", "k_proj", "v_proj"), "mlp": ("gate_up_proj", "gate_proj", "up_proj")}
 
 
 class ReadOnDemand(Mapping[str, np.ndarray]):

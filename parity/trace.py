@@ -223,12 +223,10 @@ class Trace:
         """The verdict."""
         jax, torch = self.faults()
         worst = [max(own_errors(side), default=math.inf) for side in self.sides]
-        names = ("JAX", "torch")
-        agrees = lambda k: (
-            f"{names[k]} agrees with the specification to {worst[k]:.0e}"
-            if self.sides[k].points
-            else f"{names[k]} was not traced"
+        says = lambda k: (
+            f"agrees with the specification to {worst[k]:.0e}" if self.sides[k].points else "was not traced"
         )
+        agrees = lambda k: f"{('JAX', 'torch')[k]} {says(k)}"
         if jax is None and torch is None:
             return f"No difference: given identical inputs, {agrees(0)} and torch to {worst[1]:.0e} at every point."
         describe = lambda f: f"{f.place}: {f.error:.1e} {f.what}"
@@ -283,12 +281,9 @@ def trace(
     ids, targets = random_batch(cfg, s.seed, s.batch, s.length)
     expected = specification(weights, ids, targets, cfg, lambda x: round_to(x, dtype))
     sides = s.sides(dtype, cfg)
-    traces = tuple(
-        trace_side(side, weights, ids, targets, expected, alone)
-        if only in ("", side.name)
-        else SideTrace(side.name, [], {"": 0.0}, {}, 0.0)
-        for side in sides
-    )
+    traced = lambda side: trace_side(side, weights, ids, targets, expected, alone)
+    empty = lambda side: SideTrace(side.name, [], {"": 0.0}, {}, 0.0)
+    traces = tuple((traced if only in ("", side.name) else empty)(side) for side in sides)
     steps = tuple(trace_optimizers(s, cfg)) if optimizer and dtype == "float64" else ()
     return Trace(cfg, dtype, (traces[0], traces[1]), steps)
 

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from llm_common.config import ModelConfig, SamplingConfig
-from llm_common.tensors import Tensors, bucket, check_prompts
+from llm_common.tensors import FUSED, Tensors, bucket, check_prompts
 from torch_llm import random_bits
 from torch_llm.attention import resolve_backend
 from torch_llm.checkpoint import from_canonical
@@ -33,9 +33,6 @@ from torch_llm.train import matmul_precision, select_device, to_host_later
 
 CHUNK = 16  # tokens drawn between two looks of the host at the texts
 CAPTURED_PROMPTS = 2**14  # tokens of prompts up to which a GPU would wait for the host, step by step
-
-
-FUSED = {"self_attn": ("qkv_proj", "q_proj", "k_proj", "v_proj"), "mlp": ("gate_up_proj", "gate_proj", "up_proj")}
 
 
 @torch.no_grad()
