@@ -206,7 +206,9 @@ class Trainer:
         self.model.init_weights(self.train.seed)
 
     def _compile(self) -> None:
-        self._batch_loss, self._sum_of_squares = torch.compile(batch_loss), torch.compile(sum_of_squares, dynamic=True)
+        # for the shapes that come: a second run in a process would else get a program for any, slower, or for some GPUs none
+        self._batch_loss = torch.compile(batch_loss, dynamic=False)
+        self._sum_of_squares = torch.compile(sum_of_squares, dynamic=True)
         self.optimizer.compile_update()
 
     def loss_and_grads(self, inputs: Tensor, targets: Tensor) -> Tensor:

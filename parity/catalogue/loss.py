@@ -118,23 +118,38 @@ jax(
     "gradients",
 )
 jax(
-    "logits in parts: the first part left out",
-    "loss:chunked_cross_entropy",
-    "(cut(x), cut(targets))",
-    "(cut(x)[1:], cut(targets)[1:])",
+    "logits in parts: the loss of the last alone",
+    "loss:_chunks_forward",
+    "total + cross_entropy(logits, targets, count)",
+    "cross_entropy(logits, targets, count)",
     **LOSS,
 )
 torch(
     "logits in parts: each part's own mean",
-    "loss:chunked_cross_entropy",
-    "cross_entropy(linear(x, weight.to(x.dtype)), targets, count)",
-    "cross_entropy(linear(x, weight.to(x.dtype)), targets)",
+    "loss:_Chunks.forward",
+    "cross_entropy(logits, own_targets, count)",
+    "cross_entropy(logits, own_targets)",
     **LOSS,
 )
+torch(
+    "logits in parts: gradient of targets that do not count",
+    "loss:d_cross_entropy",
+    "targets != IGNORE_INDEX",
+    "targets == targets",
+    "gradients",
+)
 both(
-    "logits in parts: the head learns from none",
-    ("loss:chunked_cross_entropy", "weight = upcast(weight)", "weight = jax.lax.stop_gradient(upcast(weight))"),
-    ("loss:chunked_cross_entropy", "weight = upcast(weight)", "weight = upcast(weight).detach()"),
+    "logits in parts: the head learns from the last alone",
+    (
+        "loss:_chunks_forward",
+        'd_weight + upcast(jnp.einsum("btv,btd->vd", d_logits, x))',
+        'upcast(jnp.einsum("btv,btd->vd", d_logits, x))',
+    ),
+    (
+        "loss:_Chunks.forward",
+        "d_weight + upcast(d_logits.flatten(0, 1).T @ own.flatten(0, 1))",
+        "upcast(d_logits.flatten(0, 1).T @ own.flatten(0, 1))",
+    ),
     "gradients",
 )
 area("gradient")
