@@ -3,13 +3,11 @@
 B batch, T positions, D hidden_size, V vocab_size.
 """
 
-from functools import partial
-
 import jax
 import jax.numpy as jnp
 from jax import Array
 
-from jax_llm.layers import linear, upcast
+from jax_llm.layers import upcast
 
 IGNORE_INDEX = -100  # a target that is not counted
 
@@ -36,46 +34,3 @@ def cross_entropy(logits: Array, targets: Array, count: Array | None = None) -> 
     total, own_count = cross_entropy_sum(logits, targets)
     count = own_count if count is None else count
     return total / jnp.maximum(count, 1)
-
-
-@partial(jax.custom_vjp, nondiff_argnums=(4,))
-def chunked_cross_entropy(x: Array, weight: Array, targets: Array, count: Array, chunks: int) -> Array:
-    """`cross_entropy` of the logits linear(x, weight), which are made for T / chunks positions at a time and are never all there.
-
-    x (B, T, D), weight (V, D) of the head, targets (B, T). The gradients are made with the logits, which are so made once; that
-    of weight is summed over the chunks in float32.
-    """
-    return _chunks_forward(x, weight, targets, count, chunks)[0]
-
-
-def _chunks_forward(x: Array, weight: Array, targets: Array, count: Array, chunks: int):
-    def add(sums: tuple[Array, Array], chunk: tuple[Array, Array]) -> tuple[tuple[Array, Array], Array]:
-        (total, d_weight), (x, targets) = sums, chunk
-        logits = linear(x, weight)
-        d_logits = d_cross_entropy(logits, targets, count)
-        d_weight = d_weight + upcast(jnp.einsum("btv,btd->vd", d_logits, x))
-        return (total + cross_entropy(logits, targets, count), d_weight), d_logits @ weight
-
-    cut = lambda x: x.reshape(x.shape[0], chunks, -1, *x.shape[2:]).swapaxes(0, 1)  # (chunks, B, T / chunks, ...)
-    d_weight = jnp.zeros_like(upcast(weight))
-    sums, d_x = jax.lax.scan(add, (jnp.zeros((), d_weight.dtype), d_weight), (cut(x), cut(targets)))
-    total, d_weight = sums
-    return total, (d_x.swapaxes(0, 1).reshape(x.shape), d_weight.astype(weight.dtype))
-
-
-def _chunks_backward(chunks: int, grads: tuple[Array, Array], g: Array):
-    return *((g * d).astype(d.dtype) for d in grads), None, None
-
-
-chunked_cross_entropy.defvjp(_chunks_forward, _chunks_backward)
-
-
-def d_cross_entropy(logits: Array, targets: Array, count: Array) -> Array:
-    """The gradient of `cross_entropy` for its logits: (..., V) in their dtype.
-
-    (softmax - one hot) / count; 0 where the target is -100.
-    """
-    hot = targets[..., None] == jnp.arange(logits.shape[-1])
-    counted = (targets != IGNORE_INDEX)[..., None]
-    d = jnp.where(counted, jax.nn.softmax(upcast(logits), axis=-1) - hot, 0.0) / jnp.maximum(count, 1)
-    return d.astype(logits.dtype)

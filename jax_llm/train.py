@@ -23,8 +23,9 @@ import optax
 from jax import Array
 
 from jax_llm.attention import resolve_backend
+from jax_llm.chunked_loss import chunked_cross_entropy
 from jax_llm.layers import upcast
-from jax_llm.loss import IGNORE_INDEX, chunked_cross_entropy, cross_entropy
+from jax_llm.loss import IGNORE_INDEX, cross_entropy
 from jax_llm.model import CausalLM, Params, get_canonical, init_params, slice_layers, stack_layers
 from jax_llm.optim import global_norm, make_optimizer
 from llm_common.budget import host_memory, host_memory_used

@@ -3,13 +3,10 @@
 B batch, T positions, D hidden_size, V vocab_size.
 """
 
-from typing import Any
-
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from torch_llm.layers import linear, upcast
+from torch_llm.layers import upcast
 
 IGNORE_INDEX = -100  # a target that is not counted
 
@@ -33,46 +30,3 @@ def cross_entropy(logits: Tensor, targets: Tensor, count: Tensor | None = None) 
     total, own_count = cross_entropy_sum(logits, targets)
     count = own_count if count is None else count
     return total / count.clamp(min=1)
-
-
-def chunked_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, count: Tensor, chunks: int) -> Tensor:
-    """`cross_entropy` of the logits linear(x, weight), which are made for T / chunks positions at a time and are never all there.
-
-    x (B, T, D), weight (V, D) of the head, targets (B, T). The gradients are made with the logits, which are so made once; that
-    of weight is summed over the chunks in float32.
-    """
-    total = _Chunks.apply(x, weight, targets, count, chunks)
-    assert isinstance(total, Tensor)
-    return total
-
-
-class _Chunks(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, targets: Tensor, count: Tensor, chunks: int) -> Tensor:
-        d_weight, d_x = torch.zeros_like(upcast(weight)), []
-        total = torch.zeros((), dtype=d_weight.dtype, device=x.device)
-        for own, own_targets in zip(x.chunk(chunks, dim=1), targets.chunk(chunks, dim=1), strict=True):
-            logits = linear(own, weight)  # (B, T / chunks, V)
-            d_logits = d_cross_entropy(logits, own_targets, count)
-            d_weight = d_weight + upcast(d_logits.flatten(0, 1).T @ own.flatten(0, 1))
-            total = total + cross_entropy(logits, own_targets, count)
-            d_x.append(d_logits @ weight)
-        ctx.save_for_backward(torch.cat(d_x, dim=1), d_weight.to(weight.dtype))
-        return total
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        return *((grads[0] * d).to(d.dtype) for d in ctx.saved_tensors), None, None, None
-
-
-def d_cross_entropy(logits: Tensor, targets: Tensor, count: Tensor) -> Tensor:
-    """The gradient of `cross_entropy` for its logits: (..., V) in their dtype.
-
-    (softmax - one hot) / count; 0 where the target is -100.
-    """
-    hot = targets[..., None] == torch.arange(logits.shape[-1], device=logits.device)
-    counted = (targets != IGNORE_INDEX)[..., None]
-    d = torch.where(
-        counted, torch.softmax(upcast(logits), dim=-1) - hot.to(upcast(logits[:0]).dtype), 0.0
-    ) / count.clamp(min=1)
-    return d.to(logits.dtype)

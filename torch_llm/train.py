@@ -26,7 +26,8 @@ from llm_common.metrics import StepMetrics
 from llm_common.schedule import learning_rate
 from llm_common.tensors import check_batch, tensor_shapes
 from torch_llm.attention import resolve_backend
-from torch_llm.loss import IGNORE_INDEX, chunked_cross_entropy, cross_entropy
+from torch_llm.chunked_loss import chunked_cross_entropy
+from torch_llm.loss import IGNORE_INDEX, cross_entropy
 from torch_llm.model import CausalLM, empty_model
 from torch_llm.optim import clip_factor, global_norm, make_optimizer, sum_of_squares
 
