@@ -50,7 +50,7 @@ def d_cross_entropy(logits: Array, targets: Array, count: Array) -> Array:
 
     (softmax - one hot) / count; 0 where the target is -100.
     """
+    probs = jax.nn.softmax(upcast(logits), axis=-1)
     hot = targets[..., None] == jnp.arange(logits.shape[-1])
     counted = (targets != IGNORE_INDEX)[..., None]
-    d = jnp.where(counted, jax.nn.softmax(upcast(logits), axis=-1) - hot, 0.0) / jnp.maximum(count, 1)
-    return d.astype(logits.dtype)
+    return (jnp.where(counted, probs - hot, 0.0) / jnp.maximum(count, 1)).astype(logits.dtype)

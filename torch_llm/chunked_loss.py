@@ -47,9 +47,7 @@ def d_cross_entropy(logits: Tensor, targets: Tensor, count: Tensor) -> Tensor:
 
     (softmax - one hot) / count; 0 where the target is -100.
     """
-    hot = targets[..., None] == torch.arange(logits.shape[-1], device=logits.device)
+    probs = torch.softmax(upcast(logits), dim=-1)
+    hot = (targets[..., None] == torch.arange(logits.shape[-1], device=logits.device)).to(probs.dtype)
     counted = (targets != IGNORE_INDEX)[..., None]
-    d = torch.where(
-        counted, torch.softmax(upcast(logits), dim=-1) - hot.to(upcast(logits[:0]).dtype), 0.0
-    ) / count.clamp(min=1)
-    return d.to(logits.dtype)
+    return (torch.where(counted, probs - hot, 0.0) / count.clamp(min=1)).to(logits.dtype)

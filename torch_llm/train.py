@@ -207,7 +207,7 @@ class Trainer:
         self.model.init_weights(self.train.seed)
 
     def _compile(self) -> None:
-        # for the shapes that come: a second run in a process would else get a program for any, slower, or for some GPUs none
+        # a program for each shape: of one for any shape, which a second shape brings, the compiler fails on a GPU
         self._batch_loss = torch.compile(batch_loss, dynamic=False)
         self._sum_of_squares = torch.compile(sum_of_squares, dynamic=True)
         self.optimizer.compile_update()
