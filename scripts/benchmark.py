@@ -13,6 +13,7 @@ weights and cache, over the second. --out writes PREFIX.md, PREFIX.json and PREF
 
 import argparse
 import json
+import sys
 import tempfile
 from datetime import date
 from pathlib import Path
@@ -56,7 +57,8 @@ def main() -> None:
     parser.add_argument("--cache-dir", type=Path, help="of compiled programs")
     parser.add_argument("--out", type=Path, metavar="PREFIX", help="of a .md, a .json and a .png file")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
-    add_flags(parser, TrainConfig, "training")
+    add_flags(parser, TrainConfig, "training; left out, compute-dtype is bfloat16 on a GPU or TPU")
+    parser.set_defaults(compute_dtype=None)
     args = parser.parse_args()
     prepare_environment(args.cache_dir)
     if args.worker is not None:
@@ -64,6 +66,7 @@ def main() -> None:
         print(json.dumps({**task, **WORK[task["what"]](args, task)}), flush=True)
         return
     check(args)
+    sys.argv += ["--compute-dtype", args.compute_dtype, "--compile", args.compile]  # which workers are told
     cases, results = list_cases(args), []
     before = run_worker({"what": "ceilings"})
     if "error" in before:
@@ -82,7 +85,13 @@ def main() -> None:
 
 
 def check(args: argparse.Namespace) -> None:
-    """Refuse what cannot be measured, before anything is."""
+    """Refuse what cannot be measured, before anything is, and fill in what no flag says: what pays on the device."""
+    first = next(iter(frameworks(args)), "torch")
+    if import_side(first, "train").device_kind(args.device).lower() == "cpu":
+        args.compute_dtype = args.compute_dtype or "float32"
+    else:
+        args.compute_dtype = args.compute_dtype or "bfloat16"
+        args.compile = "on" if args.what == "decode" and args.compile == "auto" else args.compile
     cfg, train = model_config(args), from_flags(TrainConfig, args)
     for name in args.peer:
         find_peer(name)
@@ -108,7 +117,8 @@ def list_cases(args: argparse.Namespace) -> list[dict[str, Any]]:
     if args.what == "startup":
         return [{"what": "startup", "side": side, "cache": cache} for side in sides for cache in ("empty", "warm")]
     if args.what == "attention":
-        fused = {"jax": ["xla", "cudnn"], "torch": ["sdpa"]}
+        cudnn = ["cudnn"] if args.compute_dtype == "bfloat16" else []  # it takes nothing wider
+        fused = {"jax": ["xla", *cudnn], "torch": ["sdpa"]}
         return [
             {"what": "attention", "side": side, "backend": x} for side in sides for x in ["reference", *fused[side]]
         ]

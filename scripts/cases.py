@@ -37,6 +37,11 @@ def measure_ceilings(args: argparse.Namespace, task: dict[str, Any]) -> dict[str
     return {**ceilings(args.device, args.compute_dtype), "device": side.device_kind(args.device)}
 
 
+def packages(name: str) -> list[str]:
+    """What a side or a peer runs on, for the table."""
+    return [name] if name in OURS else list(getattr(find_peer(name), "packages", ("torch",)))
+
+
 class Clock:
     """Called after every step with the loss, which it reads only at the borders of groups, so that a step is not waited for."""
 
@@ -104,7 +109,7 @@ def measure_train(args: argparse.Namespace, task: dict[str, Any]) -> dict[str, A
         "kernels": [] if folder is None else top_kernels(folder, 3),
         "settings": asdict(train),
         "uses": side.describe(cfg, train, args.device) if name in OURS else name,
-        "versions": versions("jax" if name == "jax" else "torch", *([] if name in OURS else ["transformers"])),
+        "versions": versions(*packages(name)),
     }
 
 
@@ -145,7 +150,7 @@ def measure_decode(args: argparse.Namespace, task: dict[str, Any]) -> dict[str, 
         "bytes": decode_bytes(cfg, b, context, args.compute_dtype),
         "memory": side.memory_used(args.device),
         "kernels": [] if folder is None else top_kernels(folder, 33),
-        "versions": versions("jax" if name == "jax" else "torch", *([] if name in OURS else ["transformers"])),
+        "versions": versions(*packages(name)),
     }
 
 

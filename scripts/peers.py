@@ -1,6 +1,7 @@
 """Other libraries' models as cases of `benchmark.py`: the same shape, trained and decoded as their own documentation advises.
 
-A file of yours with functions of these names and arguments is one more peer: `--peer path/to/mine.py`.
+A file of yours with functions `train` and `decode` of these arguments is one more peer: `--peer path/to/mine.py`. If it has a
+list `packages`, their versions are written into the table.
 """
 
 import importlib.util
