@@ -5,7 +5,6 @@
 
 import hashlib
 import json
-import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,8 @@ from typing import Any
 import numpy as np
 
 from llm_common.errors import UserError, read_json, require_package
-from llm_common.tokenizer import END_OF_TEXT, FILE_NAME, PATTERNS, Tokenizer
+from llm_common.tokenizer import END_OF_TEXT, FILE_NAME, Tokenizer
+from llm_common.words import PATTERNS, without_possessive
 
 # What belongs to a model beside its weights and goes with it into checkpoints and exports.
 FILES = (
@@ -201,10 +201,8 @@ def to_hf_files(tokenizer: Tokenizer) -> dict[str, bytes]:
     special = {i: text for text, i in tokenizer.special_tokens.items()}
     vocab = {special.get(i) or write(token): i for i, token in tokenizer.vocab.items()}
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
-    # The library's regular expressions read a + after a quantifier in braces as a repetition, not as possessive, and $ as
-    # the end of any line. Without possessive quantifiers these patterns match the same, only slower.
-    pattern = PATTERNS[tokenizer.pattern].replace("$", r"\z").replace("++", "+").replace("?+", "?").replace("*+", "*")
-    pattern = re.sub(r"(\{\d+(?:,\d*)?\})\+", r"\1", pattern)
+    # the library's regular expressions read a + after a quantifier in braces as a repetition, and $ as the end of any line
+    pattern = without_possessive(PATTERNS[tokenizer.pattern]).replace("$", r"\z")
     split = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
     content = {
         "version": "1.0",

@@ -1,45 +1,57 @@
-"""A byte-level BPE tokenizer in plain Python, to be read.
+"""A byte-level BPE tokenizer: any text to ids and back.
 
-Text is cut by a regular expression into words (a word keeps its leading space), each word becomes its UTF-8 bytes, and
-training merges the most frequent pair of neighbouring tokens, over and over. Encoding replays the merges in the order
-they were learned. Any text can be encoded, and decoding gives it back (a lone surrogate, which is not text, becomes "?").
+Text is cut by a pattern into words (`words.py`), each word becomes its UTF-8 bytes, and the merges are replayed on it in the order
+in which they were learned. Any text can be encoded, and decoding gives it back; half of a surrogate pair, which is not text,
+becomes U+FFFD. What is computed, in its plainest form: `bpe_reference.encode`.
+
+Everything here is Python. Where the `tiktoken` package is installed and would give the same ids, large texts go through it.
 
 Sources: Sennrich et al. 2016, https://arxiv.org/abs/1508.07909; the byte-level form is GPT-2's (Radford et al. 2019).
 """
 
+import concurrent.futures
+import functools
 import hashlib
 import heapq
+import importlib.util
 import itertools
 import json
-from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator
+import os
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
-import regex
 
-from llm_common.errors import UserError
+from llm_common.errors import UserError, write_whole
+from llm_common.words import (
+    BLOCK,
+    PATTERNS,
+    Words,
+    blocks,
+    clean,
+    special_finder,
+    stream_blocks,
+    without_possessive,
+    write_out,
+)
 
-PATTERNS = {
-    "gpt2": r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+",
-    # Llama 3 and cl100k: at most three digits together, contractions in capitals too, newlines apart
-    "cl100k": (
-        r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}+| ?[^\s\p{L}\p{N}]++[\r\n]*+"
-        r"|\s++$|\s*[\r\n]|\s+(?!\S)|\s"
-    ),
-}
 END_OF_TEXT = "<|endoftext|>"
 FORMAT = 1
 FILE_NAME = "bpe.json"
-
-Pair = tuple[int, int]
+NEVER = 1 << 60  # the rank of a pair that is not merged
+LONG = 256  # bytes of a word from which looking for the smallest rank in all of it takes too long
+REMEMBERED = 1 << 17  # words, of at most 64 characters
+WORTHWHILE = 1 << 20  # characters that a tokenizer has encoded before tiktoken is made ready for more
+GONE = -1
 
 
 class Tokenizer:
     """Byte-level BPE. Ids: 0 to 255 the bytes, then the merges in order, then the special tokens.
 
-    `vocab` (id -> bytes) may be given to use a foreign numbering, such as GPT-2's own files.
+    `vocab` (id -> bytes) may be given to use a foreign numbering, such as GPT-2's own files. ignore_merges: a word that is a
+    token is that token, whatever the merges would make of it, as in Llama 3. fast: whether tiktoken may be used.
     """
 
     def __init__(
@@ -48,10 +60,12 @@ class Tokenizer:
         special_tokens: Iterable[str] = (END_OF_TEXT,),
         pattern: str = "gpt2",
         vocab: dict[int, bytes] | None = None,
+        ignore_merges: bool = False,
+        fast: bool = True,
     ) -> None:
         if pattern not in PATTERNS:
             raise UserError(f"unknown pattern {pattern!r}; known: {', '.join(PATTERNS)}")
-        self.merges, self.pattern = list(merges), pattern
+        self.merges, self.pattern, self.ignore_merges, self.fast = list(merges), pattern, ignore_merges, fast
         if vocab is None:
             vocab = dict(enumerate([bytes([b]) for b in range(256)] + [a + b for a, b in self.merges]))
         self.vocab = dict(vocab)
@@ -67,14 +81,18 @@ class Tokenizer:
         missing = [b for b in range(256) if bytes([b]) not in self._id]
         if missing:
             raise UserError(f"vocabulary lacks the single byte {missing[0]:#04x}: some text could not be encoded")
-        self._rank = {pair: rank for rank, pair in enumerate(self.merges)}
-        self._words = regex.compile(PATTERNS[pattern])
-        # longest first, so that of two special tokens with a common start the longer one is found
-        longest_first = sorted(self.special_tokens, key=len, reverse=True)
-        self._specials = (
-            regex.compile("(" + "|".join(map(regex.escape, longest_first)) + ")") if longest_first else None
-        )
-        self._cache: dict[str, list[int]] = {}
+        self._byte_ids = [self._id[bytes([b])] for b in range(256)]
+        self._rank: dict[tuple[int, int], int] = {}
+        self._merged: list[int] = []  # by rank
+        for rank, (a, b) in enumerate(self.merges):
+            if a not in self._id or b not in self._id or a + b not in self._id:
+                raise UserError(f"merge {rank} of {a!r} and {b!r}: not all of it is in the vocabulary")
+            self._rank[self._id[a], self._id[b]] = rank
+            self._merged.append(self._id[a + b])
+        self._words = Words(PATTERNS[pattern])
+        self._specials = special_finder(self.special_tokens)
+        self._known_words = _KnownWords(self._encode_word)
+        self._encoded = 0  # characters so far
 
     @property
     def vocab_size(self) -> int:
@@ -93,84 +111,132 @@ class Tokenizer:
 
     # --- encode and decode
 
-    def _pieces(self, text: str) -> Iterator[str]:
-        """The special tokens and words of a text, in order; joined they are the text."""
-        for part in self._specials.split(text) if self._specials else [text]:
-            if part in self.special_tokens:
-                yield part
-            else:
-                yield from self._words.findall(part)
-
-    def _encode_piece(self, piece: str, remember: bool = True) -> list[int]:
-        return [self.special_tokens[piece]] if piece in self.special_tokens else self._encode_word(piece, remember)
-
     def encode(self, text: str) -> list[int]:
         """Ids of a text; special tokens written out in it become their ids."""
-        return [i for piece in self._pieces(text) for i in self._encode_piece(piece)]
-
-    def encode_iterable(self, texts: Iterable[str]) -> Iterator[int]:
-        """The ids of the concatenation of `texts`, lazily; equal to `encode("".join(texts))`.
-
-        Memory does not grow with the text: words are not remembered, which makes it five times slower than `encode`.
-        The end of a chunk may cut a special token or a word in two, so what more text could change is held back: where
-        a special token may have begun, and the two words before that (more text can join "'", "ll" to "'ll").
-        """
-        reserve = max((len(s) for s in self.special_tokens), default=1) - 1
-        held = ""
-        for text in texts:
-            held += text
-            limit = len(held) - reserve  # a special token that starts before it would be complete
-            pieces, position, words, settled = [], 0, 0, 0
-            for piece in self._pieces(held):
-                is_special = piece in self.special_tokens
-                if position >= limit or (not is_special and position + len(piece) > limit):
-                    break
-                pieces.append(piece)
-                position += len(piece)
-                words = 0 if is_special else words + 1
-                settled = max(settled, len(pieces) - min(words, 2))
-            for piece in pieces[:settled]:
-                yield from self._encode_piece(piece, remember=False)
-            held = held[sum(map(len, pieces[:settled])) :]
-        for piece in self._pieces(held):
-            yield from self._encode_piece(piece, remember=False)
-
-    def _encode_word(self, word: str, remember: bool = True) -> list[int]:
-        if word in self._cache:
-            return self._cache[word]
-        parts = [bytes([b]) for b in word.encode("utf-8", errors="replace")]
-        # Linked list of parts and a heap of the known pairs: n log n, also for a very long "word" of spaces.
-        following = list(range(1, len(parts) + 1))
-        previous = list(range(-1, len(parts) - 1))
-        alive = [True] * len(parts)
-        heap: list[tuple[int, int, bytes, bytes]] = []
-
-        def push(i: int) -> None:
-            j = following[i]
-            if j < len(parts) and (rank := self._rank.get((parts[i], parts[j]))) is not None:
-                heapq.heappush(heap, (rank, i, parts[i], parts[j]))
-
-        for i in range(len(parts) - 1):
-            push(i)
-        while heap:
-            _, i, left, right = heapq.heappop(heap)
-            j = following[i] if alive[i] else len(parts)
-            if j >= len(parts) or parts[i] != left or parts[j] != right:
-                continue  # one of the two was merged with another neighbour meanwhile
-            parts[i] += parts[j]
-            alive[j] = False
-            following[i] = following[j]
-            if following[i] < len(parts):
-                previous[following[i]] = i
-            push(i)
-            if previous[i] >= 0:
-                push(previous[i])
-        ids = [self._id[part] for part, is_alive in zip(parts, alive, strict=True) if is_alive]
-        if remember and len(word) <= 64:  # long "words" are rare and would only fill the memory
-            if len(self._cache) > 500_000:
-                self._cache.clear()
-            self._cache[word] = ids
+        text = clean(text)
+        if self._specials is None or self._specials.search(text) is None:
+            return self._encode_ordinary(text)
+        ids: list[int] = []
+        for i, part in enumerate(self._specials.split(text)):
+            if i % 2:
+                ids.append(self.special_tokens[part])
+            elif part:
+                ids += self._encode_ordinary(part)
         return ids
+
+    def encode_batch(self, texts: Iterable[str]) -> list[list[int]]:
+        """The ids of several texts; through tiktoken on all cores."""
+        texts = list(texts)
+        if not self.fast or sum(map(len, texts)) < WORTHWHILE or self._tiktoken is None:
+            return [self.encode(text) for text in texts]
+        self._encoded = WORTHWHILE + 1
+        with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+            return list(pool.map(self.encode, texts))
+
+    def encode_iterable(self, texts: Iterable[str], block: int = BLOCK) -> Iterator[int]:
+        """The ids of the concatenation of `texts`, lazily; equal to `encode("".join(texts))`, in memory that does not grow with it.
+
+        block: how many characters are waited for before some are encoded.
+        """
+        for part in stream_blocks(texts, self.special_tokens, block):
+            yield from (
+                [self.special_tokens[part]] if part in self.special_tokens else self._encode_ordinary(clean(part))
+            )
+
+    def _encode_ordinary(self, text: str) -> list[int]:
+        """Ids of a text without special tokens."""
+        self._encoded += len(text)
+        if self.fast and self._encoded > WORTHWHILE and self._tiktoken is not None:
+            ids: list[int] = []
+            for block in blocks(text):
+                # of a longer block, which is one word or a few, it could overflow its stack
+                ids += self._tiktoken.encode_ordinary(block) if len(block) <= 2 * BLOCK else self._encode_plain(block)
+            return ids
+        return self._encode_plain(text)
+
+    def _encode_plain(self, text: str) -> list[int]:
+        return list(itertools.chain.from_iterable(map(self._known_words.__getitem__, self._words(text))))
+
+    def _encode_word(self, word: str) -> list[int]:
+        token = word.encode("utf-8")
+        if self.ignore_merges and token in self._id:
+            return [self._id[token]]
+        ids = list(map(self._byte_ids.__getitem__, token))
+        return self._merge_short(ids) if len(ids) < LONG else self._merge_long(ids)
+
+    def _merge_short(self, ids: list[int]) -> list[int]:
+        """Replay the merges: the pair of the smallest rank, the leftmost of several, until there is none."""
+        rank_of, merged = self._rank.get, self._merged
+        ranks = list(map(rank_of, itertools.pairwise(ids), itertools.repeat(NEVER)))
+        while ranks and (rank := min(ranks)) != NEVER:
+            i = ranks.index(rank)
+            ids[i] = joined = merged[rank]
+            del ids[i + 1], ranks[i]
+            if i < len(ranks):
+                ranks[i] = rank_of((joined, ids[i + 1]), NEVER)
+            if i:
+                ranks[i - 1] = rank_of((ids[i - 1], joined), NEVER)
+        return ids
+
+    def _merge_long(self, ids: list[int]) -> list[int]:
+        """The same in a time that grows with the length alone: a linked list, and for every rank the places where it is."""
+        rank_of, merged, n = self._rank.get, self._merged, len(ids)
+        following, previous = list(range(1, n + 1)), list(range(-1, n - 1))
+        ranks = [*(rank_of(pair, NEVER) for pair in itertools.pairwise(ids)), NEVER]
+        places: defaultdict[int, list[int]] = defaultdict(list)
+        for i, rank in enumerate(ranks):
+            places[rank].append(i)
+        places.pop(NEVER)
+        waiting = sorted(places)  # a heap
+
+        def rank_again(i: int, pair: tuple[int, int]) -> int:
+            ranks[i] = new = rank_of(pair, NEVER)
+            if new != NEVER:
+                if new not in places:
+                    heapq.heappush(waiting, new)
+                places[new].append(i)
+            return new
+
+        while waiting:
+            rank = heapq.heappop(waiting)
+            todo = sorted(places.pop(rank))
+            for at, i in enumerate(todo):
+                if ranks[i] != rank:
+                    continue  # one of the two was merged with another neighbour meanwhile
+                j = following[i]
+                k, p = following[j], previous[i]
+                ids[i], ids[j], following[i], ranks[i], ranks[j] = merged[rank], GONE, k, NEVER, NEVER
+                smallest = NEVER
+                if k < n:
+                    previous[k] = i
+                    smallest = rank_again(i, (ids[i], ids[k]))
+                if p >= 0:
+                    smallest = min(smallest, rank_again(p, (ids[p], ids[i])))
+                if smallest < rank:  # it goes first; merges that were learned never have it, foreign ones may
+                    if rank not in places:
+                        heapq.heappush(waiting, rank)
+                    places[rank] += todo[at + 1 :]
+                    break
+        return [i for i in ids if i != GONE]
+
+    @functools.cached_property
+    def _tiktoken(self) -> Any:
+        """tiktoken's encoder with our merges and pattern, or None: not installed, or it would not give the same ids."""
+        ids = [self._id[a + b] for a, b in self.merges]
+        if not self.merges or self.ignore_merges or importlib.util.find_spec("tiktoken") is None:
+            return None
+        # tiktoken knows no merges, only tokens: it joins two whenever they make a token, the one with the smallest id first.
+        # That is the same if ids rise with the merges and every token's bytes, merged by themselves, make that token: then
+        # wherever they stand side by side uncut, the merges inside go the same way.
+        if any(a >= b for a, b in itertools.pairwise(ids)):
+            return None
+        if any(self._merge_short([self._byte_ids[b] for b in self.vocab[i]]) != [i] for i in ids):
+            return None
+        import tiktoken
+
+        tokens = {bytes([b]): i for b, i in enumerate(self._byte_ids)} | {self.vocab[i]: i for i in ids}
+        pattern = write_out(without_possessive(PATTERNS[self.pattern]))
+        return tiktoken.Encoding(self.pattern, pat_str=pattern, mergeable_ranks=tokens, special_tokens={})
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
         """The bytes of some ids; a prefix of a text may end in the middle of a character."""
@@ -207,6 +273,8 @@ class Tokenizer:
             "merges": [f"{a.hex()} {b.hex()}" for a, b in self.merges],
             "vocab": {i: token.hex() for i, token in self.vocab.items()},
         }
+        if self.ignore_merges:
+            content["ignore_merges"] = True
         return json.dumps(content, indent=0)
 
     def fingerprint(self) -> str:
@@ -214,8 +282,8 @@ class Tokenizer:
         return hashlib.sha256(self.to_json().encode()).hexdigest()
 
     def save(self, path: Path | str) -> None:
-        """Write one JSON file; bytes are written as hexadecimal digits."""
-        Path(path).write_text(self.to_json(), encoding="utf-8")
+        """Write one JSON file, whole or not at all; bytes are written as hexadecimal digits."""
+        write_whole(Path(path), self.to_json().encode("utf-8"))
 
     @classmethod
     def load(cls, path: Path | str) -> "Tokenizer":
@@ -229,11 +297,29 @@ class Tokenizer:
                 raise UserError(f"{path}: tokenizer format {content['format']!r}, but this version reads {FORMAT}")
             merges = [(bytes.fromhex(a), bytes.fromhex(b)) for a, b in (line.split(" ") for line in content["merges"])]
             vocab = {int(i): bytes.fromhex(token) for i, token in content["vocab"].items()}
-            return cls(merges, content["special_tokens"], content["pattern"], vocab)
+            return cls(
+                merges, content["special_tokens"], content["pattern"], vocab, content.get("ignore_merges", False)
+            )
         except (KeyError, ValueError, TypeError, AttributeError) as error:
             if isinstance(error, UserError):
                 raise
             raise UserError(f"{path}: not a tokenizer file ({type(error).__name__}: {error})") from error
+
+
+class _KnownWords(dict[str, tuple[int, ...]]):
+    """Word -> ids, found out when it is asked for the first time."""
+
+    def __init__(self, encode: Callable[[str], list[int]]) -> None:
+        super().__init__()
+        self._encode = encode
+
+    def __missing__(self, word: str) -> tuple[int, ...]:
+        ids = tuple(self._encode(word))
+        if len(word) <= 64:  # longer ones are rare and would only fill the memory
+            if len(self) >= REMEMBERED:
+                self.clear()
+            self[word] = ids
+        return ids
 
 
 class HasVocabulary(Protocol):
@@ -248,93 +334,3 @@ def check_vocabulary(tokenizer: HasVocabulary, vocab_size: int) -> None:
             f"ModelConfig.vocab_size = {vocab_size} is smaller than the tokenizer's {tokenizer.vocab_size}: "
             "use a larger model vocabulary or train a smaller tokenizer"
         )
-
-
-# --- training
-
-
-def train_bpe(
-    texts: Iterable[str], vocab_size: int, special_tokens: Iterable[str] = (END_OF_TEXT,), pattern: str = "gpt2"
-) -> Tokenizer:
-    """Learn merges from `texts` until the vocabulary, special tokens included, has `vocab_size` entries.
-
-    Of pairs with the same count the one with the lexicographically greater bytes is merged first. Training stops early
-    when no pair is left. Special tokens separate texts and are never merged.
-    """
-    texts = [texts] if isinstance(texts, str) else texts
-    special_tokens = list(dict.fromkeys(special_tokens))
-    if vocab_size < 256 + len(special_tokens):
-        raise UserError(f"vocab_size = {vocab_size} is too small: 256 bytes + {len(special_tokens)} special tokens")
-    splitter = Tokenizer([], special_tokens, pattern)  # it only lends its way of cutting a text
-    word_counts: Counter[str] = Counter()
-    for text in texts:
-        word_counts.update(piece for piece in splitter._pieces(text) if piece not in splitter.special_tokens)
-    if not word_counts:
-        raise UserError("no text to train a tokenizer on")
-
-    vocab = [bytes([b]) for b in range(256)]
-    words = [list(word.encode("utf-8", errors="replace")) for word in word_counts]
-    counts = list(word_counts.values())
-    pair_counts: Counter[Pair] = Counter()
-    words_with: defaultdict[Pair, set[int]] = defaultdict(set)
-    for w, (word, count) in enumerate(zip(words, counts, strict=True)):
-        for pair in itertools.pairwise(word):
-            pair_counts[pair] += count
-            words_with[pair].add(w)
-
-    # A max-heap of (count, bytes of the pair). Entries go stale when counts change: they are checked when popped.
-    def entry(pair: Pair):
-        return _Greatest(pair_counts[pair], vocab[pair[0]], vocab[pair[1]], pair)
-
-    heap = [entry(pair) for pair in pair_counts]
-    heapq.heapify(heap)
-    merges: list[tuple[bytes, bytes]] = []
-    while len(vocab) < vocab_size - len(special_tokens) and heap:
-        best = heapq.heappop(heap)
-        if pair_counts[best.pair] != best.count or best.count == 0:
-            continue
-        left, right = best.pair
-        merges.append((vocab[left], vocab[right]))
-        new = len(vocab)
-        vocab.append(vocab[left] + vocab[right])
-        changed: set[Pair] = set()
-        for w in words_with.pop(best.pair):
-            old_word = words[w]
-            words[w] = word = _merge(old_word, best.pair, new)
-            for pair in itertools.pairwise(old_word):
-                pair_counts[pair] -= counts[w]
-                changed.add(pair)
-            for pair in itertools.pairwise(word):
-                pair_counts[pair] += counts[w]
-                words_with[pair].add(w)
-                changed.add(pair)
-        del pair_counts[best.pair]
-        for pair in changed - {best.pair}:
-            if pair_counts[pair] > 0:
-                heapq.heappush(heap, entry(pair))
-    return Tokenizer(merges, special_tokens, pattern)
-
-
-class _Greatest:
-    """A heap entry that sorts the greatest (count, left bytes, right bytes) first."""
-
-    __slots__ = ("count", "pair", "rank")
-
-    def __init__(self, count: int, left: bytes, right: bytes, pair: Pair) -> None:
-        self.count, self.pair, self.rank = count, pair, (count, left, right)
-
-    def __lt__(self, other: "_Greatest") -> bool:
-        return self.rank > other.rank
-
-
-def _merge(word: list[int], pair: Pair, new: int) -> list[int]:
-    merged: list[int] = []
-    i = 0
-    while i < len(word):
-        if i + 1 < len(word) and (word[i], word[i + 1]) == pair:
-            merged.append(new)
-            i += 2
-        else:
-            merged.append(word[i])
-            i += 1
-    return merged

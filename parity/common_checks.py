@@ -2,6 +2,7 @@
 shares no line with them, can see a mistake there: both sides would make it alike.
 """
 
+import itertools
 import json
 import math
 import tempfile
@@ -11,7 +12,8 @@ from pathlib import Path
 import numpy as np
 import safetensors.numpy
 
-from llm_common import schedule
+from llm_common import bpe_reference, schedule
+from llm_common.bpe_trainer import MANY, count_words, learn_merges, train_bpe
 from llm_common.checkpoint import load_checkpoint, save_checkpoint
 from llm_common.config import ModelConfig, OptimizerConfig
 from llm_common.data import ORDER, TokenDataset
@@ -19,8 +21,8 @@ from llm_common.evaluation import Evaluation
 from llm_common.examples import ExampleDataset, write_examples
 from llm_common.export import export
 from llm_common.tensor_files import open_model_files
-from llm_common.tokenizer import Tokenizer, train_bpe
-from parity import spec, spec_text
+from llm_common.tokenizer import Tokenizer
+from parity import spec
 from parity.cases import RandomBatches, families, random_weights, start_state
 from parity.compare import SHARED, Row, round_to, three_way
 from parity.settings import Settings
@@ -66,20 +68,21 @@ def check_schedule(s: Settings) -> Iterator[Row]:
 
 def check_tokenizer(s: Settings) -> Iterator[Row]:
     """Merges and ids of a small text in many scripts, against the definition; and the text back."""
-    tokenizer = train_bpe(TEXTS, 256 + 60 + 1)
-    merges = spec_text.train(TEXTS, 60, END)
-    differing = sum(a != b for a, b in zip(tokenizer.merges, merges, strict=False)) + abs(
-        len(tokenizer.merges) - len(merges)
-    )
-    yield _shared("tokenizer", f"merges that differ, of {len(merges)}", differing, place="train_bpe")
-    tokenizer = Tokenizer(merges)
+    merges, differing = bpe_reference.train(TEXTS, 120, END), 0
+    by_ids = bpe_reference.train(TEXTS, 120, END, smaller_ids=True)
+    words = count_words(TEXTS, [END], "gpt2")
+    for tie_rule, expected in (("greater-bytes", merges), ("smaller-ids", by_ids)):
+        for many in (MANY, 3, 0):  # in a loop, in NumPy, and in both
+            found = learn_merges(words, 120, tie_rule, many=many)
+            differing += sum(a != b for a, b in itertools.zip_longest(found, expected))
+    differing += train_bpe(TEXTS, 256 + 120 + 1).merges != merges
+    yield _shared("tokenizer", f"merges that differ, of {7 * len(merges)}", differing, place="train_bpe")
+    tokenizer = Tokenizer(merges, fast=False)
     wrong = back = 0
-    for text in (*TEXTS, "", "  lowest\u00a0wider??", "😀 aaaaa<|endoftext|>"):
-        expected = spec_text.encode(text, merges, END)
-        found = [
-            tokenizer.encode(text),
-            list(tokenizer.encode_iterable(text[i : i + 3] for i in range(0, len(text), 3))),
-        ]
+    for text in (*TEXTS, "", "  lowest\u00a0wider??", "😀 aaaaa<|endoftext|>", "abaaab" * 60, "= " + "=-" * 200):
+        expected = bpe_reference.encode(text, merges, END)
+        chunks = [text[i : i + 3] for i in range(0, len(text), 3)]
+        found = [tokenizer.encode(text), *(list(tokenizer.encode_iterable(chunks, block)) for block in (1, 20, 10_000))]
         wrong += sum(ids != expected for ids in found)
         back += tokenizer.decode(expected) != text
     yield _shared("tokenizer", "texts whose ids differ", wrong, place="Tokenizer.encode")

@@ -82,7 +82,12 @@ BLOCKS = (
         ),
         "Neither framework has a part in it, so it is written once: a tokenizer on each side could differ, and would look "
         "like a difference of the models. Merging the most frequent pair, over and over, is the whole of training.",
-        shared=("tokenizer:train_bpe", "tokenizer:Tokenizer.encode", "tokenizer:Tokenizer._encode_word"),
+        shared=(
+            "bpe_reference:train",
+            "bpe_reference:encode",
+            "tokenizer:Tokenizer.encode",
+            "tokenizer:Tokenizer._merge_short",
+        ),
     ),
     Block(
         "Embedding",

@@ -7,9 +7,10 @@ python scripts/train_tokenizer.py --out data/bpe.json --vocab-size 8192 --data m
 import argparse
 from pathlib import Path
 
+from llm_common.bpe_trainer import train_bpe
 from llm_common.corpus import documents
 from llm_common.errors import run_main
-from llm_common.tokenizer import PATTERNS, train_bpe
+from llm_common.words import PATTERNS
 
 
 def main() -> None:

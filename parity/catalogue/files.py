@@ -243,55 +243,72 @@ torch(
 
 area("tokenizer")
 BPE = {"check": "tokenizer"}
+TRAINING = {"place": "train_bpe", **BPE}
+ENCODING = {"place": "Tokenizer.encode", **BPE}
+shared("of equal pairs the lesser first", "bpe_trainer:_reversed", "chr(255 - b)", "chr(b)", **TRAINING)
 shared(
-    "of equal pairs the lesser first",
-    "tokenizer:_Greatest.__init__",
-    "(count, left, right)",
-    "(count, tuple(-b for b in left), tuple(-b for b in right))",
-    place="train_bpe",
-    **BPE,
+    "words counted once",
+    "bpe_trainer:_as_bytes",
+    "{word.encode('utf-8'): n for word, n in counts.items()}",
+    "{word.encode('utf-8'): 1 for word in counts}",
+    **TRAINING,
 )
 shared(
-    "pairs counted once a word",
-    "tokenizer:train_bpe",
-    "counts = list(word_counts.values())",
-    "counts = [1] * len(word_counts)",
-    place="train_bpe",
-    **BPE,
-)
-shared("counts not updated", "tokenizer:train_bpe", "pair_counts[pair] -= counts[w]", "pass", place="train_bpe", **BPE)
-shared("merges without overlap forgotten", "tokenizer:_merge", "i += 2", "i += 1", place="train_bpe", quick=True, **BPE)
-shared(
-    "special token learned from",
-    "tokenizer:train_bpe",
-    "piece not in splitter.special_tokens",
-    "True",
-    place="train_bpe",
-    **BPE,
+    "counts not lowered",
+    "bpe_trainer:_Pairs.merge",
+    "(old := p << 32 | a) in counts",
+    "(old := p << 32 | a) in ()",
+    **TRAINING,
 )
 shared(
-    "latest merge first",
-    "tokenizer:Tokenizer._encode_word",
-    "(rank, i, parts[i], parts[j])",
-    "(-rank, i, parts[i], parts[j])",
-    place="Tokenizer.encode",
-    **BPE,
+    "the floor falls too far", "bpe_trainer:_Pairs.look_through", "sums >= self.floor", "sums > self.floor", **TRAINING
 )
 shared(
-    "special tokens cut like text",
-    "tokenizer:Tokenizer._pieces",
-    "self._specials.split(text) if self._specials else [text]",
-    "[text]",
-    place="train_bpe",
-    **BPE,
+    "merged with what is gone",
+    "bpe_trainer:_Pairs._merge_few",
+    "ids[i] != a or ids[j] != b or not alive[i]",
+    "ids[j] != b",
+    quick=True,
+    **TRAINING,
 )
 shared(
-    "chunks cut a word",
-    "tokenizer:Tokenizer.encode_iterable",
-    "len(held) - reserve",
-    "len(held)",
-    place="Tokenizer.encode",
-    **BPE,
+    "the left neighbour sought too far right",
+    "bpe_trainer:_Pairs._merge_few",
+    "left[p].append(i - sizes[p])",
+    "left[p].append(i)",
+    **TRAINING,
+)
+shared(
+    "every second pair of a row forgotten",
+    "bpe_trainer:_Pairs._merge_many",
+    "at = at[in_row % 2 == 0]",
+    "at = at[in_row % 2 == 1]",
+    **TRAINING,
+)
+shared("learned from special tokens", "bpe_trainer:_count", "i % 2 == 0", "i >= 0", **TRAINING)
+shared(
+    "the pair before a merge forgotten",
+    "tokenizer:Tokenizer._merge_short",
+    "rank_of((ids[i - 1], joined), NEVER)",
+    "NEVER",
+    **ENCODING,
+)
+shared(
+    "merged with what is gone in a long word",
+    "tokenizer:Tokenizer._merge_long",
+    "ranks[i] != rank",
+    "False",
+    **ENCODING,
+)
+shared("special tokens cut like text", "tokenizer:Tokenizer.encode", "self._specials is None", "True", **ENCODING)
+shared("chunks cut a word", "words:last_cut", "found.start() + 1", "found.start() + 2", **ENCODING)
+shared("chunks cut a special token", "words:stream_blocks", "len(buffer) - reserve", "len(buffer)", **ENCODING)
+shared(
+    "a space is a letter",
+    "words:write_out",
+    "content if inside else f'[{content}]'",
+    "content if inside else f'[{content} ]'",
+    **TRAINING,
 )
 shared(
     "decoding drops what is not UTF-8",
@@ -304,8 +321,7 @@ shared(
 shared(
     "characters for bytes",
     "tokenizer:Tokenizer._encode_word",
-    "word.encode('utf-8', errors='replace')",
-    "word.encode('ascii', errors='replace')",
-    place="Tokenizer.encode",
-    **BPE,
+    "word.encode('utf-8')",
+    "word.encode('ascii', 'replace')",
+    **ENCODING,
 )

@@ -80,5 +80,6 @@ def test_all_families_fit_two_short_files(side):
     assert sum(len((ROOT / side / f"{name}.py").read_text().splitlines()) for name in ("model", "attention")) < 350
 
 
-def test_the_specification_of_text_imports_none_of_the_packages_either():
-    assert imported(ROOT / "parity/spec_text.py") == {"itertools", "collections", "regex"}
+def test_the_reference_of_the_tokenizer_is_short_and_imports_none_of_the_packages():
+    assert len((ROOT / "llm_common/bpe_reference.py").read_text().splitlines()) <= 100
+    assert imported(ROOT / "llm_common/bpe_reference.py") == {"itertools", "collections", "regex"}
