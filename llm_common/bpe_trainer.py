@@ -288,7 +288,7 @@ def learn_merges(
 
 
 def train_bpe(
-    texts: Iterable[str],
+    texts: Iterable[str | Iterable[str]],
     vocab_size: int,
     special_tokens: Iterable[str] = (END_OF_TEXT,),
     pattern: str = "gpt2",
@@ -296,7 +296,7 @@ def train_bpe(
     processes: int = 1,
     on_merge: Callable[[int], None] | None = None,
 ) -> Tokenizer:
-    """Learn merges from documents until the vocabulary, special tokens included, has `vocab_size` entries.
+    """Learn merges from documents, whole or in pieces, until the vocabulary, special tokens included, has `vocab_size` entries.
 
     Training stops early when no pair is left. Special tokens separate words and are never merged. processes: how many count
     the words. Of equal pairs: see `learn_merges`. Raises UserError for a vocabulary too small and for no text.
@@ -305,7 +305,7 @@ def train_bpe(
     if pattern not in PATTERNS:
         raise UserError(f"unknown pattern {pattern!r}; known: {', '.join(PATTERNS)}")
     texts = [texts] if isinstance(texts, str) else texts
-    stretches = (block for text in texts for block in stream_blocks([text], special_tokens))
+    stretches = (x for text in texts for x in stream_blocks([text] if isinstance(text, str) else text, special_tokens))
     words = count_words(stretches, special_tokens, pattern, processes)
     if not words:
         raise UserError("no text to train a tokenizer on")

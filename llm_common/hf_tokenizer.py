@@ -1,9 +1,10 @@
-"""Hugging Face's tokenizer files: read through the `tokenizers` library, and written from a `Tokenizer` of ours.
+"""Hugging Face's tokenizer files, read through the `tokenizers` library.
 
 `HfTokenizer` has the methods that training and generation use of `Tokenizer`, so either can stand for the other.
 """
 
 import hashlib
+import importlib.util
 import json
 from collections.abc import Iterable
 from pathlib import Path
@@ -12,8 +13,8 @@ from typing import Any
 import numpy as np
 
 from llm_common.errors import UserError, read_json, require_package
-from llm_common.tokenizer import END_OF_TEXT, FILE_NAME, Tokenizer
-from llm_common.words import PATTERNS, without_possessive
+from llm_common.hf_files import read_hf_folder, to_hf_files
+from llm_common.tokenizer import FILE_NAME, Tokenizer
 
 # What belongs to a model beside its weights and goes with it into checkpoints and exports.
 FILES = (
@@ -164,20 +165,30 @@ AnyTokenizer = Tokenizer | HfTokenizer
 
 
 def open_tokenizer(path: Path) -> AnyTokenizer:
-    """The tokenizer of a `bpe.json`, of a `tokenizer.json` or of a folder with one of them."""
+    """The tokenizer of a `bpe.json`, of a `tokenizer.json` or of a folder with one of them, or with GPT-2's vocab.json and merges.txt."""
     if path.is_dir():
         tokenizer = load_tokenizer(path)
         if tokenizer is None:
-            raise UserError(f"{path}: has neither {FILE_NAME} nor tokenizer.json; give a tokenizer with --tokenizer")
+            raise UserError(
+                f"{path}: has neither {FILE_NAME} nor tokenizer.json nor vocab.json and merges.txt; "
+                "give a tokenizer with --tokenizer"
+            )
         return tokenizer
-    return HfTokenizer(path.parent) if path.name == "tokenizer.json" else Tokenizer.load(path)
+    return _open_hf(path.parent) if path.name == "tokenizer.json" else Tokenizer.load(path)
 
 
 def load_tokenizer(folder: Path) -> AnyTokenizer | None:
     """The tokenizer in a folder, ours if it has one, else Hugging Face's; None if there is neither."""
     if (folder / FILE_NAME).is_file():
         return Tokenizer.load(folder / FILE_NAME)
-    return HfTokenizer(folder) if (folder / "tokenizer.json").is_file() else None
+    if (folder / "tokenizer.json").is_file():
+        return _open_hf(folder)
+    return read_hf_folder(folder) if (folder / "merges.txt").is_file() else None
+
+
+def _open_hf(folder: Path) -> AnyTokenizer:
+    """Through the `tokenizers` library, or in Python if it is not installed."""
+    return HfTokenizer(folder) if importlib.util.find_spec("tokenizers") else read_hf_folder(folder)
 
 
 def companions(tokenizer: AnyTokenizer) -> dict[str, bytes]:
@@ -191,58 +202,5 @@ def token_ids(tokenizer: AnyTokenizer) -> dict[str, Any]:
     """The keys of config.json that name special tokens. Left out, transformers would assume Llama 2's."""
     if isinstance(tokenizer, HfTokenizer):
         return {"bos_token_id": None, "eos_token_id": None, **tokenizer.token_ids}
-    return {"bos_token_id": tokenizer.end_of_text, "eos_token_id": tokenizer.end_of_text}
-
-
-def to_hf_files(tokenizer: Tokenizer) -> dict[str, bytes]:
-    """`tokenizer.json` and `tokenizer_config.json` that give the same ids in `tokenizers` and transformers."""
-    letters = _byte_letters()
-    write = lambda token: "".join(letters[b] for b in token)
-    special = {i: text for text, i in tokenizer.special_tokens.items()}
-    vocab = {special.get(i) or write(token): i for i, token in tokenizer.vocab.items()}
-    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
-    # the library's regular expressions read a + after a quantifier in braces as a repetition, and $ as the end of any line
-    pattern = without_possessive(PATTERNS[tokenizer.pattern]).replace("$", r"\z")
-    split = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
-    content = {
-        "version": "1.0",
-        "truncation": None,
-        "padding": None,
-        "added_tokens": [
-            {"id": i, "content": text, "special": True}
-            | dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
-            for i, text in sorted(special.items())
-        ],
-        "normalizer": None,
-        "pre_tokenizer": {"type": "Sequence", "pretokenizers": [split, byte_level]},
-        "post_processor": None,
-        "decoder": byte_level,
-        "model": {
-            "type": "BPE",
-            "dropout": None,
-            "unk_token": None,
-            "continuing_subword_prefix": None,
-            "end_of_word_suffix": None,
-            "fuse_unk": False,
-            "byte_fallback": False,
-            "ignore_merges": False,
-            "vocab": vocab,
-            "merges": [[write(a), write(b)] for a, b in tokenizer.merges],
-        },
-    }
-    config: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
-    if tokenizer.end_of_text is not None:
-        config |= {"bos_token": END_OF_TEXT, "eos_token": END_OF_TEXT}
-    return {
-        "tokenizer.json": json.dumps(content, ensure_ascii=False, indent=1).encode("utf-8"),
-        "tokenizer_config.json": json.dumps(config, indent=2).encode("utf-8"),
-    }
-
-
-def _byte_letters() -> dict[int, str]:
-    """GPT-2's printable letter for each byte: printable Latin-1 stands for itself, the rest is numbered from U+0100."""
-    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
-    letters = {b: chr(b) for b in printable}
-    for n, b in enumerate(b for b in range(256) if b not in letters):
-        letters[b] = chr(256 + n)
-    return letters
+    first = [tokenizer.special_tokens[token] for token in tokenizer.prompt_prefix]
+    return {"bos_token_id": first[0] if first else tokenizer.end_of_text, "eos_token_id": tokenizer.end_of_text}

@@ -17,6 +17,7 @@ import importlib.util
 import itertools
 import json
 import os
+import unicodedata
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -51,7 +52,9 @@ class Tokenizer:
     """Byte-level BPE. Ids: 0 to 255 the bytes, then the merges in order, then the special tokens.
 
     `vocab` (id -> bytes) may be given to use a foreign numbering, such as GPT-2's own files. ignore_merges: a word that is a
-    token is that token, whatever the merges would make of it, as in Llama 3. fast: whether tiktoken may be used.
+    token is that token, whatever the merges would make of it, as in Llama 3. normalization: "NFC" as in Qwen, by which some text does
+    not come back. prompt_prefix: special tokens that a model expects before a prompt. end_token: the one that separates documents.
+    fast: whether tiktoken may be used.
     """
 
     def __init__(
@@ -61,11 +64,17 @@ class Tokenizer:
         pattern: str = "gpt2",
         vocab: dict[int, bytes] | None = None,
         ignore_merges: bool = False,
+        normalization: str | None = None,
+        prompt_prefix: Iterable[str] = (),
+        end_token: str = END_OF_TEXT,
         fast: bool = True,
     ) -> None:
         if pattern not in PATTERNS:
             raise UserError(f"unknown pattern {pattern!r}; known: {', '.join(PATTERNS)}")
+        if normalization not in (None, "NFC"):
+            raise UserError(f"normalization {normalization!r}: only NFC is known")
         self.merges, self.pattern, self.ignore_merges, self.fast = list(merges), pattern, ignore_merges, fast
+        self.normalization, self.prompt_prefix, self.end_token = normalization, tuple(prompt_prefix), end_token
         if vocab is None:
             vocab = dict(enumerate([bytes([b]) for b in range(256)] + [a + b for a, b in self.merges]))
         self.vocab = dict(vocab)
@@ -101,8 +110,8 @@ class Tokenizer:
 
     @property
     def end_of_text(self) -> int | None:
-        """The id of <|endoftext|>, which separates documents, or None."""
-        return self.special_tokens.get(END_OF_TEXT)
+        """The id of the token that separates documents, or None."""
+        return self.special_tokens.get(self.end_token)
 
     @property
     def eos_ids(self) -> tuple[int, ...]:
@@ -145,6 +154,8 @@ class Tokenizer:
 
     def _encode_ordinary(self, text: str) -> list[int]:
         """Ids of a text without special tokens."""
+        if self.normalization is not None:
+            text = unicodedata.normalize("NFC", text)
         self._encoded += len(text)
         if self.fast and self._encoded > WORTHWHILE and self._tiktoken is not None:
             ids: list[int] = []
@@ -251,8 +262,8 @@ class Tokenizer:
         return b"".join(self.vocab.get(int(i), replacement) for i in ids).decode("utf-8", errors="replace")
 
     def encode_prompt(self, text: str) -> list[int]:
-        """The ids from which a model continues a text; this tokenizer puts nothing before it."""
-        return self.encode(text)
+        """The ids from which a model continues a text, with what it expects before it."""
+        return [self.special_tokens[token] for token in self.prompt_prefix] + self.encode(text)
 
     def byte_lengths(self) -> np.ndarray:
         """How many bytes of text each id stands for, int32 (vocab_size,); 0 for special tokens."""
@@ -273,8 +284,11 @@ class Tokenizer:
             "merges": [f"{a.hex()} {b.hex()}" for a, b in self.merges],
             "vocab": {i: token.hex() for i, token in self.vocab.items()},
         }
-        if self.ignore_merges:
-            content["ignore_merges"] = True
+        # left out where they say nothing, so that files and fingerprints of plain tokenizers stay as they were
+        content |= {"ignore_merges": True} if self.ignore_merges else {}
+        content |= {"normalization": self.normalization} if self.normalization else {}
+        content |= {"prompt_prefix": self.prompt_prefix} if self.prompt_prefix else {}
+        content |= {"end_token": self.end_token} if self.end_token != END_OF_TEXT else {}
         return json.dumps(content, indent=0)
 
     def fingerprint(self) -> str:
@@ -297,9 +311,9 @@ class Tokenizer:
                 raise UserError(f"{path}: tokenizer format {content['format']!r}, but this version reads {FORMAT}")
             merges = [(bytes.fromhex(a), bytes.fromhex(b)) for a, b in (line.split(" ") for line in content["merges"])]
             vocab = {int(i): bytes.fromhex(token) for i, token in content["vocab"].items()}
-            return cls(
-                merges, content["special_tokens"], content["pattern"], vocab, content.get("ignore_merges", False)
-            )
+            optional = ("ignore_merges", "normalization", "prompt_prefix", "end_token")
+            options = {key: content[key] for key in optional if key in content}
+            return cls(merges, content["special_tokens"], content["pattern"], vocab, **options)
         except (KeyError, ValueError, TypeError, AttributeError) as error:
             if isinstance(error, UserError):
                 raise

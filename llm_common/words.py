@@ -10,6 +10,7 @@ only for the blocks that have some: that is several times slower.
 
 import functools
 import re
+import unicodedata
 from collections.abc import Iterable, Iterator
 
 # Possessive quantifiers (++) and the contractions' common apostrophe match what the models' own spelling matches, only faster.
@@ -152,19 +153,24 @@ def _cut_finder() -> re.Pattern[str]:
     return re.compile("(?s:" + "|".join(f"[{short[c]}](?![{long[c]}])." for c in (r"\p{L}", r"\p{N}")) + ")")
 
 
+def _cuts(text: str, start: int, end: int) -> Iterator[int]:
+    """The places from `start` on where a text may be cut, looked for up to `end`. Never before a mark that joins what precedes it."""
+    for found in _cut_finder().finditer(text, max(0, start - 1), end):
+        if not unicodedata.category(text[found.end() - 1]).startswith("M"):
+            yield found.start() + 1
+
+
 def next_cut(text: str, start: int) -> int:
     """The first place from `start` on where a text may be cut; its end if there is none."""
-    found = _cut_finder().search(text, max(0, start - 1))
-    return found.start() + 1 if found else len(text)
+    return next(_cuts(text, start, len(text)), len(text))
 
 
 def last_cut(text: str, end: int) -> int:
     """The last place up to `end` where a text may be cut; 0 if there is none."""
     width = 256
     while True:
-        start, last = max(0, end - width), 0
-        for found in _cut_finder().finditer(text, start, min(end + 1, len(text))):
-            last = found.start() + 1
+        start = max(0, end - width)
+        *_, last = 0, *_cuts(text, start, min(end + 1, len(text)))
         if last or start == 0:
             return last
         width *= 16

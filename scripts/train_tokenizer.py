@@ -1,35 +1,91 @@
 """Train a byte-level BPE tokenizer.
 
 python scripts/train_tokenizer.py --out data/bpe.json
-python scripts/train_tokenizer.py --out data/bpe.json --vocab-size 8192 --data my_texts/
+python scripts/train_tokenizer.py --input my_texts/ more.jsonl.gz --vocab-size 32768 --pattern llama3 --out my_tokenizer/
+python scripts/train_tokenizer.py --input my_texts/ --special-tokens "<|endoftext|>" "<|user|>" "<|assistant|>"
+
+Input: UTF-8 text in which <|endoftext|> separates documents, or JSONL, either of them also as .gz; a folder stands for its .txt,
+.md and .jsonl files. Memory depends on how many different words there are, not on how much text. --out FILE.json writes one
+file; --out FOLDER/ writes Hugging Face's tokenizer.json and tokenizer_config.json beside it.
 """
 
-import argparse
+import os
 from pathlib import Path
 
-from llm_common.bpe_trainer import train_bpe
-from llm_common.corpus import documents
-from llm_common.errors import run_main
+from flags import make_parser
+from rich.console import Console
+
+from llm_common.bpe_trainer import TIE_RULES, check_special_tokens, train_bpe
+from llm_common.corpus import Corpus
+from llm_common.errors import UserError, run_main, write_whole
+from llm_common.hf_tokenizer import companions
+from llm_common.progress import reading_bar
+from llm_common.tokenizer import END_OF_TEXT
 from llm_common.words import PATTERNS
+
+WORTH_A_PROCESS = 4 << 20  # bytes of text for each
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("data/bpe.json"))
+    parser = make_parser(__doc__)
+    parser.add_argument("--out", type=Path, default=Path("data/bpe.json"), help="a .json file, or a folder")
     parser.add_argument(
-        "--data", type=Path, help="UTF-8 file or folder of .txt and .md (default: Python's documentation)"
+        "--input",
+        "--data",
+        type=Path,
+        nargs="+",
+        default=[],
+        help="files and folders (default: Python's documentation)",
     )
-    parser.add_argument("--vocab-size", type=int, default=2048, help="256 bytes + merges + 1 special token")
+    parser.add_argument("--field", default="text", help="the field of JSONL that holds the text (default: text)")
+    parser.add_argument("--replace-invalid", action="store_true", help="bytes that are not UTF-8 become U+FFFD")
+    parser.add_argument("--vocab-size", type=int, default=2048, help="256 bytes + merges + special tokens")
     parser.add_argument("--pattern", choices=list(PATTERNS), default="gpt2", help="how text is cut into words")
-    args = parser.parse_args()
-    texts = list(documents(args.data))
-    tokenizer = train_bpe(texts, args.vocab_size, pattern=args.pattern)
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    tokenizer.save(args.out)
-    n_bytes = sum(len(text.encode()) for text in texts)
-    print(
-        f"{args.out}: {len(tokenizer.merges)} merges, {tokenizer.vocab_size} ids, from {n_bytes / 1e6:.1f} MB of text"
+    parser.add_argument(
+        "--special-tokens", nargs="*", default=[END_OF_TEXT], metavar="TEXT", help=f"default: {END_OF_TEXT}"
     )
+    parser.add_argument(
+        "--tie-rule", choices=TIE_RULES, default=TIE_RULES[0], help="which of equally frequent pairs is merged first"
+    )
+    parser.add_argument("--processes", type=int, help="that count words (default: as many as there are cores)")
+    args = parser.parse_args()
+    if args.processes is not None and args.processes < 1:
+        raise UserError(f"--processes {args.processes}: at least 1")
+    check_special_tokens(args.special_tokens, args.vocab_size)
+    if args.out.suffix and args.out.suffix != ".json":
+        raise UserError(f"--out {args.out}: a .json file, or a folder")
+    read = 0
+    with reading_bar(Console()) as show:
+
+        def on_bytes(n: int) -> None:
+            nonlocal read
+            read += n
+            show("reading", read, corpus.size)
+
+        corpus = Corpus(args.input, args.field, args.replace_invalid, on_bytes)
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        wanted = args.vocab_size - 256 - len(args.special_tokens)
+        tokenizer = train_bpe(
+            corpus.stretches(),
+            args.vocab_size,
+            args.special_tokens,
+            args.pattern,
+            args.tie_rule,
+            args.processes or max(1, min(cores, corpus.size // WORTH_A_PROCESS)),
+            lambda n: show("merging", n, wanted) if n % 100 == 0 else None,
+        )
+    if args.out.suffix:
+        tokenizer.save(args.out)
+    else:
+        for name, content in companions(tokenizer).items():
+            write_whole(args.out / name, content)
+    size = f", from {corpus.size / 1e6:.1f} MB" if corpus.files else ""
+    print(f"{args.out}: {len(tokenizer.merges)} merges, {tokenizer.vocab_size} ids{size}")
+    if len(tokenizer.merges) < wanted:
+        print(
+            f"no pair was left after {len(tokenizer.merges)} of {wanted} merges: every word is one token. "
+            f"The vocabulary is smaller than --vocab-size {args.vocab_size}; more text would fill it"
+        )
 
 
 if __name__ == "__main__":

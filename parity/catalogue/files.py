@@ -301,7 +301,7 @@ shared(
     **ENCODING,
 )
 shared("special tokens cut like text", "tokenizer:Tokenizer.encode", "self._specials is None", "True", **ENCODING)
-shared("chunks cut a word", "words:last_cut", "found.start() + 1", "found.start() + 2", **ENCODING)
+shared("chunks cut a word", "words:_cuts", "found.start() + 1", "found.start() + 2", **ENCODING)
 shared("chunks cut a special token", "words:stream_blocks", "len(buffer) - reserve", "len(buffer)", **ENCODING)
 shared(
     "a space is a letter",

@@ -1,0 +1,220 @@
+"""Hugging Face's tokenizer files of byte-level BPE, written and read without its library.
+
+Read are GPT-2's `vocab.json` with `merges.txt`, and `tokenizer.json` with the pre-tokenizers of GPT-2, Llama 3, Qwen and SmolLM2.
+Everything else is refused, and what is different is named: ids that are nearly right are worse than none.
+"""
+
+import functools
+import json
+from pathlib import Path
+from typing import Any
+
+from llm_common.errors import UserError, read_json
+from llm_common.tokenizer import END_OF_TEXT, Tokenizer
+from llm_common.words import PATTERNS, without_possessive
+
+_CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
+_REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+SPELLINGS = {_CONTRACTIONS + r"\p{N}{1,3}" + _REST: "llama3", _CONTRACTIONS + r"\p{N}" + _REST: "qwen2"}
+USE_LIBRARY = "install the tokenizers package, which reads every kind"
+
+
+def to_hf_files(tokenizer: Tokenizer) -> dict[str, bytes]:
+    """`tokenizer.json` and `tokenizer_config.json` that give the same ids in `tokenizers` and transformers."""
+    letters = _byte_letters()
+    write = lambda token: "".join(letters[b] for b in token)
+    special = {i: text for text, i in tokenizer.special_tokens.items()}
+    vocab = {special.get(i) or write(token): i for i, token in tokenizer.vocab.items()}
+    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
+    normalizer = None if tokenizer.normalization is None else {"type": tokenizer.normalization}
+    split = {
+        "type": "Split",
+        "pattern": {"Regex": _export_pattern(tokenizer.pattern)},
+        "behavior": "Isolated",
+        "invert": False,
+    }
+    content = {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": [
+            {"id": i, "content": text, "special": True}
+            | dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+            for i, text in sorted(special.items())
+        ],
+        "normalizer": normalizer,
+        "pre_tokenizer": {"type": "Sequence", "pretokenizers": [split, byte_level]},
+        "post_processor": _template(tokenizer),
+        "decoder": byte_level,
+        "model": {
+            "type": "BPE",
+            "dropout": None,
+            "unk_token": None,
+            "continuing_subword_prefix": None,
+            "end_of_word_suffix": None,
+            "fuse_unk": False,
+            "byte_fallback": False,
+            "ignore_merges": tokenizer.ignore_merges,
+            "vocab": vocab,
+            "merges": [[write(a), write(b)] for a, b in tokenizer.merges],
+        },
+    }
+    config: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
+    if tokenizer.end_of_text is not None:
+        config |= {
+            "bos_token": next(iter(tokenizer.prompt_prefix), tokenizer.end_token),
+            "eos_token": tokenizer.end_token,
+        }
+    return {
+        "tokenizer.json": json.dumps(content, ensure_ascii=False, indent=1).encode("utf-8"),
+        "tokenizer_config.json": json.dumps(config, indent=2).encode("utf-8"),
+    }
+
+
+def _export_pattern(name: str) -> str:
+    """A pattern as the library's regular expressions read it: a + after a quantifier is a repetition, $ the end of any line."""
+    return without_possessive(PATTERNS[name]).replace("$", r"\z")
+
+
+def _template(tokenizer: Tokenizer) -> dict[str, Any] | None:
+    """What puts the prompt's prefix before a text."""
+    if not tokenizer.prompt_prefix:
+        return None
+    special = [{"SpecialToken": {"id": token, "type_id": 0}} for token in tokenizer.prompt_prefix]
+    text = lambda name: {"Sequence": {"id": name, "type_id": 0}}
+    ids = {x: {"id": x, "ids": [tokenizer.special_tokens[x]], "tokens": [x]} for x in tokenizer.prompt_prefix}
+    return {
+        "type": "TemplateProcessing",
+        "single": [*special, text("A")],
+        "pair": [*special, text("A"), text("B")],
+        "special_tokens": ids,
+    }
+
+
+def read_hf_folder(folder: Path) -> Tokenizer:
+    """The tokenizer of a folder with `tokenizer.json`, or with `vocab.json` and `merges.txt`.
+
+    Raises UserError if it is not byte-level BPE with a pre-tokenizer that is known, naming what it is.
+    """
+    config = read_json(folder / "tokenizer_config.json") if (folder / "tokenizer_config.json").is_file() else {}
+    end = config.get("eos_token") if isinstance(config, dict) else None
+    end = end.get("content") if isinstance(end, dict) else end
+    path = folder / "tokenizer.json"
+    if not path.is_file():
+        return _read_gpt2(folder, end or END_OF_TEXT)
+    content = read_json(path)
+    try:
+        return _read_tokenizer_json(path, content, end or END_OF_TEXT)
+    except (KeyError, TypeError, AttributeError, IndexError) as error:
+        raise UserError(f"{path}: not a tokenizer ({type(error).__name__}: {error})") from None
+
+
+def _read_gpt2(folder: Path, end: str) -> Tokenizer:
+    numbers, path = read_json(folder / "vocab.json"), folder / "merges.txt"
+    if not path.is_file():
+        raise UserError(f"{path}: no such file; it belongs to vocab.json")
+    lines = [x for x in path.read_text(encoding="utf-8").split("\n") if x and not x.startswith("#version")]
+    merges = _merges(path, lines)
+    made = {bytes([b]) for b in range(256)} | {a + b for a, b in merges}
+    vocab = {i: _bytes(token) for token, i in numbers.items()}
+    special = [token for token, i in numbers.items() if vocab[i] is None or vocab[i] not in made]
+    vocab = {i: text.encode() if text in special else vocab[i] for text, i in numbers.items()}
+    return Tokenizer(merges, special, "gpt2", vocab, end_token=end)  # pyright: ignore
+
+
+def _read_tokenizer_json(path: Path, content: dict[str, Any], end: str) -> Tokenizer:
+    model = content["model"]
+    if model.get("type", "BPE") != "BPE":
+        raise UserError(f"{path}: a {model['type']} model, not byte-level BPE; {USE_LIBRARY}")
+    for key in ("byte_fallback", "continuing_subword_prefix", "end_of_word_suffix", "dropout", "fuse_unk"):
+        if model.get(key):
+            raise UserError(f"{path}: BPE with {key}, not byte-level BPE; {USE_LIBRARY}")
+    normalizer = (content.get("normalizer") or {}).get("type")
+    if normalizer not in (None, "NFC"):
+        raise UserError(f"{path}: normalizer {normalizer} is not known; {USE_LIBRARY}")
+    added = content.get("added_tokens") or []
+    for token in added:
+        for key in ("lstrip", "rstrip", "single_word"):
+            if token.get(key):
+                raise UserError(f"{path}: token {token['content']!r} with {key} is not known; {USE_LIBRARY}")
+    pattern = _pattern(path, content.get("pre_tokenizer"))
+    merges = _merges(path, model["merges"])
+    special = {token["content"]: token["id"] for token in added}
+    vocab = {}
+    for token, i in model["vocab"].items():
+        found = token.encode() if token in special else _bytes(token)
+        if found is None:
+            raise UserError(f"{path}: token {token!r} is not byte-level; {USE_LIBRARY}")
+        vocab[i] = found
+    vocab |= {i: text.encode() for text, i in special.items()}
+    ignore = bool(model.get("ignore_merges"))
+    prefix = _prefix(path, content.get("post_processor"))
+    return Tokenizer(merges, special, pattern, vocab, ignore, normalizer, prefix, end)
+
+
+def _pattern(path: Path, pre_tokenizer: Any) -> str:
+    """The name of a pre-tokenizer's pattern."""
+    kind = (pre_tokenizer or {}).get("type")
+    steps = pre_tokenizer["pretokenizers"] if kind == "Sequence" else [pre_tokenizer] if kind else []
+    if not steps or steps[-1]["type"] != "ByteLevel":
+        raise UserError(f"{path}: pre-tokenizer {kind or 'none'} is not byte-level; {USE_LIBRARY}")
+    if steps[-1].get("add_prefix_space"):
+        raise UserError(f"{path}: a pre-tokenizer with add_prefix_space is not known; {USE_LIBRARY}")
+    own = steps[-1].get("use_regex", True)
+    match [step["type"] for step in steps[:-1]]:
+        case [] if own:
+            return "gpt2"
+        case ["Digits"] if own and steps[0].get("individual_digits"):
+            return "smollm2"
+        case ["Split"] if not own and steps[0].get("behavior") == "Isolated" and not steps[0].get("invert"):
+            spelling = steps[0]["pattern"].get("Regex")
+            known = SPELLINGS | {_export_pattern(name): name for name in PATTERNS}
+            if spelling in known:
+                return known[spelling]
+            raise UserError(f"{path}: the pattern {spelling!r} of its pre-tokenizer is not known; {USE_LIBRARY}")
+    names = ", ".join(step["type"] for step in steps)
+    raise UserError(f"{path}: the pre-tokenizer {names} is not known; {USE_LIBRARY}")
+
+
+def _prefix(path: Path, processor: Any) -> list[str]:
+    """The special tokens that a post-processor puts before a text."""
+    kind = (processor or {}).get("type")
+    if kind in (None, "ByteLevel"):
+        return []
+    if kind == "Sequence":
+        return [token for step in processor["processors"] for token in _prefix(path, step)]
+    if kind != "TemplateProcessing" or "Sequence" not in processor["single"][-1]:
+        raise UserError(
+            f"{path}: the post-processor {kind} is not known, or puts something after a text; {USE_LIBRARY}"
+        )
+    return [step["SpecialToken"]["id"] for step in processor["single"][:-1]]
+
+
+def _merges(path: Path, rows: list[Any]) -> list[tuple[bytes, bytes]]:
+    out = []
+    for number, row in enumerate(rows):
+        left, right = (_bytes(x) for x in (row.split(" ") if isinstance(row, str) else row))
+        if left is None or right is None:
+            raise UserError(f"{path}: merge {number} ({row!r}) is not byte-level; {USE_LIBRARY}")
+        out.append((left, right))
+    return out
+
+
+def _bytes(token: str) -> bytes | None:
+    """The bytes that a token's printable letters stand for, or None."""
+    numbers = _letter_bytes()
+    return bytes(numbers[x] for x in token) if all(x in numbers for x in token) else None
+
+
+@functools.cache
+def _letter_bytes() -> dict[str, int]:
+    return {letter: b for b, letter in _byte_letters().items()}
+
+
+def _byte_letters() -> dict[int, str]:
+    """GPT-2's printable letter for each byte: printable Latin-1 stands for itself, the rest is numbered from U+0100."""
+    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    letters = {b: chr(b) for b in printable}
+    for n, b in enumerate(b for b in range(256) if b not in letters):
+        letters[b] = chr(256 + n)
+    return letters
