@@ -53,7 +53,7 @@ class Tokenizer:
 
     `vocab` (id -> bytes) may be given to use a foreign numbering, such as GPT-2's own files. ignore_merges: a word that is a
     token is that token, whatever the merges would make of it, as in Llama 3. normalization: "NFC" as in Qwen, by which some text does
-    not come back. prompt_prefix: special tokens that a model expects before a prompt. end_token: the one that separates documents.
+    not come back; by Python's own tables, in which the newest characters may be missing. prompt_prefix: special tokens that a model expects before a prompt. end_token: the one that separates documents.
     fast: whether tiktoken may be used.
     """
 
