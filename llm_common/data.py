@@ -86,21 +86,41 @@ class Dataset(Protocol):
 
 
 class Order:
-    """A new keyed permutation of n samples every epoch; samples are numbered over all epochs."""
+    """A new keyed permutation of n samples every epoch, samples being numbered over all epochs. Nothing is stored: any number of
+    samples, and any one of them at once.
+
+    A Feistel network permutes the numbers below the next power of 4; what falls outside [0, n) goes through it again, until
+    it is inside. Source: Luby and Rackoff 1988; "cycle walking": Black and Rogaway 2002.
+    """
+
+    ROUNDS = 6
 
     def __init__(self, n: int, seed: int) -> None:
         self.n, self.seed = n, seed
-        self._orders: dict[int, np.ndarray] = {}
+        self._bits = max(1, ((n - 1).bit_length() + 1) // 2)  # of each half of a number
+        self._keys: tuple[int, list[int]] = (-1, [])  # of the last epoch
 
     def __call__(self, number: int) -> int:
         """Which of the n samples is the one with this number."""
-        epoch, offset = divmod(number, self.n)
-        if epoch not in self._orders:  # the samples are sorted by random bits
+        epoch, x = divmod(number, self.n)
+        if epoch != self._keys[0]:
             key = random_bits.fold_in(random_bits.fold_in(random_bits.key(self.seed), ORDER), epoch)
-            while len(self._orders) >= 2:  # a batch touches at most the end of one epoch and the start of the next
-                del self._orders[min(self._orders)]
-            self._orders[epoch] = np.argsort(random_bits.random_bits(key, self.n), kind="stable")
-        return int(self._orders[epoch][offset])
+            self._keys = epoch, random_bits.random_bits(key, self.ROUNDS).tolist()
+        mask = (1 << self._bits) - 1
+        while True:
+            left, right = x >> self._bits, x & mask
+            for key in self._keys[1]:
+                left, right = right, left ^ (mix(right ^ key) & mask)
+            x = left << self._bits | right
+            if x < self.n:
+                return x
+
+
+def mix(x: int) -> int:
+    """A 32-bit number of which every bit depends on every bit of x. Constants: Wellons' "lowbias32"."""
+    x = ((x ^ x >> 16) * 0x7FEB352D) & 0xFFFFFFFF
+    x = ((x ^ x >> 15) * 0x846CA68B) & 0xFFFFFFFF
+    return x ^ x >> 16
 
 
 def host_rows(step: int, batch_size: int, host: int, n_hosts: int) -> range:

@@ -127,10 +127,25 @@ def check_data(s: Settings) -> Iterator[Row]:
 
 
 def _order(seed: int, epoch: int, n: int) -> np.ndarray:
-    """The windows of an epoch, sorted by random words."""
+    """The windows of an epoch, out of a table of the whole permutation of a square's cells."""
     key = spec.fold_in(spec.fold_in((0, seed), ORDER), epoch)
-    b0, b1 = spec.threefry2x32(key, np.zeros(n, np.uint64), np.arange(n, dtype=np.uint64))
-    return np.argsort(b0 ^ b1, kind="stable")
+    b0, b1 = spec.threefry2x32(key, np.zeros(6, np.uint64), np.arange(6, dtype=np.uint64))
+    side = 2
+    while side * side < n:
+        side *= 2
+    column, row = (x.astype(np.uint64) for x in np.divmod(np.arange(side * side), side))
+    for word in (b0 ^ b1).astype(np.uint64):
+        x = (row ^ word) & np.uint64(2**32 - 1)
+        for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B)):
+            x = ((x ^ (x >> np.uint64(shift))) * np.uint64(factor)) % np.uint64(2**32)
+        column, row = row, column ^ ((x ^ (x >> np.uint64(16))) % np.uint64(side))
+    table, order = (column * np.uint64(side) + row).tolist(), []
+    for cell in range(n):
+        cell = table[cell]
+        while cell >= n:
+            cell = table[cell]
+        order.append(cell)
+    return np.array(order)
 
 
 def check_evaluation(s: Settings) -> Iterator[Row]:

@@ -5,6 +5,7 @@
     python scripts/benchmark.py train --preset demo --compute-dtype float32 --device cpu --peer transformers
     python scripts/benchmark.py train --preset 1b --framework torch --profile runs/profile
     python scripts/benchmark.py startup --preset 1b
+    python scripts/benchmark.py tokenizer --vocab-size 32768 --data my_texts/
 
 Every case runs in a process of its own, one after the other; the ceilings (a large matrix product, a large copy) are measured
 before and after them. Training: model FLOPs of our own counter over the first ceiling. Decoding: the bytes that a step must read,
@@ -19,6 +20,7 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
+import tokenizer_cases
 from cases import OURS, WORK, model_config
 from flags import add_flags, from_flags, make_parser, prepare_environment
 from measure import run_worker
@@ -27,6 +29,7 @@ from peers import find_peer
 from llm_common.budget import GIB
 from llm_common.config import PRESETS, TrainConfig, check_length
 from llm_common.errors import UserError, import_side, run_main
+from llm_common.words import PATTERNS
 
 WHAT = tuple(name for name in WORK if name != "ceilings")
 HEADERS = {
@@ -53,6 +56,9 @@ def main() -> None:
     parser.add_argument("--prompt-length", type=int, default=128)
     parser.add_argument("--new-tokens", type=int, default=256)
     parser.add_argument("--temperature", type=float, default=0.0)
+    parser.add_argument("--data", type=Path, nargs="+", default=[], help="tokenizer: text (default: Python's own)")
+    parser.add_argument("--vocab-size", type=int, default=32_768, help="tokenizer")
+    parser.add_argument("--pattern", choices=list(PATTERNS), default="gpt2", help="tokenizer")
     parser.add_argument("--profile", type=Path, metavar="FOLDER", help="leave a trace there and print the top kernels")
     parser.add_argument("--cache-dir", type=Path, help="of compiled programs")
     parser.add_argument("--out", type=Path, metavar="PREFIX", help="of a .md, a .json and a .png file")
@@ -64,6 +70,12 @@ def main() -> None:
     if args.worker is not None:
         task = json.loads(args.worker)
         print(json.dumps({**task, **WORK[task["what"]](args, task)}), flush=True)
+        return
+    if args.what == "tokenizer":
+        report, results = tokenizer_cases.run(args)
+        print(report)
+        if args.out is not None:
+            write(args.out, report, {"cases": results, "date": date.today().isoformat()})
         return
     check(args)
     sys.argv += ["--compute-dtype", args.compute_dtype, "--compile", args.compile]  # which workers are told

@@ -14,6 +14,7 @@ import numpy as np
 from flags import from_flags
 from measure import RandomTokens, ceilings, profiled, quartiles, top_kernels, versions
 from peers import find_peer
+from tokenizer_cases import measure_tokenizer
 
 from llm_common.budget import attention_flops, decode_bytes, flops_per_step
 from llm_common.config import ModelConfig, OptimizerConfig, SamplingConfig, TrainConfig, preset
@@ -274,4 +275,5 @@ WORK = {
     "startup": measure_startup,
     "attention": measure_attention,
     "input": measure_input,
+    "tokenizer": measure_tokenizer,
 }

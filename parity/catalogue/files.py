@@ -153,12 +153,12 @@ shared(
     place="Order",
     **DATA,
 )
-shared("no order at all", "data:Order.__call__", "int(self._orders[epoch][offset])", "offset", place="Order", **DATA)
+shared("no order at all", "data:Order.__call__", "left << self._bits | right", "number % self.n", place="Order", **DATA)
 shared(
     "samples drawn with repetition",
     "data:Order.__call__",
-    "np.argsort(random_bits.random_bits(key, self.n), kind='stable')",
-    "random_bits.random_bits(key, self.n) % self.n",
+    "divmod(number, self.n)",
+    "divmod(number // 2, self.n)",
     place="TokenDataset.batch",
     quick=True,
     **DATA,
