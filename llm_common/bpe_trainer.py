@@ -58,6 +58,7 @@ def count_words(
     finally:
         for worker in workers:
             worker.terminate()
+            worker.join()
     return total
 
 

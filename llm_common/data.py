@@ -5,6 +5,7 @@ frameworks see the same batches, resuming is one integer, and any number of host
 """
 
 import hashlib
+import io
 import json
 from collections.abc import Iterable
 from pathlib import Path
@@ -13,8 +14,9 @@ from typing import Any, Protocol
 import numpy as np
 
 from llm_common import random_bits
-from llm_common.errors import UserError, read_json
+from llm_common.errors import UserError, read_json, write_whole
 from llm_common.hf_tokenizer import AnyTokenizer
+from llm_common.shards import ShardedTokens, find_manifest, id_dtype
 
 ORDER = 0x6F726465  # folded into the seed's key for the order of the windows: initial weights have keys of their own
 
@@ -36,15 +38,11 @@ def write_tokens(path: Path, documents: Iterable[str], tokenizer: AnyTokenizer) 
     tokens = np.concatenate(parts) if parts else np.zeros(0, dtype)
     if not tokens.size:
         raise UserError("the corpus is empty: nothing to write")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    np.save(path, tokens, allow_pickle=False)
+    file = io.BytesIO()
+    np.save(file, tokens, allow_pickle=False)
+    write_whole(path, file.getvalue())
     counts = {"tokens": int(tokens.size), "documents": n_documents, "bytes": n_bytes}
     return write_description(path, tokenizer, counts)
-
-
-def id_dtype(tokenizer: AnyTokenizer) -> type:
-    """The smallest unsigned dtype for a tokenizer's ids."""
-    return np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32
 
 
 def write_description(path: Path, tokenizer: AnyTokenizer, counts: dict[str, Any]) -> dict[str, Any]:
@@ -56,7 +54,7 @@ def write_description(path: Path, tokenizer: AnyTokenizer, counts: dict[str, Any
 
 def check_tokenizer(path: Path | str, tokenizer: AnyTokenizer) -> None:
     """Raise UserError if a token file says, in the `.json` beside it, that another tokenizer made it."""
-    description = Path(path).with_suffix(".json")
+    description = find_manifest(Path(path)) or Path(path).with_suffix(".json")
     if description.is_file():
         content = read_json(description)
         made_by = content.get("tokenizer") if isinstance(content, dict) else None
@@ -134,8 +132,31 @@ def host_rows(step: int, batch_size: int, host: int, n_hosts: int) -> range:
     return range(first, first + rows)
 
 
+def open_tokens(path: Path) -> np.ndarray | ShardedTokens:
+    """The ids of a token file, or of a folder of shards. Raises UserError if it is neither, or damaged."""
+    manifest = find_manifest(path)
+    if manifest is not None:
+        return ShardedTokens(manifest)
+    if not path.is_file():
+        unfinished = f"{path}: not finished; run the same scripts/prepare_data.py again, which goes on where it stopped"
+        raise UserError(
+            unfinished
+            if (path / "parts").is_dir()
+            else f"{path}: no such token file; make one with scripts/prepare_data.py"
+        )
+    try:
+        tokens = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (ValueError, EOFError) as error:
+        raise UserError(f"{path}: not a token file; make one with scripts/prepare_data.py") from error
+    if not isinstance(tokens, np.ndarray):
+        raise UserError(f"{path}: an archive of arrays, expected one array in a .npy file")
+    if tokens.ndim != 1 or not np.issubdtype(tokens.dtype, np.integer):
+        raise UserError(f"{path}: expected a flat array of integers, got {tokens.dtype} {tokens.shape}")
+    return tokens
+
+
 class TokenDataset:
-    """Windows of T inputs over a memory-mapped token file, in a new keyed order every epoch.
+    """Windows of T inputs over a memory-mapped token file or a folder of shards, in a new keyed order every epoch.
 
     Window i reads tokens [i*T, i*T + T]: T inputs and, one to the right, T targets; no input is used twice. Samples
     are numbered over all epochs and a batch takes the next `batch_size` of them, so the last batch of an epoch is
@@ -149,16 +170,7 @@ class TokenDataset:
         for name, value, low in (("seq_len", seq_len, 1), ("batch_size", batch_size, 1), ("seed", seed, 0)):
             if value < low:
                 raise UserError(f"TokenDataset: {name} = {value} must be at least {low}")
-        if not path.is_file():
-            raise UserError(f"{path}: no such token file; make one with scripts/prepare_data.py")
-        try:
-            self.tokens = np.load(path, mmap_mode="r", allow_pickle=False)
-        except (ValueError, EOFError) as error:
-            raise UserError(f"{path}: not a token file; make one with scripts/prepare_data.py") from error
-        if not isinstance(self.tokens, np.ndarray):
-            raise UserError(f"{path}: an archive of arrays, expected one array in a .npy file")
-        if self.tokens.ndim != 1 or not np.issubdtype(self.tokens.dtype, np.integer):
-            raise UserError(f"{path}: expected a flat array of integers, got {self.tokens.dtype} {self.tokens.shape}")
+        self.tokens = open_tokens(path)
         self.seq_len, self.batch_size, self.seed = seq_len, batch_size, seed
         self.n_windows = (len(self.tokens) - 1) // seq_len
         if self.n_windows < 1:
@@ -174,6 +186,8 @@ class TokenDataset:
 
     def fingerprint(self) -> dict[str, Any]:
         """What a checkpoint records, so that a run cannot be resumed on other data unseen. Reads every token."""
+        if isinstance(self.tokens, ShardedTokens):
+            self.tokens.check()
         digest = hashlib.sha256()
         for start in range(0, len(self.tokens), 1 << 24):
             digest.update(self.tokens[start : start + (1 << 24)].tobytes())

@@ -1,5 +1,6 @@
 """The one exception for what a user can get wrong; scripts print it as a single line and exit with 2."""
 
+import contextlib
 import importlib
 import importlib.util
 import json
@@ -41,7 +42,8 @@ def write_whole(path: Path, content: bytes) -> None:
             os.fsync(file.fileno())
         os.replace(partial, path)
     except OSError as error:
-        partial.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            partial.unlink()
         raise UserError(f"{path}: cannot be written ({error.strerror}); make room or give another place") from None
 
 

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from llm_common.errors import UserError
+from llm_common.shards import ShardedTokens
 from llm_common.tensors import check_token_ids
 
 EvaluateLoss = Callable[["Evaluation"], tuple[float, int]]  # sum of the losses in nats, and how many tokens
@@ -20,7 +21,7 @@ class Evaluation:
 
     def __init__(
         self,
-        tokens: np.ndarray,
+        tokens: np.ndarray | ShardedTokens,
         seq_len: int,
         batch_size: int,
         byte_lengths: np.ndarray | None = None,

@@ -12,9 +12,10 @@ from typing import Any
 
 import numpy as np
 
-from llm_common.data import Order, TokenDataset, host_rows, id_dtype, write_description
+from llm_common.data import Order, TokenDataset, host_rows, write_description
 from llm_common.errors import UserError
 from llm_common.hf_tokenizer import AnyTokenizer, HfTokenizer
+from llm_common.shards import id_dtype
 from llm_common.tensors import check_token_ids
 
 Example = tuple[list[int], list[int]]  # the ids of the prompt and of the answer

@@ -157,13 +157,15 @@ class Tokenizer:
         if self.normalization is not None:
             text = unicodedata.normalize("NFC", text)
         self._encoded += len(text)
-        if self.fast and self._encoded > WORTHWHILE and self._tiktoken is not None:
-            ids: list[int] = []
-            for block in blocks(text):
-                # of a longer block, which is one word or a few, it could overflow its stack
-                ids += self._tiktoken.encode_ordinary(block) if len(block) <= 2 * BLOCK else self._encode_plain(block)
-            return ids
-        return self._encode_plain(text)
+        if not self.fast or self._encoded <= WORTHWHILE or self._tiktoken is None:
+            return self._encode_plain(text)
+        if len(text) <= BLOCK:
+            return self._tiktoken.encode_ordinary(text)
+        ids: list[int] = []
+        for block in blocks(text):
+            # of a longer block, which is one word or a few, it could overflow its stack
+            ids += self._tiktoken.encode_ordinary(block) if len(block) <= 2 * BLOCK else self._encode_plain(block)
+        return ids
 
     def _encode_plain(self, text: str) -> list[int]:
         return list(itertools.chain.from_iterable(map(self._known_words.__getitem__, self._words(text))))
@@ -193,36 +195,36 @@ class Tokenizer:
         """The same in a time that grows with the length alone: a linked list, and for every rank the places where it is."""
         rank_of, merged, n = self._rank.get, self._merged, len(ids)
         following, previous = list(range(1, n + 1)), list(range(-1, n - 1))
-        ranks = [*(rank_of(pair, NEVER) for pair in itertools.pairwise(ids)), NEVER]
+        ranks = [*map(rank_of, itertools.pairwise(ids), itertools.repeat(NEVER)), NEVER]
         places: defaultdict[int, list[int]] = defaultdict(list)
         for i, rank in enumerate(ranks):
             places[rank].append(i)
         places.pop(NEVER)
         waiting = sorted(places)  # a heap
-
-        def rank_again(i: int, pair: tuple[int, int]) -> int:
-            ranks[i] = new = rank_of(pair, NEVER)
-            if new != NEVER:
-                if new not in places:
-                    heapq.heappush(waiting, new)
-                places[new].append(i)
-            return new
-
         while waiting:
             rank = heapq.heappop(waiting)
-            todo = sorted(places.pop(rank))
+            todo, joined, smallest = sorted(places.pop(rank)), merged[rank], NEVER
             for at, i in enumerate(todo):
                 if ranks[i] != rank:
                     continue  # one of the two was merged with another neighbour meanwhile
                 j = following[i]
                 k, p = following[j], previous[i]
-                ids[i], ids[j], following[i], ranks[i], ranks[j] = merged[rank], GONE, k, NEVER, NEVER
-                smallest = NEVER
+                ids[i], ids[j], following[i], ranks[j] = joined, GONE, k, NEVER
+                ranks[i] = new = rank_of((joined, ids[k]), NEVER) if k < n else NEVER
                 if k < n:
                     previous[k] = i
-                    smallest = rank_again(i, (ids[i], ids[k]))
+                if new != NEVER:
+                    if new not in places:
+                        heapq.heappush(waiting, new)
+                    places[new].append(i)
+                    smallest = min(smallest, new)
                 if p >= 0:
-                    smallest = min(smallest, rank_again(p, (ids[p], ids[i])))
+                    ranks[p] = new = rank_of((ids[p], joined), NEVER)
+                    if new != NEVER:
+                        if new not in places:
+                            heapq.heappush(waiting, new)
+                        places[new].append(p)
+                        smallest = min(smallest, new)
                 if smallest < rank:  # it goes first; merges that were learned never have it, foreign ones may
                     if rank not in places:
                         heapq.heappush(waiting, rank)

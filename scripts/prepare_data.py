@@ -2,31 +2,45 @@
 
 python scripts/prepare_data.py --tokenizer data/bpe.json --out data/tokens.npy
 python scripts/prepare_data.py --tokenizer data/bpe.json --out data/tokens.npy --data my_texts/ --validation 0.05
+python scripts/prepare_data.py --tokenizer data/bpe.json --out data/web/ --data web/*.jsonl.gz --field content --validation 0.001
 python scripts/prepare_data.py --tokenizer my_llama/ --out data/questions.npz --data questions.jsonl \\
     --prompt-field question --answer-field answer --chat --max-length 512
+
+Data: UTF-8 text in which <|endoftext|> separates documents, or JSONL, either of them also as .gz; a folder stands for its .txt,
+.md and .jsonl files. --out FILE.npy writes one file. --out FOLDER/ writes shards with a manifest, on all cores; after a kill the
+same command goes on where it stopped.
 """
 
-import hashlib
+import os
 from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
 from flags import make_parser
+from rich.console import Console
 
-from llm_common.corpus import documents
+from llm_common.corpus import Corpus
 from llm_common.data import unigram_entropy, write_tokens
 from llm_common.errors import UserError, run_main
 from llm_common.examples import read_examples, write_examples
 from llm_common.hf_tokenizer import AnyTokenizer, open_tokenizer
+from llm_common.progress import reading_bar
+from llm_common.shards import PART, is_held_out, prepare
 
 
 def main() -> None:
     parser = make_parser(__doc__)
     parser.add_argument("--tokenizer", type=Path, default=Path("data/bpe.json"), help="bpe.json or a folder")
-    parser.add_argument("--out", type=Path, default=Path("data/tokens.npy"), help=".npy, or .npz for examples")
     parser.add_argument(
-        "--data", type=Path, help="UTF-8 file, folder of .txt and .md (default: Python's documentation), JSONL"
+        "--out", type=Path, default=Path("data/tokens.npy"), help=".npy, .npz for examples, or a folder"
     )
+    parser.add_argument(
+        "--data", type=Path, nargs="+", default=[], help="files and folders (default: Python's documentation)"
+    )
+    parser.add_argument("--field", default="text", help="the field of JSONL that holds the text (default: text)")
+    parser.add_argument("--replace-invalid", action="store_true", help="bytes that are not UTF-8 become U+FFFD")
+    parser.add_argument("--processes", type=int, help="that encode shards (default: as many as there are cores)")
+    parser.add_argument("--part-size", type=int, default=PART, help="characters of text for each shard")
     parser.add_argument(
         "--validation", type=float, default=0.0, help="share of the documents to hold out, by their hash"
     )
@@ -44,27 +58,51 @@ def main() -> None:
     if args.prompt_field or args.answer_field:
         if not (args.prompt_field and args.answer_field and args.data):
             raise UserError("examples need --prompt-field, --answer-field and --data with a JSONL file")
-        found = read_examples(args.data, args.prompt_field, args.answer_field, tokenizer, args.chat)
+        if len(args.data) > 1:
+            raise UserError("--data: examples are read from one JSONL file")
+        found = read_examples(args.data[0], args.prompt_field, args.answer_field, tokenizer, args.chat)
         info = write_examples(args.out, found, tokenizer, args.max_length)
         print(
             f"{args.out}: {info['examples']:,} examples, {info['tokens']:,} tokens, the longest {info['longest']}; "
             f"{info['left_out']} left out"
         )
         return
-    if args.validation == 0:
-        write(args.out, documents(args.data), tokenizer)
-        return
-    kept, held_out = [], []
-    for document in documents(args.data):
-        # by the text itself, so that a document stays on its side however the corpus grows
-        digest = int.from_bytes(hashlib.sha256(document.encode("utf-8", "replace")).digest()[:8], "big")
-        (held_out if digest < args.validation * 2**64 else kept).append(document)
-    if not kept or not held_out:
-        raise UserError(
-            f"--validation {args.validation} of {len(kept) + len(held_out)} documents leaves one side empty"
+    for name in ("processes", "part_size"):
+        if getattr(args, name) is not None and getattr(args, name) < 1:
+            raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: at least 1")
+    read = 0
+    with reading_bar(Console()) as show:
+
+        def on_bytes(n: int) -> None:
+            nonlocal read
+            read += n
+            show("encoding", read, corpus.size)
+
+        corpus = Corpus(args.data, args.field, args.replace_invalid, on_bytes)
+        if not args.out.suffix:
+            processes = args.processes or os.cpu_count() or 1
+            manifests = prepare(
+                corpus.documents(), args.out, args.tokenizer, args.validation, processes, args.part_size
+            )
+        elif args.validation == 0:
+            write(args.out, corpus.documents(), tokenizer)
+            return
+        else:
+            kept, held_out = [], []
+            for document in corpus.documents():
+                (held_out if is_held_out(document, args.validation) else kept).append(document)
+            if not kept or not held_out:
+                raise UserError(
+                    f"--validation {args.validation} of {len(kept) + len(held_out)} documents leaves one side empty"
+                )
+            write(args.out, kept, tokenizer)
+            write(args.out.with_name(f"{args.out.stem}-validation.npy"), held_out, tokenizer)
+            return
+    for side, m in manifests.items():
+        print(
+            f"{args.out / side}: {m['tokens']:,} tokens of {m['documents']:,} documents in {len(m['shards'])} shards, "
+            f"{m['bytes'] / m['tokens']:.2f} bytes a token"
         )
-    write(args.out, kept, tokenizer)
-    write(args.out.with_name(f"{args.out.stem}-validation.npy"), held_out, tokenizer)
 
 
 def write(path: Path, texts: Iterable[str], tokenizer: AnyTokenizer) -> None:

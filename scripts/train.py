@@ -41,6 +41,7 @@ from llm_common.hf_tokenizer import AnyTokenizer, open_tokenizer
 from llm_common.progress import TrainingProgress
 from llm_common.run import LOG_FILE, Run
 from llm_common.sharding import ONE_DEVICE, MeshConfig, check_sharded
+from llm_common.shards import find_manifest
 from llm_common.tensor_files import TensorFiles
 from llm_common.tokenizer import check_vocabulary
 
@@ -160,8 +161,10 @@ def open_evaluation(
 ) -> Evaluation | None:
     path = args.eval_data
     if path is None:
+        manifest = find_manifest(args.data)
         path = args.data.with_name(f"{args.data.stem}-validation.npy")
-        if not path.is_file():
+        path = path if manifest is None else manifest.parent.with_name("validation")
+        if not path.exists():
             return None
     check_tokenizer(path, tokenizer)
     tokens = TokenDataset(path, 1, 1, 0, cfg.vocab_size).tokens
