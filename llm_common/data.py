@@ -66,7 +66,11 @@ def check_tokenizer(path: Path | str, tokenizer: AnyTokenizer) -> None:
 
 def unigram_entropy(tokens: np.ndarray) -> float:
     """Entropy in nats of the token frequencies: the loss of a model that has learned nothing but them."""
-    counts = np.bincount(np.asarray(tokens, np.int64))
+    return entropy(np.bincount(np.asarray(tokens, np.int64)))
+
+
+def entropy(counts: np.ndarray) -> float:
+    """Entropy in nats of things that occur so often."""
     p = counts[counts > 0] / counts.sum()
     return float(-(p * np.log(p)).sum())
 

@@ -1,0 +1,136 @@
+"""Look at token data before a model does: how long documents are, which tokens are frequent, what samples say.
+
+python scripts/inspect_data.py --data data/tokens.npy --tokenizer data/bpe.json
+python scripts/inspect_data.py --data data/web/ --tokenizer data/bpe.json --check --out runs/data.png
+
+--check reads every shard and compares its sha256 with the manifest. --out draws the lengths of the documents and the frequencies of the
+tokens; it needs matplotlib.
+"""
+
+from pathlib import Path
+
+import numpy as np
+from flags import make_parser
+from rich.console import Console
+from rich.table import Table
+
+from llm_common.data import check_tokenizer, entropy, open_tokens
+from llm_common.errors import UserError, require_package, run_main
+from llm_common.hf_tokenizer import AnyTokenizer, open_tokenizer
+from llm_common.progress import reading_bar
+from llm_common.shards import ShardedTokens
+
+PIECE = 1 << 24  # ids read at once
+
+
+def main() -> None:
+    parser = make_parser(__doc__)
+    parser.add_argument("--data", type=Path, default=Path("data/tokens.npy"), help="a .npy file or a folder of shards")
+    parser.add_argument("--tokenizer", type=Path, default=Path("data/bpe.json"), help="bpe.json or a folder")
+    parser.add_argument("--samples", type=int, default=3, help="pieces of text that are shown")
+    parser.add_argument("--sample-length", type=int, default=60, help="tokens of each")
+    parser.add_argument("--top", type=int, default=20, help="most frequent tokens that are shown")
+    parser.add_argument("--seed", type=int, default=0, help="of the samples' places")
+    parser.add_argument("--check", action="store_true", help="compare every shard's sha256")
+    parser.add_argument("--out", type=Path, metavar="PNG", help="of a picture")
+    args = parser.parse_args()
+    for name in ("samples", "sample_length", "top"):
+        if getattr(args, name) < 1:
+            raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: at least 1")
+    if args.out is not None:
+        require_package("matplotlib", "parity")
+    console, tokenizer, tokens = Console(), open_tokenizer(args.tokenizer), open_tokens(args.data)
+    check_tokenizer(args.data, tokenizer)
+    if not len(tokens):
+        raise UserError(f"{args.data}: no tokens")
+    if args.check:
+        if not isinstance(tokens, ShardedTokens):
+            raise UserError(f"--check: {args.data} has no manifest; only shards do")
+        with reading_bar(console) as show:
+            done = iter(range(1, 1 + len(tokens.shards)))
+            tokens.check(lambda name: show(name, next(done), len(tokens.shards)))
+        console.print(f"{len(tokens.shards)} shards are as the manifest says")
+    counts, lengths = read(tokens, tokenizer)
+    if len(counts) > tokenizer.vocab_size:
+        raise UserError(
+            f"{args.data}: id {len(counts) - 1} is not in the tokenizer's vocabulary of {tokenizer.vocab_size}"
+        )
+    report(console, tokens, tokenizer, counts, lengths, args.top)
+    rng = np.random.default_rng(args.seed)
+    for start in sorted(rng.integers(0, max(1, len(tokens) - args.sample_length), args.samples).tolist()):
+        text = tokenizer.decode(tokens[start : start + args.sample_length].tolist())
+        console.rule(f"tokens {start:,} to {start + args.sample_length:,}", align="left")
+        console.print(text, markup=False, highlight=False)
+    if args.out is not None:
+        draw(args.out, counts, lengths)
+        console.print(f"{args.out}: lengths of documents, frequencies of tokens", markup=False)
+
+
+def read(tokens: np.ndarray | ShardedTokens, tokenizer: AnyTokenizer) -> tuple[np.ndarray, np.ndarray]:
+    """How often each id occurs, and the documents' lengths in tokens, their end included; one length if nothing ends them."""
+    counts, ends = np.zeros(0, np.int64), [np.zeros(0, np.int64)]
+    for start in range(0, len(tokens), PIECE):
+        ids = tokens[start : start + PIECE]
+        found = np.bincount(ids, minlength=len(counts))
+        found[: len(counts)] += counts
+        counts = found
+        if tokenizer.end_of_text is not None:
+            ends.append(start + 1 + np.flatnonzero(ids == tokenizer.end_of_text))
+    at = np.unique(np.concatenate([*ends, np.array([len(tokens)])]))  # the last may end without a token for it
+    return counts, np.diff(at, prepend=0)
+
+
+def report(
+    console: Console,
+    tokens: np.ndarray | ShardedTokens,
+    tokenizer: AnyTokenizer,
+    counts: np.ndarray,
+    lengths: np.ndarray,
+    top: int,
+) -> None:
+    used, n_bytes = int((counts > 0).sum()), int((counts * tokenizer.byte_lengths()[: len(counts)]).sum())
+    share = np.sort(counts)[::-1].cumsum() / counts.sum()
+    low, middle, high = np.quantile(lengths, (0.05, 0.5, 0.95))
+    table = Table(show_header=False, box=None, pad_edge=False)
+    for row in (
+        ("tokens", f"{len(tokens):,} {tokens.dtype}, {n_bytes / len(tokens):.2f} bytes each"),
+        ("documents", f"{len(lengths):,}"),
+        (
+            "their lengths",
+            f"{middle:,.0f} tokens (median), {low:,.0f} to {high:,.0f} (9 in 10), {lengths.max():,} at most",
+        ),
+        (
+            "vocabulary",
+            f"{used:,} of {tokenizer.vocab_size:,} ids occur; half the text is {1 + int((share < 0.5).sum()):,} of them",
+        ),
+        ("unigram entropy", f"{entropy(counts):.3f} nats: the loss of a model that knows the frequencies alone"),
+    ):
+        table.add_row(*row)
+    console.print(table)
+    frequent = Table("id", "token", "times", "share", title="most frequent tokens", title_justify="left")
+    for i in np.argsort(-counts, kind="stable")[:top].tolist():
+        frequent.add_row(
+            str(i), repr(tokenizer.decode([i])), f"{counts[i]:,}", f"{100 * counts[i] / counts.sum():.2f} %"
+        )
+    console.print(frequent)
+
+
+def draw(path: Path, counts: np.ndarray, lengths: np.ndarray) -> None:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    bins = np.geomspace(1, max(2, lengths.max()) * 1.01, 40)
+    left.hist(lengths, bins=bins.tolist(), color="#4477aa")
+    left.set(xscale="log", xlabel="tokens of a document", ylabel="documents", title="Lengths")
+    ordered = np.sort(counts[counts > 0])[::-1]
+    right.plot(np.arange(1, 1 + len(ordered)), ordered, color="#4477aa")
+    right.set(xscale="log", yscale="log", xlabel="rank of a token", ylabel="times", title="Frequencies")
+    for axes in (left, right):
+        axes.spines[["top", "right"]].set_visible(False)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=150)
+
+
+if __name__ == "__main__":
+    run_main(main)
