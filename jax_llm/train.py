@@ -31,7 +31,7 @@ from jax_llm.optim import global_norm, make_optimizer
 from llm_common.budget import host_memory, host_memory_used
 from llm_common.config import ModelConfig, OptimizerConfig, TrainConfig, check_length
 from llm_common.cudnn import why_not_cudnn
-from llm_common.data import Dataset
+from llm_common.data import Dataset, Prefetch
 from llm_common.errors import UserError
 from llm_common.metrics import StepMetrics
 from llm_common.schedule import StepScalars, step_scalars
@@ -279,6 +279,7 @@ def fit(
     (platform,) = {d.platform for d in state.step.devices()}
     train_step = train_step or compiled_train_step(cfg, train, opt, platform)
     step, known_count, skipped_in_row = int(state.step), int(state.adam_count), 0
+    dataset = Prefetch(dataset)
     before: tuple[int, StepMetrics, Array, Array] | None = None  # the step before, which is not waited for
 
     def look_back() -> int:

@@ -4,9 +4,11 @@
 frameworks see the same batches, resuming is one integer, and any number of hosts shares one global batch.
 """
 
+import concurrent.futures
 import hashlib
 import io
 import json
+import operator
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Protocol
@@ -211,3 +213,50 @@ class TokenDataset:
             start = self._order(number) * self.seq_len
             windows[row] = self.tokens[start : start + self.seq_len + 1]
         return windows[:, :-1], windows[:, 1:]
+
+    def windows(self) -> "Windows":
+        """The same windows for other people's loaders."""
+        return Windows(self)
+
+
+class Windows:
+    """The windows of a dataset by number, in the file's order, for loaders that shuffle and batch by themselves.
+
+    It has what `torch.utils.data.DataLoader` asks of a map-style dataset and Grain of a random-access data source: a length and
+    items {"inputs", "targets"}, each int32 (T,).
+    """
+
+    def __init__(self, dataset: TokenDataset) -> None:
+        self.dataset = dataset
+
+    def __len__(self) -> int:
+        return self.dataset.n_windows
+
+    def __getitem__(self, number: int) -> dict[str, np.ndarray]:
+        number = operator.index(number)
+        if not 0 <= number < len(self):
+            raise IndexError(f"window {number} of {len(self)}")
+        length = self.dataset.seq_len
+        window = self.dataset.tokens[number * length : (number + 1) * length + 1].astype(np.int32)
+        return {"inputs": window[:-1], "targets": window[1:]}
+
+
+class Prefetch:
+    """A dataset whose next batch is read in a thread while this one is worked on. Batches are pure, so they stay the same."""
+
+    def __init__(self, dataset: Dataset) -> None:
+        self.dataset = dataset
+        self._pool = concurrent.futures.ThreadPoolExecutor(1, "prefetch")
+        self._waiting: dict[tuple[int, int, int], concurrent.futures.Future[tuple[np.ndarray, np.ndarray]]] = {}
+
+    def batch(self, step: int, host: int = 0, n_hosts: int = 1) -> tuple[np.ndarray, np.ndarray]:
+        """The dataset's own batch; what reading it raised is raised here."""
+        found = self._waiting.pop((step, host, n_hosts), None)
+        self._waiting = {key: future for key, future in self._waiting.items() if key[0] >= step}
+        batch = self.dataset.batch(step, host, n_hosts) if found is None else found.result()
+        self._waiting[step + 1, host, n_hosts] = self._pool.submit(self.dataset.batch, step + 1, host, n_hosts)
+        return batch
+
+    def fingerprint(self) -> dict[str, Any]:
+        """The dataset's."""
+        return self.dataset.fingerprint()

@@ -20,7 +20,7 @@ from torch.func import functional_call
 from llm_common.budget import host_memory, host_memory_used
 from llm_common.config import ModelConfig, OptimizerConfig, TrainConfig, check_length
 from llm_common.cudnn import why_not_cudnn
-from llm_common.data import Dataset
+from llm_common.data import Dataset, Prefetch
 from llm_common.errors import UserError
 from llm_common.metrics import StepMetrics
 from llm_common.schedule import learning_rate
@@ -293,6 +293,7 @@ class Trainer:
                     "lower lr_max, lengthen warmup_steps, or look for bad tokens in the data"
                 )
 
+        dataset = Prefetch(dataset)
         while self.step < (self.opt.total_steps if until_step is None else until_step):
             inputs, targets = self.read_batch(dataset)
             metrics = self.train_step(inputs, targets)

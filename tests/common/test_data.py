@@ -1,10 +1,12 @@
+import time
+
 """The token dataset: a pure function of the step that uses every window once an epoch."""
 
 import numpy as np
 import pytest
 
 from llm_common.corpus import documents, python_documentation
-from llm_common.data import TokenDataset, check_tokenizer, unigram_entropy, write_tokens
+from llm_common.data import Prefetch, TokenDataset, check_tokenizer, unigram_entropy, write_tokens
 from llm_common.errors import UserError
 from llm_common.run_log import RunLog, read_log
 from llm_common.tokenizer import Tokenizer
@@ -156,3 +158,62 @@ def test_the_log_starts_with_the_environment(tmp_path):
     assert header["versions"]["numpy"] == np.__version__
     assert row == {"step": 1, "loss": 2.5}
     assert last == {"step": 2, "loss": None}  # JSON has no NaN
+
+
+class Slow:
+    """A dataset that counts what is read of it, and fails at a step."""
+
+    def __init__(self, bad_step: int = -1) -> None:
+        self.read, self.bad_step = [], bad_step
+
+    def batch(self, step, host=0, n_hosts=1):
+        self.read.append((step, host, n_hosts))
+        if step == self.bad_step:
+            raise UserError(f"step {step} cannot be read")
+        return np.full((2, 3), step), np.full((2, 3), 10 * step + host)
+
+    def fingerprint(self):
+        return {"a": 1}
+
+
+def test_the_next_batch_is_read_ahead_and_only_once():
+    data = Slow()
+    ahead = Prefetch(data)
+    for step in (0, 1, 2, 7, 8):  # 7: somewhere else
+        for host in (0, 1):
+            assert ahead.batch(step, host, 2)[1][0, 0] == 10 * step + host
+    deadline = time.monotonic() + 5
+    while len(data.read) < 14 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert sorted(data.read) == sorted((step, host, 2) for step in (0, 1, 2, 3, 7, 8, 9) for host in (0, 1))
+    assert ahead.fingerprint() == {"a": 1}
+
+
+def test_what_fails_ahead_is_raised_when_it_is_asked_for():
+    ahead = Prefetch(Slow(bad_step=1))
+    ahead.batch(0)
+    with pytest.raises(UserError, match="step 1 cannot be read"):
+        ahead.batch(1)
+
+
+def test_windows_for_other_loaders(tmp_path):
+    torch = pytest.importorskip("torch")
+    np.save(tmp_path / "tokens.npy", np.arange(100, dtype=np.uint16))
+    windows = TokenDataset(tmp_path / "tokens.npy", 9, 2, 0).windows()
+    assert len(windows) == 11
+    with pytest.raises(IndexError):
+        windows[11]
+    loader = torch.utils.data.DataLoader(windows, batch_size=4, shuffle=False)
+    batches = list(loader)
+    assert batches[0]["inputs"].shape == (4, 9)
+    np.testing.assert_array_equal(torch.cat([b["inputs"] for b in batches]).flatten(), np.arange(99))
+    np.testing.assert_array_equal(torch.cat([b["targets"] for b in batches]).flatten(), np.arange(1, 100))
+
+
+def test_windows_as_a_source_of_grain(tmp_path):
+    grain = pytest.importorskip("grain")
+    np.save(tmp_path / "tokens.npy", np.arange(100, dtype=np.uint16))
+    windows = TokenDataset(tmp_path / "tokens.npy", 9, 2, 0).windows()
+    dataset = grain.MapDataset.source(windows).shuffle(seed=3).batch(11)
+    found = np.sort(np.asarray(dataset[0]["inputs"]), axis=0).flatten()
+    np.testing.assert_array_equal(found, np.arange(99))
