@@ -19,6 +19,7 @@ from jax import Array
 
 from jax_llm import random_bits
 from jax_llm.attention import Attention, Backend, causal_mask
+from jax_llm.documents import inside_documents
 from jax_llm.kv_cache import KVCache, LayerCache
 from jax_llm.layers import MLP, DType, Embedding, Linear, RMSNorm, upcast
 from jax_llm.rope import rotary_table
@@ -62,6 +63,7 @@ class Transformer(nn.Module):
     scan_layers: bool = False
     param_dtype: DType = jnp.float32
     remat: str = "none"
+    separator: int | None = None
 
     def setup(self) -> None:
         cfg = self.cfg
@@ -85,6 +87,9 @@ class Transformer(nn.Module):
             check_length(self.cfg, t, "the input")
             cos, sin = rotary_table(self.cfg, t, table_dtype)
             positions, mask, caches = None, None, (None,) * self.cfg.num_hidden_layers
+            if self.separator is not None:
+                place, mask = inside_documents(input_ids, self.separator, self.cfg.sliding_window)
+                cos, sin = cos[place], sin[place]
         else:
             slots, caches = cache.layers[0].k.shape[1], cache.layers
             positions = cache.length[:, None] + jnp.arange(t)  # (B, T)
@@ -121,9 +126,10 @@ class CausalLM(nn.Module):
     scan_layers: bool = False
     param_dtype: DType = jnp.float32
     remat: str = "none"
+    separator: int | None = None  # the id that ends a document, if none may see another
 
     def setup(self) -> None:
-        self.model = Transformer(self.cfg, self.backend, self.scan_layers, self.param_dtype, self.remat)
+        self.model = Transformer(self.cfg, self.backend, self.scan_layers, self.param_dtype, self.remat, self.separator)
         if not self.cfg.tie_word_embeddings:
             self.lm_head = Linear(self.cfg.vocab_size, self.param_dtype)
 

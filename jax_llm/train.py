@@ -233,7 +233,9 @@ def make_model(cfg: ModelConfig, train: TrainConfig, platform: str) -> CausalLM:
     backend = resolve_backend(train.attention_backend, platform, train.compute_dtype, cfg, train.seq_len)
     if train.deterministic and backend == "cudnn":
         backend = "xla"  # XLA does not compile cuDNN's attention together with xla_gpu_deterministic_ops (jax 0.11)
-    return CausalLM(cfg, backend=backend, scan_layers=train.scan_layers, remat=train.remat)
+    return CausalLM(
+        cfg, backend=backend, scan_layers=train.scan_layers, remat=train.remat, separator=train.document_separator
+    )
 
 
 @functools.lru_cache(maxsize=8)

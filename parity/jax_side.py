@@ -53,7 +53,7 @@ class JaxSide:
         self._grads = jax.jit(grads, static_argnums=(3, 4))
 
     def variant(self, **fields) -> "JaxSide":
-        """The same with another `remat` or `scan_layers`."""
+        """The same with another `remat`, `scan_layers` or `separator`."""
         other = JaxSide(self.cfg, self.dtype, self.device.platform, self.attention)
         other.fields = fields
         return other

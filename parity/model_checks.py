@@ -151,6 +151,7 @@ def _check_model(s: Settings, what: str) -> Iterator[Row]:
             row = three_way("gradients", name, "float64", [grads for _, grads in pairs], FLOAT64_ALLOWED)
             yield placed(row, s, cfg)
         yield from _check_parts(s)
+        yield from _check_documents(s)
     for dtype in [d for d in ("float32", "bfloat16") if d in s.dtypes]:
         yield from _check_pooled(s, what, dtype)
 
@@ -169,6 +170,26 @@ def _check_parts(s: Settings) -> Iterator[Row]:
         pairs = [*(side.loss_and_grads(weights, ids, targets, *parts) for side in s.sides("float64")), exact]
         yield three_way("loss", item, "float64", [{"loss": np.array(loss)} for loss, _ in pairs], FLOAT64_ALLOWED)
         yield three_way("gradients", item, "float64", [grads for _, grads in pairs], FLOAT64_ALLOWED)
+
+
+def _check_documents(s: Settings) -> Iterator[Row]:
+    """Several documents in a row of the batch: one at the very start that is its end alone, two ends together, one at the end."""
+    weights, separator = random_weights(s.cfg, s.seed), 1
+    ids, targets = random_batch(s.cfg, s.seed, s.batch, s.length)
+    ids[ids == separator] = 0
+    t = ids.shape[1]
+    for row, places in enumerate(([0, t // 2], [t // 3, t // 3 + 1], [t - 1], [])[: len(ids)]):
+        ids[row, [i for i in places if i < t]] = separator
+    exact = spec.loss_and_grads(weights, ids, targets, s.cfg, separator=separator)
+    logits = {"logits": spec.forward(weights, ids, s.cfg, separator=separator)[0]}
+    for item, fields in (("documents apart", {}), ("documents apart, remat", {"remat": "full"})):
+        sides = [side.variant(separator=separator, **fields) for side in s.sides("float64")]
+        pairs = [*(side.loss_and_grads(weights, ids, targets) for side in sides), exact]
+        yield three_way("loss", item, "float64", [{"loss": np.array(loss)} for loss, _ in pairs], FLOAT64_ALLOWED)
+        yield three_way("gradients", item, "float64", [grads for _, grads in pairs], FLOAT64_ALLOWED)
+        if not fields:
+            found = [{"logits": side.logits(weights, ids)} for side in sides]
+            yield three_way("logits", item, "float64", [*found, logits], FLOAT64_ALLOWED)
 
 
 def _check_pooled(s: Settings, what: str, dtype: str) -> Iterator[Row]:

@@ -47,7 +47,7 @@ def rope_angles(cfg, t):
 def rotate(x, angles):
     """Each pair (x[i], x[i + H/2]) of x (B, T, heads, H) turned by its position's angle."""
     half = x.shape[-1] // 2
-    cos, sin = np.cos(angles)[:, None, :], np.sin(angles)[:, None, :]
+    cos, sin = np.cos(angles)[..., None, :], np.sin(angles)[..., None, :]
     a, b = x[..., :half], x[..., half:]
     return np.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
 
@@ -57,12 +57,29 @@ def softmax(x):
     return e / e.sum(axis=-1, keepdims=True)
 
 
-def attention_weights(q, k, window=None):
-    """Causal softmax(q k^T / sqrt(H)) for q, k (B, T, N, H), over the last `window` positions: (B, N, T, T)."""
+def attention_weights(q, k, window=None, documents=None):
+    """Causal softmax(q k^T / sqrt(H)) for q, k (B, T, N, H), over the last `window` positions: (B, N, T, T).
+
+    documents (B, T): the number of the document that a token belongs to, if none may see another.
+    """
     t, h = q.shape[1], q.shape[3]
     scores = np.einsum("btnh,bsnh->bnts", q, k) / math.sqrt(h)
     distance = np.arange(t)[:, None] - np.arange(t)
-    return softmax(np.where((distance >= 0) & (distance < (window or t)), scores, -np.inf))
+    seen = (distance >= 0) & (distance < (window or t))
+    if documents is not None:
+        seen = seen & (documents[:, None, :, None] == documents[:, None, None, :])
+    return softmax(np.where(seen, scores, -np.inf))
+
+
+def documents_of(ids, separator):
+    """For every token (B, T) the number of its document and its position there. A document ends with the separator."""
+    documents, positions = np.zeros(ids.shape, int), np.zeros(ids.shape, int)
+    for row, tokens in enumerate(ids):
+        document = position = 0
+        for i, token in enumerate(tokens):
+            documents[row, i], positions[row, i] = document, position
+            document, position = (document + 1, 0) if token == separator else (document, position + 1)
+    return documents, positions
 
 
 def silu(x):
@@ -75,11 +92,14 @@ def linear(w, name, x, rnd=exact):
     return rnd(y + w[name + ".bias"]) if name + ".bias" in w else y
 
 
-def forward(w, ids, cfg, rnd=exact):
+def forward(w, ids, cfg, rnd=exact, separator=None):
     """Logits (B, T, V) for token ids (B, T), and what the backward pass needs."""
     b, t = ids.shape
     n, kv, h = cfg.num_attention_heads, cfg.num_key_value_heads, cfg.head_dim
-    angles, tape = rope_angles(cfg, t), []
+    angles, tape, documents = rope_angles(cfg, t), [], None
+    if separator is not None:
+        documents, positions = documents_of(ids, separator)
+        angles = angles[positions]
     x = rnd(w["model.embed_tokens.weight"][ids])
     for i in range(cfg.num_hidden_layers):
         p = f"model.layers.{i}."
@@ -94,7 +114,7 @@ def forward(w, ids, cfg, rnd=exact):
             k = rnd(rms_norm(k, w[p + "self_attn.k_norm.weight"], cfg.rms_norm_eps))
         q, k = rnd(rotate(q, angles)), rnd(rotate(k, angles))
         k, v = np.repeat(k, n // kv, axis=2), np.repeat(v, n // kv, axis=2)  # query head n reads head n // (N/K)
-        probs = rnd(attention_weights(q, k, cfg.sliding_window))
+        probs = rnd(attention_weights(q, k, cfg.sliding_window, documents))
         attended = rnd(np.einsum("bnts,bsnh->btnh", probs, v)).reshape(b, t, n * h)
         x_mid = x = rnd(x + rnd(attended @ w[p + "self_attn.o_proj.weight"].T))
         h2 = rnd(rms_norm(x, w[p + "post_attention_layernorm.weight"], cfg.rms_norm_eps))
@@ -128,13 +148,13 @@ def rms_norm_grad(dy, x, weight, eps):
     return dx, (dy * normed).sum(axis=tuple(range(dy.ndim - 1)))
 
 
-def loss_and_grads(w, ids, targets, cfg, rnd=exact, flows=None):
+def loss_and_grads(w, ids, targets, cfg, rnd=exact, flows=None, separator=None):
     """The mean loss and its gradient for every weight, in the order of the chain rule.
 
     A dict given as `flows` is filled with the gradient at the output of every module by name, and of the three functions
     apply_rope, attention and swiglu.
     """
-    logits, (angles, tape, x, final) = forward(w, ids, cfg, rnd)
+    logits, (angles, tape, x, final) = forward(w, ids, cfg, rnd, separator)
     b, t = ids.shape
     n, kv, h = cfg.num_attention_heads, cfg.num_key_value_heads, cfg.head_dim
     grads, flows = {}, {} if flows is None else flows

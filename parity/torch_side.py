@@ -35,24 +35,25 @@ class TorchSide:
         self.master = "float64" if dtype == "float64" else "float32"
         self.backend = resolve_backend(attention, self.device.type, dtype)
 
-    remat = "none"
+    remat, separator = "none", None
     tf32 = False  # float32 products in TF32 where the device has it
 
     def scope(self):
         """float32 products in full precision."""
         return matmul_precision("bfloat16" if self.tf32 else self.dtype)
 
-    def variant(self, remat: str) -> "TorchSide":
-        """The same with another `remat`."""
+    def variant(self, remat: str = "none", separator: int | None = None) -> "TorchSide":
+        """The same with another `remat` or `separator`."""
         other = TorchSide(self.cfg, self.dtype, str(self.device), self.attention)
-        other.remat = remat
+        other.remat, other.separator = remat, separator
         return other
 
     def _tensor(self, x: np.ndarray) -> torch.Tensor:
         return torch.tensor(x, device=self.device)
 
     def _model(self, weights: Tensors, dtype: str | None = None) -> CausalLM:
-        model = empty_model(self.cfg, self.backend, getattr(torch, dtype or self.dtype), self.device, self.remat)
+        torch_dtype = getattr(torch, dtype or self.dtype)
+        model = empty_model(self.cfg, self.backend, torch_dtype, self.device, self.remat, self.separator)
         return checkpoint.from_canonical(model, weights)
 
     def initial_weights(self, seed: int) -> Tensors:

@@ -14,6 +14,7 @@ ends after the step; a second one ends at once. The exit code is 0 when the run 
 """
 
 import argparse
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +59,9 @@ def make_train_parser() -> argparse.ArgumentParser:
     data.add_argument("--data", type=Path, default=Path("data/tokens.npy"), help="of prepare_data.py, .npy or .npz")
     data.add_argument("--eval-data", type=Path, help="held-out tokens (default: the -validation file beside --data)")
     data.add_argument("--tokenizer", type=Path, help="bpe.json or a folder; is saved with each checkpoint")
+    data.add_argument(
+        "--document-mask", action="store_true", help="no document sees another: --document-separator is the end of text"
+    )
     machine = parser.add_argument_group("machine")
     machine.add_argument("--device", default="auto", help="auto, cpu, gpu or tpu")
     add_mesh_flags(machine)
@@ -80,6 +84,14 @@ def main() -> None:
     if mesh is not None:
         check_sharded(mesh, cfg, train)
     tokenizer = open_tokenizer(args.tokenizer or args.init_from or Path("data/bpe.json"))
+    if args.document_mask:
+        if tokenizer.end_of_text is None:
+            raise UserError(
+                "--document-mask: the tokenizer has no token that ends a text; name one's id with --document-separator"
+            )
+        if mesh is not None:
+            raise UserError("--document-mask is for one device: leave it out with a mesh")
+        train = dataclasses.replace(train, document_separator=tokenizer.end_of_text)
     check_vocabulary(tokenizer, cfg.vocab_size)
     hosts = join(args.framework, args, mesh)
     side = import_side(args.framework, "train")

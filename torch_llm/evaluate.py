@@ -44,5 +44,8 @@ def evaluator(cfg: ModelConfig, weights: Tensors, train: TrainConfig, device: st
     """Inside `with`: `evaluate` of canonical weights on a device by name, all but its last argument filled in."""
     target = select_device(device)
     backend = resolve_backend(train.attention_backend, target.type, train.compute_dtype)
-    model = from_canonical(empty_model(cfg, backend, getattr(torch, train.compute_dtype), target), weights)
+    model = from_canonical(
+        empty_model(cfg, backend, getattr(torch, train.compute_dtype), target, separator=train.document_separator),
+        weights,
+    )
     yield partial(evaluate, model, train.compute_dtype)

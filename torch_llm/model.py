@@ -18,6 +18,7 @@ from llm_common.config import ModelConfig, check_length
 from llm_common.tensors import init_constant, init_range, tensor_shapes
 from torch_llm import random_bits
 from torch_llm.attention import Attention, causal_mask
+from torch_llm.documents import inside_documents
 from torch_llm.kv_cache import KVCache
 from torch_llm.layers import MLP, Embedding, Linear, RMSNorm, upcast
 from torch_llm.rope import RotaryTable
@@ -55,9 +56,12 @@ class DecoderLayer(nn.Module):
 class Transformer(nn.Module):
     """Embedding, L decoder layers and the final norm: token ids (B, T) to hidden states (B, T, D)."""
 
-    def __init__(self, cfg: ModelConfig, backend: str = "reference", remat: str = "none") -> None:
+    def __init__(
+        self, cfg: ModelConfig, backend: str = "reference", remat: str = "none", separator: int | None = None
+    ) -> None:
         super().__init__()
         self.cfg, self.remat = cfg, remat
+        self.separator = separator  # the id that ends a document, if none may see another
         self.embed_tokens = Embedding(cfg.vocab_size, cfg.hidden_size)
         self.layers = nn.ModuleList(DecoderLayer(cfg, backend) for _ in range(cfg.num_hidden_layers))
         self.norm = RMSNorm(cfg.hidden_size, cfg.rms_norm_eps)
@@ -69,6 +73,8 @@ class Transformer(nn.Module):
         if cache is None:
             check_length(self.cfg, t, "the input")
             positions, mask = torch.arange(t, device=x.device), None
+            if self.separator is not None:
+                positions, mask = inside_documents(input_ids, self.separator, self.cfg.sliding_window)
         else:
             positions = cache.positions(t)  # (B, T)
             slots = torch.arange(cache.in_use(t), device=x.device)
@@ -76,7 +82,7 @@ class Transformer(nn.Module):
         cos, sin = self.rotary_table(positions, table_dtype)
         for i, layer in enumerate(self.layers):
             if self.remat != "none" and cache is None and torch.is_grad_enabled():
-                x = checkpoint(layer, x, cos, sin, use_reentrant=False, **REMAT_OPTIONS[self.remat])
+                x = checkpoint(layer, x, cos, sin, mask, use_reentrant=False, **REMAT_OPTIONS[self.remat])
             else:
                 x = layer(x, cos, sin, mask, cache, i)
         if cache is not None:
@@ -90,10 +96,12 @@ class CausalLM(nn.Module):
     With `last` (B,), an index of a position of each text, only the logits there are computed: (B, 1, V).
     """
 
-    def __init__(self, cfg: ModelConfig, backend: str = "reference", remat: str = "none") -> None:
+    def __init__(
+        self, cfg: ModelConfig, backend: str = "reference", remat: str = "none", separator: int | None = None
+    ) -> None:
         super().__init__()
         self.cfg = cfg
-        self.model = Transformer(cfg, backend, remat)
+        self.model = Transformer(cfg, backend, remat, separator)
         self.lm_head = None if cfg.tie_word_embeddings else Linear(cfg.hidden_size, cfg.vocab_size)
 
     def forward(self, input_ids: Tensor, cache: KVCache | None = None, last: Tensor | None = None) -> Tensor:
@@ -118,11 +126,16 @@ class CausalLM(nn.Module):
 
 
 def empty_model(
-    cfg: ModelConfig, backend: str, dtype: torch.dtype, device: torch.device | str, remat: str = "none"
+    cfg: ModelConfig,
+    backend: str,
+    dtype: torch.dtype,
+    device: torch.device | str,
+    remat: str = "none",
+    separator: int | None = None,
 ) -> CausalLM:
     """A model made directly on its device, its weights still to be filled in."""
     with torch.device("meta"):
-        model = CausalLM(cfg, backend, remat).to(dtype)
+        model = CausalLM(cfg, backend, remat, separator).to(dtype)
     return model.to_empty(device=device)
 
 

@@ -199,7 +199,7 @@ class Trainer:
     # What a trainer for many devices does in another way: `torch_llm.distributed.ShardedTrainer`.
 
     def _make_model(self, backend: str, dtype: torch.dtype) -> None:
-        self.model = empty_model(self.cfg, backend, dtype, self.device, self.train.remat)
+        self.model = empty_model(self.cfg, backend, dtype, self.device, self.train.remat, self.train.document_separator)
         self.optimizer = make_optimizer(self.opt, self.model)
 
     def init_weights(self) -> None:

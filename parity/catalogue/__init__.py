@@ -1,6 +1,16 @@
 """The catalogue of planted bugs: realistic porting errors on either side, in shared code, and in both sides at once."""
 
-from parity.catalogue import attention, blocks, equal, files, generation, loss, optimizer, sampling  # each adds its own
+from parity.catalogue import (  # each adds its own
+    attention,
+    blocks,
+    documents,
+    equal,
+    files,
+    generation,
+    loss,
+    optimizer,
+    sampling,
+)
 from parity.catalogue.mutant import EQUIVALENTS, MUTANTS, Mutant
 
 __all__ = [
@@ -9,6 +19,7 @@ __all__ = [
     "Mutant",
     "attention",
     "blocks",
+    "documents",
     "equal",
     "files",
     "generation",

@@ -82,3 +82,12 @@ def test_what_cannot_be_trained_is_refused(arguments, message):
 
 def test_pairs_run_out():
     assert train_bpe(["abab"], 300).merges == [(b"a", b"b"), (b"ab", b"ab")]
+
+
+def test_with_smaller_ids_the_merges_are_those_of_rustbpe():
+    rustbpe = pytest.importorskip("rustbpe")
+    oracle = rustbpe.Tokenizer()
+    oracle.train_from_iterator(iter(TEXTS), 700, pattern=PATTERNS["gpt2"])
+    expected = [bytes(token) for token, _ in oracle.get_mergeable_ranks()][256:]
+    merges = train_bpe(TEXTS, 701, tie_rule="smaller-ids").merges
+    assert [a + b for a, b in merges] == expected

@@ -1,6 +1,6 @@
-import time
-
 """The token dataset: a pure function of the step that uses every window once an epoch."""
+
+import time
 
 import numpy as np
 import pytest

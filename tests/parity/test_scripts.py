@@ -1,5 +1,6 @@
 """The scripts as a user types them: from text to a generated text, and one clear line for every bad input."""
 
+import gzip
 import json
 import runpy
 import subprocess
@@ -13,6 +14,7 @@ from llm_common import errors
 from llm_common.checkpoint import TrainingState, load_checkpoint, save_checkpoint
 from llm_common.config import preset
 from llm_common.corpus import python_documentation
+from llm_common.run_log import read_log
 from llm_common.tensors import tensor_shapes
 from llm_common.tokenizer import Tokenizer
 
@@ -100,12 +102,48 @@ def test_from_text_to_the_same_text_in_both_frameworks(folder, run):
     assert (code, "optimizer.lr_max = 0.001 here, 0.002 asked for" in err) == (2, True)
 
 
+def test_from_text_to_shards_to_training_with_documents_apart(folder, run, tmp_path):
+    lines = [json.dumps({"body": text}) for _, text in zip(range(40), python_documentation(), strict=False)]
+    (tmp_path / "text.jsonl.gz").write_bytes(gzip.compress("\n".join(lines).encode()))
+    text = ["--data", tmp_path / "text.jsonl.gz", "--field", "body"]
+    flags = ["--vocab-size", 300, "--pattern", "llama3", "--special-tokens", "<|endoftext|>", "<|user|>"]
+    code, out, _ = run("train_tokenizer", *text, "--out", tmp_path / "tokenizer", *flags)
+    assert (code, "42 merges, 300 ids" in out) == (0, True)
+    assert (tmp_path / "tokenizer" / "tokenizer_config.json").is_file()
+    tokenizer, data = ["--tokenizer", tmp_path / "tokenizer"], ["--data", tmp_path / "data"]
+    flags = ["--validation", 0.1, "--part-size", 20_000, "--out", tmp_path / "data"]
+    code, out, _ = run("prepare_data", *text, *tokenizer, *flags)
+    assert (code, "shards" in out) == (0, True)
+    code, out, _ = run("inspect_data", *data, *tokenizer, "--check", "--out", tmp_path / "data.png")
+    assert (code, "are as the manifest says" in out, "unigram entropy" in out) == (0, True, True)
+    assert (tmp_path / "data.png").stat().st_size > 10_000
+    common = ["--model-config", folder / "config.json", *data, *tokenizer, "--device", "cpu", "--log-every", 1]
+    common += ["--seq-len", 48, "--batch-size", 4, "--total-steps", 4, "--warmup-steps", 1, "--eval-every", 4]
+    rows = {}
+    for framework in ("jax", "torch"):
+        for mask in ([], ["--document-mask"]):
+            out = tmp_path / f"{framework}{len(mask)}"
+            code, _, err = run("train", "--framework", framework, "--out", out, *common, *mask)
+            assert code == 0, err
+            rows[framework, bool(mask)] = [row for row in read_log(out / "log.jsonl") if "loss" in row]
+    for mask in (False, True):
+        pairs = list(zip(rows["jax", mask], rows["torch", mask], strict=True))
+        assert len(pairs) == 5  # four steps and the held-out loss
+        for a, b in pairs:
+            assert a["loss"] == pytest.approx(b["loss"], abs=1e-5)
+    assert rows["jax", True][-1]["loss"] != pytest.approx(rows["jax", False][-1]["loss"], abs=1e-5)
+
+
 @pytest.mark.parametrize(
     ("name", "flags", "words"),
     [
         ("train_tokenizer", ["--data", "{}/nothing"], "no such file or folder"),
         ("train_tokenizer", ["--data", "{}/text.txt", "--vocab-size", 100], "vocab_size = 100 is too small"),
+        ("train_tokenizer", ["--data", "{}/text.txt", "--special-tokens", "<a>", "<a>"], "'<a>' is there twice"),
+        ("train_tokenizer", ["--data", "{}/text.txt", "--out", "{}/x.bin"], "a .json file, or a folder"),
+        ("train_tokenizer", ["--data", "{}/text.txt", "--processes", 0], "--processes 0: at least 1"),
         ("prepare_data", ["--tokenizer", "{}/nothing.json"], "no such tokenizer"),
+        ("inspect_data", ["--tokenizer", "{}/nothing.json"], "no such tokenizer"),
         ("train", ["--framework", "jax", "--out", "{}/x", "--preset", "huge"], "unknown preset 'huge'"),
         ("train", ["--framework", "jax", "--out", "{}/x", "--lr-max", "nan"], "lr_max = nan"),
         ("train", ["--framework", "jax", "--out", "{}/x", "--seq-len", "513"], "seq_len needs 513 positions"),
@@ -121,7 +159,7 @@ def test_from_text_to_the_same_text_in_both_frameworks(folder, run):
         (
             "train_tokenizer",
             ["--data", "{}/text.txt", "--vocab-size", 260, "--out", "{}/text.txt/x"],
-            "give another path",
+            "give another place",
         ),
         (
             "train",

@@ -1,0 +1,51 @@
+"""Planted bugs of documents that do not see each other."""
+
+from parity.catalogue.mutant import area, both, jax, torch
+
+area("documents")
+APART = {"check": "loss", "runs": "gradients"}
+SEEN = "(same & causal_mask(t, t, window))[:, None]"
+jax(
+    "documents see what is before them",
+    "documents:inside_documents",
+    SEEN,
+    "causal_mask(t, t, window)[None, None]",
+    **APART,
+)
+torch(
+    "the end of a document sees only itself",
+    "documents:inside_documents",
+    "torch.cumsum(ends, dim=1) - ends",
+    "torch.cumsum(ends, dim=1)",
+    quick=True,
+    **APART,
+)
+jax(
+    "the end of a document belongs to the next",
+    "documents:inside_documents",
+    "jnp.cumsum(ends, axis=1) - ends",
+    "jnp.cumsum(ends, axis=1)",
+    **APART,
+)
+torch("documents see what is after them", "documents:inside_documents", SEEN, "same[:, None]", **APART)
+torch(
+    "the mask forgotten where layers are computed again",
+    "model:Transformer.forward",
+    "checkpoint(layer, x, cos, sin, mask, use_reentrant=False, **REMAT_OPTIONS[self.remat])",
+    "checkpoint(layer, x, cos, sin, use_reentrant=False, **REMAT_OPTIONS[self.remat])",
+    **APART,
+)
+both(
+    "only the next document is apart",
+    (
+        "documents:inside_documents",
+        "jnp.cumsum(ends, axis=1) - ends",
+        "jnp.minimum(jnp.cumsum(ends, axis=1) - ends, 1)",
+    ),
+    (
+        "documents:inside_documents",
+        "torch.cumsum(ends, dim=1) - ends",
+        "(torch.cumsum(ends, dim=1) - ends).clamp(max=1)",
+    ),
+    **APART,
+)
