@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from llm_common.corpus import documents, python_documentation
-from llm_common.data import Prefetch, TokenDataset, check_tokenizer, unigram_entropy, write_tokens
+from llm_common.data import Order, Prefetch, TokenDataset, check_tokenizer, unigram_entropy, write_tokens
 from llm_common.errors import UserError
 from llm_common.run_log import RunLog, read_log
 from llm_common.tokenizer import Tokenizer
@@ -34,6 +34,32 @@ def test_an_epoch_uses_every_window_once_and_the_next_one_another_order(path):
     assert list(first) != sorted(first)
 
 
+@pytest.mark.parametrize("n", [1, 2, 3, 16, 17, 1000])
+def test_an_order_is_a_permutation_of_any_number(n):
+    order = Order(n, 5)
+    epochs = [[order(epoch * n + i) for i in range(n)] for epoch in range(3)]
+    assert all(sorted(epoch) == list(range(n)) for epoch in epochs)
+
+
+def test_an_order_of_more_than_memory_holds():
+    n = 10**12
+    order = Order(n, 0)
+    found = [order(number) for number in [*range(1000), *range(n - 1000, n), *range(7 * n, 7 * n + 1000)]]
+    assert len(set(found[:2000])) == 2000
+    assert all(0 <= x < n for x in found)
+    assert abs(np.mean(found) / n - 0.5) < 0.03  # five standard errors
+    assert Order(n, 1)(0) != order(0)
+
+
+def test_every_window_comes_anywhere_equally_often():
+    counts, epochs = np.zeros((6, 6)), 3000
+    order = Order(6, 1)
+    for number in range(6 * epochs):
+        counts[number % 6, order(number)] += 1
+    chi_squared = ((counts - epochs / 6) ** 2 / (epochs / 6)).sum()
+    assert chi_squared < 80  # 25 degrees of freedom: by chance in less than one of a million
+
+
 def test_batches_do_not_depend_on_what_was_asked_before(path):
     a, b = TokenDataset(path, 10, 8, 3), TokenDataset(path, 10, 8, 3)
     for step in (40, 0, 12, 13, 40):
@@ -43,8 +69,10 @@ def test_batches_do_not_depend_on_what_was_asked_before(path):
 
 def test_hosts_share_one_global_batch(path):
     dataset = TokenDataset(path, 10, 8, 0)
-    parts = [dataset.batch(12, host, 4)[0] for host in range(4)]
-    np.testing.assert_array_equal(np.concatenate(parts), dataset.batch(12)[0])
+    for hosts in (1, 2, 4, 8):
+        for step in (0, 12):  # in the middle, and over the border of two epochs
+            parts = [dataset.batch(step, host, hosts)[0] for host in range(hosts)]
+            np.testing.assert_array_equal(np.concatenate(parts), dataset.batch(step)[0])
     with pytest.raises(UserError, match="batch_size = 8 is not divisible by 3"):
         dataset.batch(0, 0, 3)
 
