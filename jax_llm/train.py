@@ -146,12 +146,16 @@ def describe(cfg: ModelConfig, train: TrainConfig, device: str) -> str:
     """What a run on a device (by name) will use, in a line for people. Raises UserError if the device is absent."""
     target = select_device(device)
     backend = make_model(cfg, train, target.platform).backend
-    refused = "run is deterministic" if train.deterministic else why_not_cudnn(cfg, train.compute_dtype, train.seq_len)
+    apart = train.document_separator is not None
+    refused = "documents are apart" if apart else why_not_cudnn(cfg, train.compute_dtype, train.seq_len)
+    refused = "run is deterministic" if train.deterministic else refused
     instead = f" (not cuDNN's: {refused})" if target.platform == "gpu" and backend == "xla" else ""
     layers = "scanned" if train.scan_layers else "unrolled"
     jit = "not compiled" if train.compile == "off" else f"jit, layers {layers}"
-    deterministic = ", deterministic" if train.deterministic else ""
-    return f"{target.device_kind}, {train.compute_dtype}, {backend} attention{instead}, {jit}, remat {train.remat}{deterministic}"
+    more = (", documents apart" if apart else "") + (", deterministic" if train.deterministic else "")
+    return (
+        f"{target.device_kind}, {train.compute_dtype}, {backend} attention{instead}, {jit}, remat {train.remat}{more}"
+    )
 
 
 def memory_limit(device: str) -> int | None:
@@ -231,8 +235,9 @@ def init_state(cfg: ModelConfig, train: TrainConfig, opt: OptimizerConfig, param
 def make_model(cfg: ModelConfig, train: TrainConfig, platform: str) -> CausalLM:
     """The model that a run uses on a platform, its attention backend resolved."""
     backend = resolve_backend(train.attention_backend, platform, train.compute_dtype, cfg, train.seq_len)
-    if train.deterministic and backend == "cudnn":
-        backend = "xla"  # XLA does not compile cuDNN's attention together with xla_gpu_deterministic_ops (jax 0.11)
+    if backend == "cudnn" and (train.deterministic or train.document_separator is not None):
+        # XLA does not compile cuDNN's attention together with xla_gpu_deterministic_ops (jax 0.11), nor does it take the mask
+        backend = "xla"
     return CausalLM(
         cfg, backend=backend, scan_layers=train.scan_layers, remat=train.remat, separator=train.document_separator
     )

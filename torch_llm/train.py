@@ -126,10 +126,9 @@ def describe(cfg: ModelConfig, train: TrainConfig, device: str) -> str:
     refused = why_not_cudnn(cfg, train.compute_dtype, train.seq_len)
     instead = f" (not cuDNN's: {refused})" if target.type == "cuda" and backend == "sdpa" and refused else ""
     compiled = "torch.compile" if compiles(train, target) else "not compiled"
-    deterministic = ", deterministic" if train.deterministic else ""
-    return (
-        f"{name}, {train.compute_dtype}, {backend} attention{instead}, {compiled}, remat {train.remat}{deterministic}"
-    )
+    apart = ", documents apart" if train.document_separator is not None else ""
+    more = apart + (", deterministic" if train.deterministic else "")
+    return f"{name}, {train.compute_dtype}, {backend} attention{instead}, {compiled}, remat {train.remat}{more}"
 
 
 def compiles(train: TrainConfig, device: torch.device) -> bool:
