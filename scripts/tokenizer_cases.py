@@ -74,7 +74,8 @@ def train_once(name: str, texts: list[str], vocab_size: int, pattern: str) -> No
         made.train_from_iterator(texts, trainer)
     elif name == "rustbpe":
         rustbpe = importlib.import_module(name)  # has no types
-        rustbpe.Tokenizer().train_from_iterator(iter(texts), vocab_size - 1, pattern=PATTERNS[pattern])
+        spelling = PATTERNS[pattern] if pattern == "cl100k" else without_possessive(PATTERNS[pattern])
+        rustbpe.Tokenizer().train_from_iterator(iter(texts), vocab_size - 1, pattern=spelling)
     else:
         train_bpe(texts, vocab_size, pattern=pattern, processes=2 if "2" in name else 1)
 
