@@ -13,6 +13,7 @@ import typing
 from pathlib import Path
 from typing import Any
 
+from llm_common.corpus import Corpus
 from llm_common.errors import UserError, import_side
 from llm_common.hosts import Hosts
 from llm_common.sharding import MeshConfig
@@ -122,6 +123,28 @@ def prepare_environment(cache_dir: Path | None) -> None:
         os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_dir / "torch"))
     os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.92")
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what torch's deterministic matrix products ask for
+
+
+def add_corpus_flags(parser: argparse.ArgumentParser, processes_do: str) -> None:
+    """How text is read, beside the flag that names the files; processes_do: what --processes are for."""
+    parser.add_argument("--field", default="text", help="the field of JSONL that holds the text (default: text)")
+    parser.add_argument("--replace-invalid", action="store_true", help="bytes that are not UTF-8 become U+FFFD")
+    parser.add_argument("--processes", type=int, help=f"that {processes_do} (default: as many as there are cores)")
+
+
+def open_corpus(
+    paths: list[Path], args: argparse.Namespace, show: typing.Callable[[str, int, int], None], what: str
+) -> Corpus:
+    """The corpus of some files, read as the flags say; `show(what, bytes read, all bytes)` is called as it is read."""
+    read = 0
+
+    def on_bytes(n: int) -> None:
+        nonlocal read
+        read += n
+        show(what, read, corpus.size)
+
+    corpus = Corpus(paths, args.field, args.replace_invalid, on_bytes)
+    return corpus
 
 
 def add_mesh_flags(parser: Any) -> None:

@@ -16,10 +16,9 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
-from flags import make_parser
+from flags import add_corpus_flags, make_parser, open_corpus
 from rich.console import Console
 
-from llm_common.corpus import Corpus
 from llm_common.data import unigram_entropy, write_tokens
 from llm_common.errors import UserError, run_main
 from llm_common.examples import read_examples, write_examples
@@ -37,9 +36,7 @@ def main() -> None:
     parser.add_argument(
         "--data", type=Path, nargs="+", default=[], help="files and folders (default: Python's documentation)"
     )
-    parser.add_argument("--field", default="text", help="the field of JSONL that holds the text (default: text)")
-    parser.add_argument("--replace-invalid", action="store_true", help="bytes that are not UTF-8 become U+FFFD")
-    parser.add_argument("--processes", type=int, help="that encode shards (default: as many as there are cores)")
+    add_corpus_flags(parser, "encode shards")
     parser.add_argument("--part-size", type=int, default=PART, help="characters of text for each shard")
     parser.add_argument(
         "--validation", type=float, default=0.0, help="share of the documents to hold out, by their hash"
@@ -70,15 +67,8 @@ def main() -> None:
     for name in ("processes", "part_size"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: at least 1")
-    read = 0
     with reading_bar(Console()) as show:
-
-        def on_bytes(n: int) -> None:
-            nonlocal read
-            read += n
-            show("encoding", read, corpus.size)
-
-        corpus = Corpus(args.data, args.field, args.replace_invalid, on_bytes)
+        corpus = open_corpus(args.data, args, show, "encoding")
         if not args.out.suffix:
             processes = args.processes or os.cpu_count() or 1
             manifests = prepare(

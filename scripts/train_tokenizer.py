@@ -12,11 +12,10 @@ file; --out FOLDER/ writes Hugging Face's tokenizer.json and tokenizer_config.js
 import os
 from pathlib import Path
 
-from flags import make_parser
+from flags import add_corpus_flags, make_parser, open_corpus
 from rich.console import Console
 
 from llm_common.bpe_trainer import TIE_RULES, check_special_tokens, train_bpe
-from llm_common.corpus import Corpus
 from llm_common.errors import UserError, run_main, write_whole
 from llm_common.hf_tokenizer import companions
 from llm_common.progress import reading_bar
@@ -37,8 +36,7 @@ def main() -> None:
         default=[],
         help="files and folders (default: Python's documentation)",
     )
-    parser.add_argument("--field", default="text", help="the field of JSONL that holds the text (default: text)")
-    parser.add_argument("--replace-invalid", action="store_true", help="bytes that are not UTF-8 become U+FFFD")
+    add_corpus_flags(parser, "count words")
     parser.add_argument("--vocab-size", type=int, default=2048, help="256 bytes + merges + special tokens")
     parser.add_argument("--pattern", choices=list(PATTERNS), default="gpt2", help="how text is cut into words")
     parser.add_argument(
@@ -47,22 +45,14 @@ def main() -> None:
     parser.add_argument(
         "--tie-rule", choices=TIE_RULES, default=TIE_RULES[0], help="which of equally frequent pairs is merged first"
     )
-    parser.add_argument("--processes", type=int, help="that count words (default: as many as there are cores)")
     args = parser.parse_args()
     if args.processes is not None and args.processes < 1:
         raise UserError(f"--processes {args.processes}: at least 1")
     check_special_tokens(args.special_tokens, args.vocab_size)
     if args.out.suffix and args.out.suffix != ".json":
         raise UserError(f"--out {args.out}: a .json file, or a folder")
-    read = 0
     with reading_bar(Console()) as show:
-
-        def on_bytes(n: int) -> None:
-            nonlocal read
-            read += n
-            show("reading", read, corpus.size)
-
-        corpus = Corpus(args.input, args.field, args.replace_invalid, on_bytes)
+        corpus = open_corpus(args.input, args, show, "reading")
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         wanted = args.vocab_size - 256 - len(args.special_tokens)
         tokenizer = train_bpe(
