@@ -81,17 +81,15 @@ def main() -> None:
     cfg, initial = choose_model(args)
     check_length(cfg, train.seq_len, "seq_len")
     mesh = None if args.mesh is None else MeshConfig.parse(args.mesh)
-    if mesh is not None:
-        check_sharded(mesh, cfg, train)
     tokenizer = open_tokenizer(args.tokenizer or args.init_from or Path("data/bpe.json"))
     if args.document_mask:
         if tokenizer.end_of_text is None:
             raise UserError(
                 "--document-mask: the tokenizer has no token that ends a text; name one's id with --document-separator"
             )
-        if mesh is not None:
-            raise UserError("--document-mask is for one device: leave it out with a mesh")
         train = dataclasses.replace(train, document_separator=tokenizer.end_of_text)
+    if mesh is not None:
+        check_sharded(mesh, cfg, train)
     check_vocabulary(tokenizer, cfg.vocab_size)
     hosts = join(args.framework, args, mesh)
     side = import_side(args.framework, "train")
