@@ -48,5 +48,6 @@ def update(cache: LayerCache, k: Array, v: Array, positions: Array) -> LayerCach
 
     The caller must leave room: what would be written past the end is dropped.
     """
-    rows = jnp.arange(k.shape[0])[:, None]
-    return LayerCache(cache.k.at[rows, positions].set(k), cache.v.at[rows, positions].set(v))
+    at = jnp.arange(k.shape[0])[:, None], positions
+    # no slot is written twice: without knowing that, a GPU writes bfloat16 by compare-and-swap
+    return LayerCache(cache.k.at[at].set(k, unique_indices=True), cache.v.at[at].set(v, unique_indices=True))

@@ -134,7 +134,7 @@ def measure_decode(args: argparse.Namespace, task: dict[str, Any]) -> dict[str, 
             run(stream, measure, args, seconds, prefill, n)
             if folder is not None:
                 with profiled(name, folder):
-                    measure(lambda: stream(33))
+                    measure(stream)
     else:
         decode = find_peer(name).decode(cfg, args.compute_dtype, side.select_device(args.device))
 
@@ -150,7 +150,7 @@ def measure_decode(args: argparse.Namespace, task: dict[str, Any]) -> dict[str, 
         "compile": seconds_to_compile(started, seconds, n),
         "bytes": decode_bytes(cfg, b, context, args.compute_dtype),
         "memory": side.memory_used(args.device),
-        "kernels": [] if folder is None else top_kernels(folder, 33),
+        "kernels": [] if folder is None else top_kernels(folder, n),
         "versions": versions(*packages(name)),
     }
 
