@@ -154,9 +154,12 @@ def _cut_finder() -> re.Pattern[str]:
 
 
 def _cuts(text: str, start: int, end: int) -> Iterator[int]:
-    """The places from `start` on where a text may be cut, looked for up to `end`. Never before a mark that joins what precedes it."""
+    """The places from `start` on where a text may be cut, looked for up to `end`. Never before a mark that
+    joins what precedes it, nor before half of a character, which may be a letter.
+    """
     for found in _cut_finder().finditer(text, max(0, start - 1), end):
-        if not unicodedata.category(text[found.end() - 1]).startswith("M"):
+        category = unicodedata.category(text[found.end() - 1])
+        if not category.startswith("M") and category != "Cs":
             yield found.start() + 1
 
 

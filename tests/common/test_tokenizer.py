@@ -12,6 +12,7 @@ from llm_common.bpe_trainer import train_bpe
 from llm_common.corpus import python_documentation
 from llm_common.errors import UserError
 from llm_common.tokenizer import END_OF_TEXT, PATTERNS, Tokenizer, check_vocabulary
+from llm_common.words import clean, stream_blocks
 
 TEXT = "low lower lowest, newer newest wider; the widest river's banks they'll widen. 12345 été 你好 🙂\n\n  end"
 
@@ -94,6 +95,13 @@ def test_hostile_texts_come_back_the_same_on_every_way(tokenizer, name):
 def test_half_a_surrogate_pair_becomes_the_replacement_character(tokenizer):
     assert tokenizer.encode("a\ud800 b") == tokenizer.encode("a\ufffd b")
     assert tokenizer.encode("\ud83d\ude00") == tokenizer.encode("😀")
+
+
+def test_a_letter_in_halves_is_not_cut_from_the_word_it_is_in(tokenizer):
+    text = "ab\ud801\udc00 " * 50  # U+10400, a letter
+    words = list(stream_blocks(text, (), 8))
+    assert [word for block in words for word in tokenizer._words(clean(block))] == tokenizer._words(clean(text))
+    assert list(tokenizer.encode_iterable(iter(text), block=8)) == tokenizer.encode(text)
 
 
 @given(data=st.data())
