@@ -3,8 +3,9 @@
 B batch, T query positions, S key positions, D hidden_size, N query heads, K key/value heads, G = N / K, H head_dim.
 """
 
+import functools
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Literal
 
 import flax.linen as nn
 import jax
@@ -46,25 +47,24 @@ def fused_attention(
 ) -> Array:
     """The same through `jax.nn.dot_product_attention`: "xla" on any device, "cudnn" on a GPU in bfloat16.
 
-    cuDNN takes a mask if it is that of decoding without a window, where a text's one query sees the first slots: it then reads
-    those alone. Any other mask is for "xla".
+    No mask may let a query look ahead in a sequence of its own (T = S). Where a text's one query sees the first slots, as in
+    decoding without a window, cuDNN reads those alone.
     """
     if q.dtype == jnp.float64:
         raise UserError(
             "JAX's fused attention computes float64 at float32 accuracy; use attention_backend = 'reference'"
         )
+    (t, h), s = (q.shape[1], q.shape[3]), k.shape[1]
+    attention = functools.partial(jax.nn.dot_product_attention, q, k, v, scale=h**-0.5, implementation=implementation)
     if mask is None:
-        local = None if window is None or window >= q.shape[1] else (window - 1, 0)  # to the left, to the right
-        scale = q.shape[-1] ** -0.5
-        return jax.nn.dot_product_attention(
-            q, k, v, scale=scale, is_causal=True, local_window_size=local, implementation=implementation
-        )
-    if implementation == "cudnn" and q.shape[1] == 1 and window is None:
+        local = None if window is None or window >= t else (window - 1, 0)  # to the left, to the right
+        return attention(is_causal=True, local_window_size=local)
+    if implementation == "cudnn" and t == 1 and window is None:
         seen = mask.sum(-1, dtype=jnp.int32).reshape(q.shape[0])
-        lengths: dict[str, Any] = {"query_seq_lengths": jnp.ones_like(seen), "key_value_seq_lengths": seen}
-        return jax.nn.dot_product_attention(q, k, v, scale=q.shape[-1] ** -0.5, implementation="cudnn", **lengths)
-    mask = jnp.broadcast_to(mask, (q.shape[0], q.shape[2], q.shape[1], k.shape[1]))  # (B, N, T, S)
-    return jax.nn.dot_product_attention(q, k, v, scale=q.shape[-1] ** -0.5, mask=mask, implementation="xla")
+        return attention(query_seq_lengths=jnp.ones_like(seen), key_value_seq_lengths=seen)
+    if implementation == "cudnn" and t % 2 == s % 2 == 0:  # where T = S, what lies ahead is not computed
+        return attention(mask=jnp.expand_dims(mask, range(4 - mask.ndim)), is_causal=t == s)
+    return attention(mask=jnp.broadcast_to(mask, (q.shape[0], q.shape[2], t, s)), implementation="xla")
 
 
 def causal_mask(query_positions: Array, key_positions: Array, window: int | None = None) -> Array:

@@ -146,13 +146,13 @@ def describe(cfg: ModelConfig, train: TrainConfig, device: str) -> str:
     """What a run on a device (by name) will use, in a line for people. Raises UserError if the device is absent."""
     target = select_device(device)
     backend = make_model(cfg, train, target.platform).backend
-    apart = train.document_separator is not None
-    refused = "documents are apart" if apart else why_not_cudnn(cfg, train.compute_dtype, train.seq_len)
+    refused = why_not_cudnn(cfg, train.compute_dtype, train.seq_len)
     refused = "run is deterministic" if train.deterministic else refused
     instead = f" (not cuDNN's: {refused})" if target.platform == "gpu" and backend == "xla" else ""
     layers = "scanned" if train.scan_layers else "unrolled"
     jit = "not compiled" if train.compile == "off" else f"jit, layers {layers}"
-    more = (", documents apart" if apart else "") + (", deterministic" if train.deterministic else "")
+    apart = ", documents apart" if train.document_separator is not None else ""
+    more = apart + (", deterministic" if train.deterministic else "")
     return (
         f"{target.device_kind}, {train.compute_dtype}, {backend} attention{instead}, {jit}, remat {train.remat}{more}"
     )
@@ -235,9 +235,8 @@ def init_state(cfg: ModelConfig, train: TrainConfig, opt: OptimizerConfig, param
 def make_model(cfg: ModelConfig, train: TrainConfig, platform: str) -> CausalLM:
     """The model that a run uses on a platform, its attention backend resolved."""
     backend = resolve_backend(train.attention_backend, platform, train.compute_dtype, cfg, train.seq_len)
-    if backend == "cudnn" and (train.deterministic or train.document_separator is not None):
-        # XLA does not compile cuDNN's attention together with xla_gpu_deterministic_ops (jax 0.11), nor does it take the mask
-        backend = "xla"
+    if backend == "cudnn" and train.deterministic:
+        backend = "xla"  # XLA does not compile cuDNN's attention together with xla_gpu_deterministic_ops (jax 0.11)
     return CausalLM(
         cfg, backend=backend, scan_layers=train.scan_layers, remat=train.remat, separator=train.document_separator
     )

@@ -14,6 +14,4 @@ def why_not_cudnn(cfg: ModelConfig, compute_dtype: str, seq_len: int) -> str:
         return f"it takes a head_dim of a multiple of 8 up to 128, not {cfg.head_dim}"
     if seq_len % 2:
         return f"it trains on an even seq_len, not {seq_len}"
-    if cfg.sliding_window is not None and cfg.sliding_window < seq_len:  # never tried here
-        return f"it is not used with a window of {cfg.sliding_window}"
     return ""

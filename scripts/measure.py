@@ -20,11 +20,16 @@ from llm_common.run_log import environment
 
 
 class RandomTokens:
-    """Batches of random tokens: every step the same rows in another order, so that reading costs nothing."""
+    """Batches of random tokens: every step the same rows in another order, so that reading costs nothing.
+
+    Where the run keeps documents apart, some four to a row.
+    """
 
     def __init__(self, cfg: ModelConfig, train: TrainConfig) -> None:
         rng = np.random.default_rng(0)
         self.rows = rng.integers(0, cfg.vocab_size, (train.batch_size, train.seq_len + 1)).astype(np.int32)
+        if train.document_separator is not None:
+            self.rows[rng.random(self.rows.shape) < 4 / train.seq_len] = train.document_separator
 
     def batch(self, step: int, host: int = 0, n_hosts: int = 1) -> tuple[np.ndarray, np.ndarray]:
         rows = self.rows[[number % len(self.rows) for number in host_rows(step, len(self.rows), host, n_hosts)]]

@@ -6,12 +6,16 @@ B batch, T query positions, S key positions, D hidden_size, N query heads, K key
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
 from llm_common.config import ModelConfig
 from llm_common.errors import UserError
 from torch_llm.kv_cache import KVCache
 from torch_llm.layers import Linear, RMSNorm, upcast
 from torch_llm.rope import apply_rope
+
+Mask = Tensor | BlockMask | None  # None: causal
+BLOCK_HEAD_DIMS = 16, 32, 64, 128  # that FlexAttention is used with
 
 
 def reference_attention(
@@ -36,16 +40,33 @@ def reference_attention(
     return torch.einsum("bkgts,bskh->btkgh", probs, v).reshape(b, t, n, h)
 
 
-def fused_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, window: int | None = None) -> Tensor:
-    """The same through `F.scaled_dot_product_attention`, which picks the fastest kernel of the device."""
+def fused_attention(q: Tensor, k: Tensor, v: Tensor, mask: Mask, window: int | None = None) -> Tensor:
+    """The same through `F.scaled_dot_product_attention`, which picks the fastest kernel of the device; a mask in blocks is for
+    FlexAttention, which does not compute what it hides.
+    """
     if mask is None and window is not None and window < q.shape[1]:  # the function knows no window
         positions = torch.arange(q.shape[1], device=q.device)
         mask = causal_mask(positions, positions, window)
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # (B, heads, T, H)
-    out = F.scaled_dot_product_attention(
-        q, k, v, attn_mask=mask, is_causal=mask is None, scale=q.shape[-1] ** -0.5, enable_gqa=True
-    )
-    return out.transpose(1, 2)
+    scale = q.shape[-1] ** -0.5
+    if isinstance(mask, BlockMask):
+        out = flex_attention(q, k, v, block_mask=mask, scale=scale, enable_gqa=True)
+    else:
+        out = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=True
+        )
+    return out.transpose(1, 2)  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def takes_blocks(backend: str, x: Tensor, head_dim: int) -> bool:
+    """Whether masks are better given in blocks: FlexAttention is fast in a compiled program on a GPU only."""
+    return backend == "sdpa" and x.is_cuda and torch.compiler.is_compiling() and head_dim in BLOCK_HEAD_DIMS
+
+
+def in_blocks(mask: Tensor) -> BlockMask:
+    """A mask (B, 1, T, S), True where a query may look, in blocks: those of which nothing is seen, all or a part."""
+    b, _, t, s = mask.shape
+    return create_block_mask(lambda b, h, i, j: mask[b, 0, i, j], b, None, t, s, device=mask.device)
 
 
 def causal_mask(query_positions: Tensor, key_positions: Tensor, window: int | None = None) -> Tensor:
@@ -58,10 +79,11 @@ def causal_mask(query_positions: Tensor, key_positions: Tensor, window: int | No
 
 
 def dot_product_attention(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, backend: str, window: int | None = None
+    q: Tensor, k: Tensor, v: Tensor, mask: Mask, backend: str, window: int | None = None
 ) -> Tensor:
     """Attention by a resolved backend: "reference" or "sdpa". mask: broadcasts to (B, N, T, S); None is causal, `window` wide."""
     if backend == "reference":
+        assert not isinstance(mask, BlockMask), "blocks are for a fused backend"
         return reference_attention(q, k, v, mask, window)
     if backend == "sdpa":
         return fused_attention(q, k, v, mask, window)
@@ -102,7 +124,7 @@ class Attention(nn.Module):
         x: Tensor,
         cos: Tensor,
         sin: Tensor,
-        mask: Tensor | None = None,
+        mask: Mask = None,
         cache: KVCache | None = None,
         layer: int = 0,
     ) -> Tensor:

@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_conte
 from llm_common.config import ModelConfig, check_length
 from llm_common.tensors import init_constant, init_range, tensor_shapes
 from torch_llm import random_bits
-from torch_llm.attention import Attention, causal_mask
+from torch_llm.attention import Attention, Mask, causal_mask, in_blocks, takes_blocks
 from torch_llm.documents import inside_documents
 from torch_llm.kv_cache import KVCache
 from torch_llm.layers import MLP, Embedding, Linear, RMSNorm, upcast
@@ -45,7 +45,7 @@ class DecoderLayer(nn.Module):
         x: Tensor,
         cos: Tensor,
         sin: Tensor,
-        mask: Tensor | None = None,
+        mask: Mask = None,
         cache: KVCache | None = None,
         layer: int = 0,
     ) -> Tensor:
@@ -60,7 +60,7 @@ class Transformer(nn.Module):
         self, cfg: ModelConfig, backend: str = "reference", remat: str = "none", separator: int | None = None
     ) -> None:
         super().__init__()
-        self.cfg, self.remat = cfg, remat
+        self.cfg, self.backend, self.remat = cfg, backend, remat
         self.separator = separator  # the id that ends a document, if none may see another
         self.embed_tokens = Embedding(cfg.vocab_size, cfg.hidden_size)
         self.layers = nn.ModuleList(DecoderLayer(cfg, backend) for _ in range(cfg.num_hidden_layers))
@@ -69,16 +69,20 @@ class Transformer(nn.Module):
 
     def forward(self, input_ids: Tensor, cache: KVCache | None = None) -> Tensor:
         x = self.embed_tokens(input_ids)  # (B, T, D)
-        t, table_dtype = input_ids.shape[1], upcast(x[:0]).dtype
+        b, t, table_dtype, window = *input_ids.shape, upcast(x[:0]).dtype, self.cfg.sliding_window
         if cache is None:
             check_length(self.cfg, t, "the input")
+            blocks = takes_blocks(self.backend, x, self.cfg.head_dim)
             positions, mask = torch.arange(t, device=x.device), None
             if self.separator is not None:
-                positions, mask = inside_documents(input_ids, self.separator, self.cfg.sliding_window)
+                positions, mask = inside_documents(input_ids, self.separator, window)
+            elif blocks and window is not None and window < t:
+                mask = causal_mask(positions, positions, window).expand(b, 1, t, t)
+            mask = in_blocks(mask) if blocks and mask is not None else mask
         else:
             positions = cache.positions(t)  # (B, T)
             slots = torch.arange(cache.in_use(t), device=x.device)
-            mask = causal_mask(positions, slots, self.cfg.sliding_window)[:, None]  # (B, 1, T, S)
+            mask = causal_mask(positions, slots, window)[:, None]  # (B, 1, T, S)
         cos, sin = self.rotary_table(positions, table_dtype)
         for i, layer in enumerate(self.layers):
             if self.remat != "none" and cache is None and torch.is_grad_enabled():

@@ -17,8 +17,8 @@ torch(
 jax(
     "values written where the keys are",
     "kv_cache:update",
-    "cache.v.at[rows, positions].set(v)",
-    "cache.v.at[rows, positions].set(k)",
+    "cache.v.at[at].set(v, unique_indices=True)",
+    "cache.v.at[at].set(k, unique_indices=True)",
     place="kv_cache",
     **CACHE,
 )
@@ -55,8 +55,8 @@ both(
     ),
     (
         "model:Transformer.forward",
-        "causal_mask(positions, slots, self.cfg.sliding_window)[:, None]",
-        "causal_mask(positions - cache.length[:, None], slots, self.cfg.sliding_window)[:, None]",
+        "causal_mask(positions, slots, window)[:, None]",
+        "causal_mask(positions - cache.length[:, None], slots, window)[:, None]",
     ),
     place=CORE,
     **CACHE,
@@ -109,7 +109,7 @@ both(
     ),
     (
         "model:Transformer.forward",
-        "causal_mask(positions, slots, self.cfg.sliding_window)",
+        "causal_mask(positions, slots, window)",
         "causal_mask(positions, slots, None)",
     ),
     place=CORE,
@@ -161,8 +161,8 @@ jax("padding kept", "generate:decode_step", "cache.length + last + 1", "cache.le
 jax(
     "cache adds where it should overwrite",
     "kv_cache:update",
-    "cache.k.at[rows, positions].set(k)",
-    "cache.k.at[rows, positions].add(k)",
+    "cache.k.at[at].set(k, unique_indices=True)",
+    "cache.k.at[at].add(k, unique_indices=True)",
     **GENERATE,
 )
 torch("logits of the padding", "generate:decode_step", "lengths is None", "True", **GENERATE)

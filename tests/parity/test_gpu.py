@@ -110,3 +110,80 @@ def test_cudnn_attends_to_the_slots_seen_and_to_no_other():
     k, v = (jnp.nan_to_num(x) for x in (k, v))
     expected = reference_attention(*(x.astype(jnp.float32) for x in (q, k, v)), mask)
     assert float(jnp.abs(got.astype(jnp.float32) - expected).max()) < 2**-6  # one rounding of values up to 4 to 8 bits
+
+
+@pytest.mark.parametrize(
+    "first", [0, 32]
+)  # of the queries among the slots: a sequence of its own, and a prompt after others
+def test_cudnn_takes_a_mask_that_hides_what_lies_ahead(first):
+    import jax
+    import jax.numpy as jnp
+
+    from jax_llm.attention import fused_attention, reference_attention
+
+    rng = np.random.default_rng(0)
+    arrays = [rng.standard_normal((3, n, heads, 64)) for n, heads in ((64, 8), (64 + first, 2), (64 + first, 2))]
+    look = np.arange(64)[:, None] + first >= np.arange(64 + first)
+    look = look & (rng.random((3, 1, 64, 64 + first)) < 0.5) | (np.arange(64)[:, None] + first == np.arange(64 + first))
+
+    def results(attention, dtype):
+        q, k, v = (jnp.array(x, dtype) for x in arrays)
+        grads = jax.grad(lambda *qkv: (attention(*qkv).astype(jnp.float32) ** 2).sum(), (0, 1, 2))(q, k, v)
+        return [np.asarray(x, np.float32) for x in (attention(q, k, v), *grads)]
+
+    mask = jnp.array(look)
+    got = results(lambda *qkv: fused_attention(*qkv, mask, "cudnn"), jnp.bfloat16)
+    rounded = results(lambda *qkv: reference_attention(*qkv, mask), jnp.bfloat16)
+    exact = results(lambda *qkv: reference_attention(*qkv, mask), jnp.float32)
+    for a, b, expected in zip(got, rounded, exact, strict=True):
+        assert np.linalg.norm(a - expected) < 2 * np.linalg.norm(b - expected)
+
+
+HIDDEN = {
+    "documents": (None, 1),
+    "window": (48, None),
+    "documents and window": (48, 1),
+}
+
+
+@pytest.mark.parametrize(
+    ("hidden", "remat"), [*((hidden, "none") for hidden in HIDDEN), ("documents", "full"), ("documents", "dots")]
+)
+def test_fast_attention_with_a_mask_errs_no_more_than_the_reference(hidden, remat):
+    import torch
+
+    from parity import spec
+    from parity.jax_side import JaxSide
+    from parity.torch_side import TorchSide
+    from torch_llm.checkpoint import from_canonical
+    from torch_llm.model import empty_model
+    from torch_llm.train import batch_loss
+
+    window, separator = HIDDEN[hidden]
+    family = {} if window is None else {"model_type": "mistral", "sliding_window": window}
+    cfg = dataclasses.replace(preset("tiny"), head_dim=32, max_position_embeddings=512, **family)
+    weights, rng = random_weights(cfg, 0, "bfloat16"), np.random.default_rng(0)
+    ids, targets = rng.integers(2, cfg.vocab_size, (2, 2, 300))
+    ids[rng.random(ids.shape) < 0.02] = 1  # documents of some 50, in blocks of 128
+    exact_loss, exact = spec.loss_and_grads(weights, ids, targets, cfg, separator=separator)
+
+    def compiled_torch():
+        model = from_canonical(empty_model(cfg, "sdpa", torch.bfloat16, "cuda", remat, separator), weights)
+        inputs, labels = (torch.tensor(x, device="cuda") for x in (ids, targets))
+        masters = dict(model.named_parameters())
+        count = torch.tensor(labels.numel(), device="cuda")
+        loss = torch.compile(batch_loss, dynamic=False)(model, masters, inputs, labels, count, 1)
+        grads = torch.autograd.grad(loss, list(masters.values()))
+        return float(loss.detach()), {name: g.float().cpu().numpy() for name, g in zip(masters, grads, strict=True)}
+
+    def error(result):
+        loss, grads = result
+        assert abs(loss - exact_loss) < 2**-8 * exact_loss
+        return np.sqrt(sum(np.sum((grads[name] - g) ** 2) for name, g in exact.items()))
+
+    fields = {"remat": remat, "separator": separator}
+    side = lambda kind, attention: kind(cfg, "bfloat16", "gpu", attention).variant(**fields)
+    jax, torch_eager = (side(kind, "auto").loss_and_grads(weights, ids, targets) for kind in (JaxSide, TorchSide))
+    rounded = error(side(TorchSide, "reference").loss_and_grads(weights, ids, targets))
+    for result in (jax, torch_eager, compiled_torch()):
+        assert error(result) < 1.5 * rounded

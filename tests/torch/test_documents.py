@@ -1,12 +1,18 @@
 """Documents in one sequence: what each sees, where it begins anew, and that it is as if it stood alone."""
 
+import dataclasses
+import warnings
+
 import numpy as np
+import pytest
 import torch
 
 from llm_common.config import preset
 from parity.cases import random_weights
 from parity.torch_side import TorchSide
+from torch_llm.attention import in_blocks
 from torch_llm.documents import inside_documents
+from torch_llm.model import empty_model
 
 IDS = np.array([[5, 1, 6, 7, 1, 1, 8, 9], [1, 5, 6, 7, 8, 9, 5, 1]])
 
@@ -29,3 +35,19 @@ def test_a_document_is_computed_as_if_it_stood_alone():
         alone = side.logits(weights, IDS[row : row + 1, start:end])[0]
         np.testing.assert_allclose(together[row, start:end], alone, rtol=0, atol=1e-12)
     assert np.abs(side.logits(weights, IDS)[0, 2:5] - together[0, 2:5]).max() > 1e-6
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("window", "separator"), [(None, 1), (7, None), (7, 1)])
+def test_a_mask_in_blocks_hides_the_same(window, separator, monkeypatch):
+    family = {} if window is None else {"model_type": "mistral", "sliding_window": window}
+    cfg = dataclasses.replace(preset("tiny"), max_position_embeddings=256, **family)
+    model = empty_model(cfg, "sdpa", torch.float64, "cpu", separator=separator).init_weights(0)
+    ids = torch.tensor(np.random.default_rng(0).integers(1, 30, (2, 200)))  # more than a block of 128
+    expected, seen = model(ids), []
+    monkeypatch.setattr("torch_llm.model.takes_blocks", lambda *_: True)
+    monkeypatch.setattr("torch_llm.model.in_blocks", lambda mask: seen.append(in_blocks(mask)) or seen[-1])
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "flex_attention called without torch.compile")
+        torch.testing.assert_close(model(ids), expected, atol=1e-12, rtol=0)
+    assert [mask.shape for mask in seen] == [(2, 1, 200, 200)]  # once for all layers
