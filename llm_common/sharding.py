@@ -154,8 +154,10 @@ def check_devices(mesh: MeshConfig, present: int, kind: str, hint: str) -> None:
 
 def check_sharded(mesh: MeshConfig, cfg: ModelConfig, train: TrainConfig) -> None:
     """`check_mesh` for a training run."""
-    if train.document_separator is not None:
-        raise UserError("document_separator (--document-mask) is for one device: leave it out with a mesh")
+    if train.document_separator is not None and train.attention_backend == "splash":
+        raise UserError(
+            "attention_backend = 'splash' hides no documents from each other; use 'auto' with document_separator"
+        )
     if train.loss_chunks > 1:
         raise UserError(f"loss_chunks = {train.loss_chunks} is for one device: with a mesh use 1, and remat or tensor")
     check_mesh(mesh, cfg, train.batch_size, train.gradient_accumulation_steps)

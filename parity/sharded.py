@@ -47,7 +47,9 @@ SHAPES = {
     "tied": dataclasses.replace(BASE, tie_word_embeddings=True),
     "qwen2": dataclasses.replace(BASE, model_type="qwen2"),
     "qwen3": dataclasses.replace(BASE, model_type="qwen3"),
+    "documents": BASE,  # that do not see each other
 }
+SEPARATOR = 3
 STEPS, SEED = 10, 5
 TRAIN = TrainConfig(compute_dtype="float64", batch_size=16, seq_len=13, seed=SEED, gradient_accumulation_steps=2)
 OPT = OptimizerConfig(lr_max=1e-3, total_steps=STEPS, max_grad_norm=0.05)  # far below the norm: the clip is active
@@ -80,6 +82,7 @@ GROUPS = (
             ("tied", "data=2,tensor=4"),
             ("qwen2", "data=2,fsdp=2,tensor=2"),
             ("qwen3", "fsdp=2,tensor=4"),
+            ("documents", "data=2,fsdp=2,tensor=2"),
         ),
     ),
     Group("jax", 2, 2, (("llama", "data=4"), ("tied", "fsdp=4"), ("qwen2", "fsdp=2,tensor=2"))),
@@ -96,17 +99,22 @@ GROUPS = (
             ("tied", "data=2,tensor=2"),
             ("qwen2", "fsdp=2,tensor=2"),
             ("qwen3", "fsdp=2,tensor=2"),
+            ("documents", "fsdp=2,tensor=2"),
         ),
     ),
 )
 QUICK = (
-    Group("jax", 1, 8, (("qwen3", "data=2,fsdp=2,tensor=2"),)),
-    Group("torch", 4, 1, (("qwen2", "fsdp=2,tensor=2"), ("tied", "data=2,fsdp=2"))),
+    Group("jax", 1, 8, (("qwen3", "data=2,fsdp=2,tensor=2"), ("documents", "fsdp=4,tensor=2"))),
+    Group("torch", 4, 1, (("qwen2", "fsdp=2,tensor=2"), ("tied", "data=2,fsdp=2"), ("documents", "fsdp=2,tensor=2"))),
 )
 
 
 PLAIN = (("llama", "data=2"), ("tied", "fsdp=2"), ("qwen2", "tensor=2"), ("qwen3", "fsdp=2"))
 TWO_GPUS = (Group("jax", 1, 2, PLAIN), Group("torch", 2, 1, PLAIN))
+
+
+def train_of(shape: str) -> TrainConfig:
+    return dataclasses.replace(TRAIN, document_separator=SEPARATOR if shape == "documents" else None)
 
 
 def weights_of(cfg: ModelConfig) -> Tensors:
@@ -123,6 +131,7 @@ class Batches:
         inputs, targets = random_batch(self.cfg, SEED + step, TRAIN.batch_size, TRAIN.seq_len)
         for row in range(TRAIN.batch_size):
             targets[row, : 1 + row * 11 // 15] = -100
+            inputs[row, [row % 7, 9]] = SEPARATOR
         first = step * TRAIN.batch_size
         rows = [number - first for number in host_rows(step, TRAIN.batch_size, host, n_hosts)]
         return inputs[rows].astype(np.int32), targets[rows].astype(np.int32)
@@ -166,7 +175,7 @@ class Expected:
 
 @functools.cache
 def expected(shape: str) -> Expected:
-    cfg, data = SHAPES[shape], Batches(SHAPES[shape])
+    cfg, data, separator = SHAPES[shape], Batches(SHAPES[shape]), train_of(shape).document_separator
     weights = weights_of(cfg)
     shapes = spec.weight_shapes(cfg)
     init = {
@@ -174,18 +183,19 @@ def expected(shape: str) -> Expected:
         for i, (name, size) in enumerate(shapes.items())
     }
     inputs, targets = data.batch(0)
-    logits, _ = spec.forward(weights, inputs, cfg)
-    loss, gradients = spec.loss_and_grads(weights, inputs, targets, cfg)
+    logits, _ = spec.forward(weights, inputs, cfg, separator=separator)
+    loss, gradients = spec.loss_and_grads(weights, inputs, targets, cfg, separator=separator)
     zero = {name: np.zeros(x.shape) for name, x in weights.items()}
     state, losses = (weights, zero, zero, 0, 0), []
     for step in range(STEPS):
-        state, step_loss, _ = spec.train_step(*state, *data.batch(step), cfg, OPT)
+        state, step_loss, _ = spec.train_step(*state, *data.batch(step), cfg, OPT, separator)
         losses.append(step_loss)
     update = {name: x - weights[name] for name, x in state[0].items()}
     total, count = 0.0, 0
     for ids, wanted in EVALUATION.batches():
         n = int((wanted != -100).sum())
-        total, count = total + n * spec.cross_entropy(spec.forward(state[0], ids, cfg)[0], wanted), count + n
+        logits_there, _ = spec.forward(state[0], ids, cfg, separator=separator)
+        total, count = total + n * spec.cross_entropy(logits_there, wanted), count + n
     words: list[int] = []
     for sampling in (SamplingConfig(temperature=0), DRAWN):
         words += itertools.chain(*spec.generate(weights, PROMPTS, cfg, sampling, NEW_TOKENS))

@@ -26,7 +26,7 @@ from parity.planting import planted
 Results = dict[str, Any]
 
 
-def run_jax(cfg: ModelConfig, mesh_config: MeshConfig, hosts: Hosts, folder: Path) -> Results:
+def run_jax(shape: str, mesh_config: MeshConfig, hosts: Hosts, folder: Path) -> Results:
     import jax
     from jax.sharding import NamedSharding, PartitionSpec
 
@@ -34,7 +34,8 @@ def run_jax(cfg: ModelConfig, mesh_config: MeshConfig, hosts: Hosts, folder: Pat
     from jax_llm.checkpoint import to_canonical, to_host
     from jax_llm.train import loss_and_grads, make_model, x64
 
-    train, opt, weights, data = cases.TRAIN, cases.OPT, cases.weights_of(cfg), cases.Batches(cfg)
+    cfg, train, opt = cases.SHAPES[shape], cases.train_of(shape), cases.OPT
+    weights, data = cases.weights_of(cfg), cases.Batches(cfg)
     with x64("float64"):
         mesh = distributed.make_mesh(mesh_config, hosts.device)
         first = distributed.init_state(cfg, train, opt, mesh)
@@ -73,13 +74,14 @@ def run_jax(cfg: ModelConfig, mesh_config: MeshConfig, hosts: Hosts, folder: Pat
     return results
 
 
-def run_torch(cfg: ModelConfig, mesh_config: MeshConfig, hosts: Hosts, folder: Path) -> Results:
+def run_torch(shape: str, mesh_config: MeshConfig, hosts: Hosts, folder: Path) -> Results:
     import torch
     import torch.distributed as dist
 
     from torch_llm import distributed
 
-    train, opt, weights, data = cases.TRAIN, cases.OPT, cases.weights_of(cfg), cases.Batches(cfg)
+    cfg, train, opt = cases.SHAPES[shape], cases.train_of(shape), cases.OPT
+    weights, data = cases.weights_of(cfg), cases.Batches(cfg)
     first = distributed.ShardedTrainer(cfg, train, opt, mesh_config, hosts.device)
     trainer = distributed.ShardedTrainer(cfg, train, opt, mesh_config, hosts.device, init_weights=False)
     trainer.from_training_state(start_state(weights))
@@ -166,7 +168,7 @@ def main() -> None:
     bug = cases.find_bug(task["bug"]) if task["bug"] else None
     with planted([bug.edit]) if bug else contextlib.nullcontext():
         for number, (shape, mesh) in enumerate(task["cases"]):
-            results = run(cases.SHAPES[shape], MeshConfig.parse(mesh), hosts, out / f"run-{number}")
+            results = run(shape, MeshConfig.parse(mesh), hosts, out / f"run-{number}")
             if hosts.index == 0:
                 np.savez(out / f"{number}.npz", **dict(flat(results)))
             hosts.gather(None)

@@ -243,9 +243,9 @@ def adamw_step(w, mu, nu, grads, opt, lr, n):
     return new, mu, nu
 
 
-def train_step(w, mu, nu, step, adam_count, ids, targets, cfg, opt):
+def train_step(w, mu, nu, step, adam_count, ids, targets, cfg, opt, separator=None):
     """One step: gradients, clip, AdamW. A non-finite norm skips the update. Returns the new state, loss and norm."""
-    loss, grads = loss_and_grads(w, ids, targets, cfg)
+    loss, grads = loss_and_grads(w, ids, targets, cfg, separator=separator)
     grads, norm = clip(grads, opt.max_grad_norm)
     if math.isfinite(norm):
         adam_count += 1

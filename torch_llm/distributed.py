@@ -166,10 +166,11 @@ def cut_model(
     compute_dtype: torch.dtype,
     device: torch.device | str,
     remat: str = "none",
+    separator: int | None = None,
 ) -> tuple[CausalLM, dict[str, nn.Parameter]]:
     """A model cut over a mesh, its weights in `dtype` still to be filled in, and this device's parts of them by canonical name."""
     with torch.device("meta"):
-        model = CausalLM(cfg, backend, remat).to(dtype)
+        model = CausalLM(cfg, backend, remat, separator).to(dtype)
     if mesh["tensor"].size() > 1:
         parallelize(model, mesh["tensor"])
     shard(model, mesh["data", "fsdp"], compute_dtype)
@@ -210,8 +211,9 @@ class ShardedTrainer(Trainer):
         super().__init__(cfg, train, opt, device, init_weights)
 
     def _make_model(self, backend: str, dtype: torch.dtype) -> None:
+        mesh, separator = self.mesh, self.train.document_separator
         self.model, self.parameters = cut_model(
-            self.cfg, self.mesh, backend, dtype, self.compute_dtype, self.device, self.train.remat
+            self.cfg, mesh, backend, dtype, self.compute_dtype, self.device, self.train.remat, separator
         )
         self.optimizer = make_optimizer(self.opt, nn.ParameterList(self.parameters.values()))
 

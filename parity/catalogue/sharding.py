@@ -29,6 +29,25 @@ def jax(name, function, old, new, mesh, item, shape="llama", processes=1, device
 
 SHARDING_BUGS = (
     torch(
+        "documents together on a mesh",
+        "cut_model",
+        "CausalLM(cfg, backend, remat, separator)",
+        "CausalLM(cfg, backend, remat)",
+        "data=2",
+        "logits",
+        shape="documents",
+        processes=2,
+    ),
+    jax(
+        "documents together in a run on a mesh",
+        "mesh_model",
+        "make_model(cfg, train, mesh.devices.flat[0].platform)",
+        "dataclasses.replace(make_model(cfg, train, mesh.devices.flat[0].platform), separator=None)",
+        "fsdp=2,tensor=2",
+        "losses",
+        shape="documents",
+    ),
+    torch(
         "gradient averaged, not summed",
         "ShardedTrainer.loss_and_grads",
         "(loss * batch_shards).backward()",

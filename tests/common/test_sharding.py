@@ -71,6 +71,21 @@ def test_a_mesh_that_does_not_divide_names_number_and_axis(mesh, batch, steps, w
         check_mesh(MeshConfig(tensor=2), replace(CFG, vocab_size=97))
 
 
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"loss_chunks": 2, "seq_len": 4}, "loss_chunks = 2 is for one device"),
+        (
+            {"attention_backend": "splash", "document_separator": 1},
+            "'splash' hides no documents from each other; use 'auto'",
+        ),
+    ],
+)
+def test_what_a_mesh_cannot_do_is_said(settings, words):
+    with pytest.raises(UserError, match=words):
+        check_sharded(MeshConfig(data=2), CFG, TrainConfig(batch_size=8, **settings))
+
+
 class TwoHosts(Hosts):
     """As the first of two hosts, the other of which gives prepared answers."""
 
