@@ -1,6 +1,7 @@
 """gpt-fast's decoding, as a peer of `benchmark.py`.
 
     git clone https://github.com/pytorch-labs/gpt-fast
+    git -C gpt-fast checkout 32971d3129541c5bfb4f715abc33d1c5f408d204
     GPT_FAST=gpt-fast python scripts/benchmark.py decode --preset 1b --batch 1 --batch 32 --peer examples/peer_gpt_fast.py
 
 Its own model and step, compiled as it compiles them: one token at a time with CUDA graphs of the compiler's, attention left to the
@@ -8,6 +9,7 @@ compiler, all products tuned. All texts of a batch have one length there. Greedy
 """
 
 import importlib
+import inspect
 import os
 import sys
 from collections.abc import Callable
@@ -22,6 +24,7 @@ from llm_common.config import ModelConfig
 from llm_common.errors import UserError
 
 packages = ["torch"]
+COMMIT = "32971d3129541c5bfb4f715abc33d1c5f408d204"  # of September 2024; later ones ask for masks of FlexAttention
 
 
 def gpt_fast() -> ModuleType:
@@ -33,7 +36,10 @@ def gpt_fast() -> ModuleType:
     tokenizer = ModuleType("tokenizer")
     tokenizer.get_tokenizer = None  # pyright: ignore[reportAttributeAccessIssue]
     sys.modules["tokenizer"] = tokenizer
-    return importlib.import_module("generate")
+    theirs = importlib.import_module("generate")
+    if "block_mask" in inspect.signature(theirs.decode_one_token).parameters:
+        raise UserError(f"GPT_FAST = {folder} is a later version: check out {COMMIT}")
+    return theirs
 
 
 def decode(cfg: ModelConfig, compute_dtype: str, device: torch.device) -> Callable[[np.ndarray, int], np.ndarray]:

@@ -57,7 +57,7 @@ def _parser() -> argparse.ArgumentParser:
     report = commands.add_parser("report", help="one HTML page of all that was run")
     report.add_argument("--out", type=Path, default=OUT, help="the folder that `run`, `trace` and `mutants` wrote to")
     sharded = commands.add_parser("sharded", help="training on many devices against the specification, on this CPU")
-    sharded.add_argument("--quick", action="store_true", help="three meshes")
+    sharded.add_argument("--quick", action="store_true", help="a few of the meshes")
     sharded.add_argument("--device", default="cpu", choices=["cpu", "gpu"], help="gpu: the meshes of two GPUs")
     sharded.add_argument("--bugs", action="store_true", help="plant the sharding bugs and see that each is caught")
     sharded.add_argument("--out", type=Path, default=Path("runs/sharded"))

@@ -109,7 +109,7 @@ QUICK = (
 )
 
 
-PLAIN = (("llama", "data=2"), ("tied", "fsdp=2"), ("qwen2", "tensor=2"), ("qwen3", "fsdp=2"))
+PLAIN = (("llama", "data=2"), ("tied", "fsdp=2"), ("qwen2", "tensor=2"), ("qwen3", "fsdp=2"), ("documents", "data=2"))
 TWO_GPUS = (Group("jax", 1, 2, PLAIN), Group("torch", 2, 1, PLAIN))
 
 

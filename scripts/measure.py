@@ -22,7 +22,7 @@ from llm_common.run_log import environment
 class RandomTokens:
     """Batches of random tokens: every step the same rows in another order, so that reading costs nothing.
 
-    Where the run keeps documents apart, some four to a row.
+    Where the run keeps documents apart, some five to a row.
     """
 
     def __init__(self, cfg: ModelConfig, train: TrainConfig) -> None:

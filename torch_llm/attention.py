@@ -15,7 +15,6 @@ from torch_llm.layers import Linear, RMSNorm, upcast
 from torch_llm.rope import apply_rope
 
 Mask = Tensor | BlockMask | None  # None: causal
-BLOCK_HEAD_DIMS = 16, 32, 64, 128  # that FlexAttention is used with
 
 
 def reference_attention(
@@ -58,9 +57,11 @@ def fused_attention(q: Tensor, k: Tensor, v: Tensor, mask: Mask, window: int | N
     return out.transpose(1, 2)  # pyright: ignore[reportAttributeAccessIssue]
 
 
-def takes_blocks(backend: str, x: Tensor, head_dim: int) -> bool:
-    """Whether masks are better given in blocks: FlexAttention is fast in a compiled program on a GPU only."""
-    return backend == "sdpa" and x.is_cuda and torch.compiler.is_compiling() and head_dim in BLOCK_HEAD_DIMS
+def takes_blocks(backend: str, platform: str, dtype: torch.dtype, head_dim: int) -> bool:
+    """Whether a program that is compiled as a whole gives its masks in blocks, for FlexAttention, which is slow without a compiler
+    and not float64 with one.
+    """
+    return backend == "sdpa" and platform == "cuda" and dtype == torch.bfloat16 and head_dim in (16, 32, 64, 128)
 
 
 def in_blocks(mask: Tensor) -> BlockMask:

@@ -72,7 +72,9 @@ class Transformer(nn.Module):
         b, t, table_dtype, window = *input_ids.shape, upcast(x[:0]).dtype, self.cfg.sliding_window
         if cache is None:
             check_length(self.cfg, t, "the input")
-            blocks = takes_blocks(self.backend, x, self.cfg.head_dim)
+            blocks = (
+                takes_blocks(self.backend, x.device.type, x.dtype, self.cfg.head_dim) and torch.compiler.is_compiling()
+            )
             positions, mask = torch.arange(t, device=x.device), None
             if self.separator is not None:
                 positions, mask = inside_documents(input_ids, self.separator, window)

@@ -25,7 +25,7 @@ from llm_common.errors import UserError
 from llm_common.metrics import StepMetrics
 from llm_common.schedule import learning_rate
 from llm_common.tensors import check_batch, tensor_shapes
-from torch_llm.attention import BLOCK_HEAD_DIMS, resolve_backend
+from torch_llm.attention import resolve_backend, takes_blocks
 from torch_llm.chunked_loss import chunked_cross_entropy
 from torch_llm.loss import IGNORE_INDEX, cross_entropy
 from torch_llm.model import CausalLM, empty_model
@@ -127,8 +127,12 @@ def describe(cfg: ModelConfig, train: TrainConfig, device: str) -> str:
     instead = f" (not cuDNN's: {refused})" if target.type == "cuda" and backend == "sdpa" and refused else ""
     compiled = "torch.compile" if compiles(train, target) else "not compiled"
     hides = train.document_separator is not None or (cfg.sliding_window or train.seq_len) < train.seq_len
-    if hides and backend == "sdpa" and target.type == "cuda" and compiles(train, target):
-        backend, instead = ("flex", "") if cfg.head_dim in BLOCK_HEAD_DIMS else (backend, instead)
+    if (
+        hides
+        and compiles(train, target)
+        and takes_blocks(backend, target.type, getattr(torch, train.compute_dtype), cfg.head_dim)
+    ):
+        instead = " (on one GPU FlexAttention, for its mask)"
     apart = ", documents apart" if train.document_separator is not None else ""
     more = apart + (", deterministic" if train.deterministic else "")
     return f"{name}, {train.compute_dtype}, {backend} attention{instead}, {compiled}, remat {train.remat}{more}"

@@ -149,12 +149,13 @@ HIDDEN = {
 @pytest.mark.parametrize(
     ("hidden", "remat"), [*((hidden, "none") for hidden in HIDDEN), ("documents", "full"), ("documents", "dots")]
 )
-def test_fast_attention_with_a_mask_errs_no_more_than_the_reference(hidden, remat):
+def test_fast_attention_with_a_mask_errs_no_more_than_the_reference(hidden, remat, monkeypatch):
     import torch
 
     from parity import spec
     from parity.jax_side import JaxSide
     from parity.torch_side import TorchSide
+    from torch_llm.attention import in_blocks
     from torch_llm.checkpoint import from_canonical
     from torch_llm.model import empty_model
     from torch_llm.train import batch_loss
@@ -170,10 +171,12 @@ def test_fast_attention_with_a_mask_errs_no_more_than_the_reference(hidden, rema
     def compiled_torch():
         model = from_canonical(empty_model(cfg, "sdpa", torch.bfloat16, "cuda", remat, separator), weights)
         inputs, labels = (torch.tensor(x, device="cuda") for x in (ids, targets))
-        masters = dict(model.named_parameters())
+        masters, given = dict(model.named_parameters()), []
+        monkeypatch.setattr("torch_llm.model.in_blocks", lambda mask: given.append(1) or in_blocks(mask))
         count = torch.tensor(labels.numel(), device="cuda")
         loss = torch.compile(batch_loss, dynamic=False)(model, masters, inputs, labels, count, 1)
         grads = torch.autograd.grad(loss, list(masters.values()))
+        assert given, "the mask was not given in blocks"
         return float(loss.detach()), {name: g.float().cpu().numpy() for name, g in zip(masters, grads, strict=True)}
 
     def error(result):
@@ -184,6 +187,7 @@ def test_fast_attention_with_a_mask_errs_no_more_than_the_reference(hidden, rema
     fields = {"remat": remat, "separator": separator}
     side = lambda kind, attention: kind(cfg, "bfloat16", "gpu", attention).variant(**fields)
     jax, torch_eager = (side(kind, "auto").loss_and_grads(weights, ids, targets) for kind in (JaxSide, TorchSide))
+    assert JaxSide(cfg, "bfloat16", "gpu", "auto")._model(ids).backend == "cudnn"
     rounded = error(side(TorchSide, "reference").loss_and_grads(weights, ids, targets))
     for result in (jax, torch_eager, compiled_torch()):
         assert error(result) < 1.5 * rounded
