@@ -18,6 +18,7 @@ from unittest.mock import MagicMock
 
 import numpy as np
 import torch
+from peers import autocast_step
 
 from llm_common.config import ModelConfig, OptimizerConfig, TrainConfig
 from llm_common.errors import UserError
@@ -91,30 +92,10 @@ def train(
         model.init_weights()
     width = model.layers["0"].feed_forward.w1.weight.shape[0]
     assert width == cfg.intermediate_size, f"intermediate_size {width}, not {cfg.intermediate_size}"
-    on_gpu, loss_function = device.type == "cuda", cross_entropy_loss
-    if on_gpu:
-        torch.set_float32_matmul_precision("high")
+    loss_function = cross_entropy_loss
+    if device.type == "cuda":
         for name, block in model.layers.named_children():
             model.layers.register_module(name, torch.compile(block, fullgraph=True))
         loss_function = torch.compile(cross_entropy_loss)
-    optimizer = torch.optim.AdamW(
-        model.parameters(),
-        lr=opt.lr_max,
-        betas=(opt.beta1, opt.beta2),
-        eps=opt.eps,
-        weight_decay=opt.weight_decay,
-        fused=on_gpu,
-    )
-    dtype = getattr(torch, train.compute_dtype)
-
-    def step(inputs: np.ndarray, targets: np.ndarray) -> torch.Tensor:
-        ids, labels = (torch.tensor(np.ascontiguousarray(x), device=device).long() for x in (inputs, targets))
-        with torch.autocast(device.type, dtype, enabled=dtype == torch.bfloat16):
-            loss = loss_function(model(ids), labels) / labels.numel()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), opt.max_grad_norm or float("inf"), foreach=True)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        return loss.detach()
-
-    return step
+    mean = lambda ids, labels: loss_function(model(ids), labels) / labels.numel()
+    return autocast_step(model.parameters(), mean, train, opt, device)

@@ -22,7 +22,7 @@ from typing import Any
 
 import tokenizer_cases
 from cases import OURS, WORK, model_config
-from flags import add_flags, from_flags, make_parser, prepare_environment
+from flags import add_flags, at_least_one, from_flags, make_parser, prepare_environment
 from measure import run_worker
 from peers import find_peer
 
@@ -107,9 +107,7 @@ def check(args: argparse.Namespace) -> None:
     cfg, train = model_config(args), from_flags(TrainConfig, args)
     for name in args.peer:
         find_peer(name)
-    for name in ("groups", "steps", "warm_up", "prompt_length", "new_tokens"):
-        if getattr(args, name) < 1:
-            raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: at least 1")
+    at_least_one(args, "groups", "steps", "warm_up", "prompt_length", "new_tokens")
     if args.what in ("train", "attention", "startup", "input"):
         check_length(cfg, train.seq_len, "seq_len")
     if args.what == "decode":

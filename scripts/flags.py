@@ -125,6 +125,19 @@ def prepare_environment(cache_dir: Path | None) -> None:
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what torch's deterministic matrix products ask for
 
 
+def at_least_one(args: argparse.Namespace, *names: str) -> None:
+    """Raise UserError for a flag below 1; one that was left out is None."""
+    for name in names:
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            raise UserError(f"--{name.replace('_', '-')} {value}: at least 1")
+
+
+def cores() -> int:
+    """How many cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def add_corpus_flags(parser: argparse.ArgumentParser, processes_do: str) -> None:
     """How text is read, beside the flag that names the files; processes_do: what --processes are for."""
     parser.add_argument("--field", default="text", help="the field of JSONL that holds the text (default: text)")

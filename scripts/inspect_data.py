@@ -10,7 +10,7 @@ tokens; it needs matplotlib.
 from pathlib import Path
 
 import numpy as np
-from flags import make_parser
+from flags import at_least_one, make_parser
 from rich.console import Console
 from rich.table import Table
 
@@ -34,9 +34,7 @@ def main() -> None:
     parser.add_argument("--check", action="store_true", help="compare every shard's sha256")
     parser.add_argument("--out", type=Path, metavar="PNG", help="of a picture")
     args = parser.parse_args()
-    for name in ("samples", "sample_length", "top"):
-        if getattr(args, name) < 1:
-            raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: at least 1")
+    at_least_one(args, "samples", "sample_length", "top")
     if args.out is not None:
         require_package("matplotlib", "parity")
     console, tokenizer, tokens = Console(), open_tokenizer(args.tokenizer), open_tokens(args.data)

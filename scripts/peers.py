@@ -5,7 +5,7 @@ list `packages`, their versions are written into the table.
 """
 
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -47,10 +47,44 @@ def make_llama(cfg: ModelConfig, dtype: Any, device: Any) -> Any:
     return model
 
 
+def autocast_step(
+    parameters: Iterable[Any], loss: Callable[..., Any], train: TrainConfig, opt: OptimizerConfig, device: Any
+) -> Callable[[np.ndarray, np.ndarray], Any]:
+    """A step of float32 weights under autocast, with torch's fused AdamW; returns the loss, not waited for.
+
+    loss: the mean loss of ids and labels, each (B, T).
+    """
+    import torch
+
+    parameters, dtype, platform = list(parameters), getattr(torch, train.compute_dtype), torch.device(device).type
+    if platform == "cuda":
+        torch.set_float32_matmul_precision("high")
+    optimizer = torch.optim.AdamW(
+        parameters,
+        lr=opt.lr_max,
+        betas=(opt.beta1, opt.beta2),
+        eps=opt.eps,
+        weight_decay=opt.weight_decay,
+        fused=platform == "cuda",
+    )
+
+    def step(inputs: np.ndarray, targets: np.ndarray) -> Any:
+        ids, labels = (torch.tensor(np.ascontiguousarray(x), device=device).long() for x in (inputs, targets))
+        with torch.autocast(platform, dtype, enabled=dtype == torch.bfloat16):
+            value = loss(ids, labels)
+        value.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, opt.max_grad_norm or float("inf"))
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        return value.detach()
+
+    return step
+
+
 def train_transformers(
     cfg: ModelConfig, train: TrainConfig, opt: OptimizerConfig, device: Any, liger: bool = False
 ) -> Callable[[np.ndarray, np.ndarray], Any]:
-    """A step of float32 weights under autocast, compiled, with torch's fused AdamW; returns the loss, not waited for."""
+    """`autocast_step` of the model, compiled on a GPU."""
     import torch
 
     if liger:
@@ -59,31 +93,11 @@ def train_transformers(
         apply_liger_kernel_to_llama()
     model = make_llama(cfg, torch.float32, device)
     model.train()
-    optimizer = torch.optim.AdamW(
-        model.parameters(),
-        lr=opt.lr_max,
-        betas=(opt.beta1, opt.beta2),
-        eps=opt.eps,
-        weight_decay=opt.weight_decay,
-        fused=torch.device(device).type == "cuda",
-    )
-    dtype = getattr(torch, train.compute_dtype)
-    on_gpu = torch.device(device).type == "cuda"
-    if on_gpu:
-        torch.set_float32_matmul_precision("high")
+    parameters = model.parameters()
+    if torch.device(device).type == "cuda":
         model = torch.compile(model)
-
-    def step(inputs: np.ndarray, targets: np.ndarray) -> Any:
-        ids, labels = (torch.tensor(np.ascontiguousarray(x), device=device).long() for x in (inputs, targets))
-        with torch.autocast(torch.device(device).type, dtype, enabled=dtype == torch.bfloat16):
-            loss = model(input_ids=ids, labels=labels, shift_labels=labels, use_cache=False).loss
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), opt.max_grad_norm or float("inf"))
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        return loss.detach()
-
-    return step
+    loss = lambda ids, labels: model(input_ids=ids, labels=labels, shift_labels=labels, use_cache=False).loss
+    return autocast_step(parameters, loss, train, opt, device)
 
 
 def decode_transformers(cfg: ModelConfig, compute_dtype: str, device: Any) -> Callable[[np.ndarray, int], np.ndarray]:

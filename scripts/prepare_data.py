@@ -11,12 +11,11 @@ Data: UTF-8 text in which <|endoftext|> separates documents, or JSONL, either of
 same command goes on where it stopped.
 """
 
-import os
 from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
-from flags import add_corpus_flags, make_parser, open_corpus
+from flags import add_corpus_flags, at_least_one, cores, make_parser, open_corpus
 from rich.console import Console
 
 from llm_common.data import unigram_entropy, write_tokens
@@ -64,13 +63,11 @@ def main() -> None:
             f"{info['left_out']} left out"
         )
         return
-    for name in ("processes", "part_size"):
-        if getattr(args, name) is not None and getattr(args, name) < 1:
-            raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: at least 1")
+    at_least_one(args, "processes", "part_size")
     with reading_bar(Console()) as show:
         corpus = open_corpus(args.data, args, show, "encoding")
         if not args.out.suffix:
-            processes = args.processes or os.cpu_count() or 1
+            processes = args.processes or cores()
             manifests = prepare(
                 corpus.documents(), args.out, args.tokenizer, args.validation, processes, args.part_size
             )

@@ -9,10 +9,9 @@ Input: UTF-8 text in which <|endoftext|> separates documents, or JSONL, either o
 file; --out FOLDER/ writes Hugging Face's tokenizer.json and tokenizer_config.json beside it.
 """
 
-import os
 from pathlib import Path
 
-from flags import add_corpus_flags, make_parser, open_corpus
+from flags import add_corpus_flags, at_least_one, cores, make_parser, open_corpus
 from rich.console import Console
 
 from llm_common.bpe_trainer import TIE_RULES, check_special_tokens, train_bpe
@@ -46,14 +45,12 @@ def main() -> None:
         "--tie-rule", choices=TIE_RULES, default=TIE_RULES[0], help="which of equally frequent pairs is merged first"
     )
     args = parser.parse_args()
-    if args.processes is not None and args.processes < 1:
-        raise UserError(f"--processes {args.processes}: at least 1")
+    at_least_one(args, "processes")
     check_special_tokens(args.special_tokens, args.vocab_size)
     if args.out.suffix and args.out.suffix != ".json":
         raise UserError(f"--out {args.out}: a .json file, or a folder")
     with reading_bar(Console()) as show:
         corpus = open_corpus(args.input, args, show, "reading")
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         wanted = args.vocab_size - 256 - len(args.special_tokens)
         tokenizer = train_bpe(
             corpus.stretches(),
@@ -61,7 +58,7 @@ def main() -> None:
             args.special_tokens,
             args.pattern,
             args.tie_rule,
-            args.processes or max(1, min(cores, corpus.size // WORTH_A_PROCESS)),
+            args.processes or max(1, min(cores(), corpus.size // WORTH_A_PROCESS)),
             lambda n: show("merging", n, wanted) if n % 100 == 0 else None,
         )
     if args.out.suffix:
