@@ -101,10 +101,15 @@ class RMSNorm(nn.Module):
 
 
 class MLP(nn.Module):
-    """The gated feed-forward block: down(silu(gate(x)) * up(x))."""
+    """The gated feed-forward block: down(silu(gate(x)) * up(x)).
+
+    barrier: for GPUs. XLA joins the gradients of `gate` and `up`, which read the same arrays, into one kernel only where these
+    do not come out of a product directly.
+    """
 
     intermediate_size: int
     param_dtype: DType = jnp.float32
+    barrier: bool = False
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
@@ -114,4 +119,6 @@ class MLP(nn.Module):
         else:
             gate = Linear(self.intermediate_size, self.param_dtype, name="gate_proj")(x)  # (B, T, F)
             up = Linear(self.intermediate_size, self.param_dtype, name="up_proj")(x)  # (B, T, F)
+            if self.barrier:
+                gate, up = jax.lax.optimization_barrier((gate, up))
         return Linear(x.shape[-1], self.param_dtype, name="down_proj")(swiglu(gate, up))  # (B, T, D)

@@ -143,6 +143,9 @@ def measure_decode(args: argparse.Namespace, task: dict[str, Any]) -> dict[str, 
             yield decode(prompts, n)
 
         run(stream, measure, args, seconds, prefill, n - 1, whole=True)
+        if folder is not None:
+            with profiled("torch", folder):
+                decode(prompts, n)
     context = args.prompt_length + n / 2
     return {
         "seconds": quartiles(seconds),

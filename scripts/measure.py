@@ -2,6 +2,7 @@
 
 import contextlib
 import gzip
+import importlib.metadata
 import json
 import os
 import subprocess
@@ -59,7 +60,7 @@ def quartiles(values: Any) -> list[float]:
 def versions(*names: str) -> dict[str, str]:
     """The installed versions of some packages."""
     known = environment()["versions"]
-    return {name: known.get(name) or __import__(name).__version__ for name in names}
+    return {name: known.get(name) or importlib.metadata.version(name) for name in names}
 
 
 def ceilings(device: str, compute_dtype: str) -> dict[str, float]:

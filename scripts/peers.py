@@ -90,7 +90,8 @@ def train_transformers(
     if liger:
         from liger_kernel.transformers import apply_liger_kernel_to_llama  # pyright: ignore
 
-        apply_liger_kernel_to_llama()
+        # Liger 0.8.5's head and loss in one is a product that torch.compile does not take
+        apply_liger_kernel_to_llama(fused_linear_cross_entropy=False, cross_entropy=True)
     model = make_llama(cfg, torch.float32, device)
     model.train()
     parameters = model.parameters()

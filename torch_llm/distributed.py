@@ -47,7 +47,7 @@ from torch_llm.checkpoint import copy
 from torch_llm.generate import generate_stream
 from torch_llm.loss import IGNORE_INDEX, cross_entropy, cross_entropy_sum
 from torch_llm.model import CausalLM
-from torch_llm.optim import make_optimizer, sum_of_squares
+from torch_llm.optim import make_optimizer, sums_of_squares
 from torch_llm.train import Trainer, matmul_precision, to_device
 
 
@@ -243,7 +243,6 @@ class ShardedTrainer(Trainer):
             module.forward = torch.compile(module.forward)  # within FSDP's hooks, which are not for a compiler
         if self.config.tensor == 1:
             self._cross_entropy = torch.compile(cross_entropy)
-        self._sum_of_squares = torch.compile(sum_of_squares, dynamic=True)
         self.optimizer.compile_update()
 
     def loss_and_grads(self, inputs: Tensor, targets: Tensor) -> Tensor:
@@ -270,9 +269,11 @@ class ShardedTrainer(Trainer):
     def grad_norm(self) -> Tensor:
         """The global norm of the gradients, that of all parts."""
         squares = torch.zeros(2, dtype=torch.promote_types(self.compute_dtype, torch.float32), device=self.device)
-        for name, p in self.parameters.items():
-            if p.grad is not None:  # what the axis tensor does not cut is whole on each of its devices, and counts once
-                squares[int(axis_cut_by("tensor", name) is not None)] += self._sum_of_squares(p.grad.reshape(-1))
+        for cut in (False, True):  # what the axis tensor does not cut is whole on each of its devices, and counts once
+            parts = [p for name, p in self.parameters.items() if (axis_cut_by("tensor", name) is not None) == cut]
+            grads = [p.grad for p in parts if p.grad is not None]
+            if grads:
+                squares[int(cut)] = sums_of_squares(grads).sum()
         self._sum_over("fsdp", squares)
         self._sum_over("tensor", squares[1:])
         return torch.sqrt(squares.sum())

@@ -100,9 +100,10 @@ class CapturedSteps:
             return
         tokens = torch.zeros(len(self.numbers), t, dtype=torch.int64, device=self.device)
         lengths = torch.full_like(self.numbers, t)
-        # the search for the fastest matrix-vector products takes minutes, and pays where there is no matrix of texts
-        tuned: dict[str, Any] = {"coordinate_descent_tuning": tokens.numel() == 1}
-        step = torch.compile(decode_step, dynamic=False, options=tuned) if self.compile else decode_step
+        # the search for the fastest matrix-vector products takes minutes, and pays where there is no matrix of texts; where there
+        # is one, small kernels that do not depend on each other are joined
+        options: dict[str, Any] = {"coordinate_descent_tuning" if tokens.numel() == 1 else "combo_kernels": True}
+        step = torch.compile(decode_step, dynamic=False, options=options) if self.compile else decode_step
 
         def run() -> None:
             drawn = step(self.model, self.cache, tokens, self.key, self.numbers, self.sampling, lengths)

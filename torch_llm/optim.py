@@ -3,7 +3,7 @@
 Any module can be trained with them, and `torch.optim.AdamW` can take their place in a training loop.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -15,15 +15,18 @@ from llm_common.tensors import decays
 from torch_llm.layers import upcast
 
 
-def sum_of_squares(g: Tensor) -> Tensor:
-    """Summed in float32 (float64 for float64)."""
-    return torch.sum(torch.square(upcast(g)))
+def sums_of_squares(grads: list[Tensor]) -> Tensor:
+    """The sum of the squares of each tensor, in float32 (float64 for float64): (number of tensors,)."""
+    if grads[0].is_cuda:  # a kernel for many tensors at once
+        norms = torch._foreach_norm(grads, 2, dtype=upcast(grads[0][:0]).dtype)  # pyright: ignore[reportPrivateImportUsage]
+        return torch.square(torch.stack(norms))
+    return torch.stack([torch.sum(torch.square(upcast(g))) for g in grads])
 
 
-def global_norm(grads: Iterable[Tensor], sum_of_squares: Callable[[Tensor], Tensor] = sum_of_squares) -> Tensor:
-    """Euclidean norm over all tensors; 0 if there is none. sum_of_squares: that function, or a compiled form of it."""
-    squares = [sum_of_squares(g.reshape(-1)) for g in grads]
-    return torch.sqrt(torch.stack(squares).sum()) if squares else torch.zeros(())
+def global_norm(grads: Iterable[Tensor]) -> Tensor:
+    """Euclidean norm over all tensors; 0 if there is none."""
+    grads = list(grads)
+    return torch.sqrt(sums_of_squares(grads).sum()) if grads else torch.zeros(())
 
 
 def clip_factor(norm: Tensor, max_norm: float | None) -> Tensor:
@@ -114,7 +117,8 @@ class AdamW(torch.optim.Optimizer):
             scalars = (group["lr"], *bias_corrections(beta1, beta2, self.count))
             device = group["params"][0].device
             if self._compiled is not None:
-                on_host = torch.tensor(scalars, dtype=torch.float64, pin_memory=device.type == "cuda")
+                dtype = upcast(group["params"][0][:0]).dtype  # a wider one would make the whole update as wide
+                on_host = torch.tensor(scalars, dtype=dtype, pin_memory=device.type == "cuda")
                 scalars = list(on_host.to(device, non_blocking=True).unbind())
                 factor = torch.ones((), device=device) if factor is None else factor
                 finite = torch.ones((), dtype=torch.bool, device=device) if finite is None else finite

@@ -29,7 +29,7 @@ from torch_llm.attention import resolve_backend, takes_blocks
 from torch_llm.chunked_loss import chunked_cross_entropy
 from torch_llm.loss import IGNORE_INDEX, cross_entropy
 from torch_llm.model import CausalLM, empty_model
-from torch_llm.optim import clip_factor, global_norm, make_optimizer, sum_of_squares
+from torch_llm.optim import clip_factor, global_norm, make_optimizer
 
 
 def cast(model: CausalLM, dtype: torch.dtype) -> dict[str, Tensor]:
@@ -190,7 +190,7 @@ class Trainer:
         backend = resolve_backend(train.attention_backend, self.device.type, train.compute_dtype)
         master_dtype = getattr(torch, train.master_dtype)
         upcast_dtype = torch.promote_types(self.compute_dtype, torch.float32)
-        self._batch_loss, self._sum_of_squares = batch_loss, sum_of_squares
+        self._batch_loss = batch_loss
         self._unsettled: StepMetrics | None = None  # of a step whose update was counted before it was known to be one
         self.step = 0
         self._make_model(backend, master_dtype)
@@ -215,7 +215,6 @@ class Trainer:
     def _compile(self) -> None:
         # a program for each shape: of one for any shape, which a second shape brings, the compiler fails on a GPU
         self._batch_loss = torch.compile(batch_loss, dynamic=False)
-        self._sum_of_squares = torch.compile(sum_of_squares, dynamic=True)
         self.optimizer.compile_update()
 
     def loss_and_grads(self, inputs: Tensor, targets: Tensor) -> Tensor:
@@ -226,7 +225,7 @@ class Trainer:
     @torch.no_grad()
     def grad_norm(self) -> Tensor:
         """The global norm of the gradients."""
-        return global_norm((p.grad for p in self.model.parameters() if p.grad is not None), self._sum_of_squares)
+        return global_norm(p.grad for p in self.model.parameters() if p.grad is not None)
 
     def read_batch(self, dataset: Dataset) -> tuple[Tensor, Tensor]:
         """Inputs and targets of this step, each (B, T), on the device. Raises UserError for an id outside the vocabulary."""

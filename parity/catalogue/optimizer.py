@@ -219,7 +219,7 @@ torch(
 both(
     "norm without the root",
     ("optim:global_norm", "...", "return sum(jnp.sum(jnp.square(upcast(g))) for g in jax.tree.leaves(grads))"),
-    ("optim:global_norm", "torch.sqrt(torch.stack(squares).sum())", "torch.stack(squares).sum()"),
+    ("optim:global_norm", "torch.sqrt(sums_of_squares(grads).sum())", "sums_of_squares(grads).sum()"),
     place="optimizer: gradient norm",
     **STEP,
 )
