@@ -208,3 +208,13 @@ def test_embedding_gradients_are_summed_in_float32():
     cotangent = jnp.full((1, 1000, 4), 1.0, jnp.bfloat16)
     gradient = jax.vjp(lambda w: layers.embedding(ids, w), table)[1](cotangent)[0]
     assert gradient[0, 0] == 1000  # a bfloat16 sum stops at 256
+
+
+def test_the_barrier_of_the_mlp_changes_no_bit():
+    x = jax.random.normal(jax.random.key(0), (2, 3, 8), jnp.bfloat16)
+    plain, apart = (layers.MLP(16, jnp.bfloat16, barrier) for barrier in (False, True))
+    params = plain.init(jax.random.key(1), x)
+    loss = lambda mlp: lambda p: jnp.sum(mlp.apply(p, x).astype(jnp.float32) ** 2)
+    a, b = (jax.jit(jax.value_and_grad(loss(mlp)))(params) for mlp in (plain, apart))
+    assert "optimization_barrier" in str(jax.make_jaxpr(jax.grad(loss(apart)))(params))
+    jax.tree.map(np.testing.assert_array_equal, a, b)
