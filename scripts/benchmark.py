@@ -14,6 +14,7 @@ weights and cache, over the second. --out writes PREFIX.md, PREFIX.json and PREF
 
 import argparse
 import json
+import os
 import sys
 import tempfile
 from datetime import date
@@ -27,11 +28,12 @@ from measure import run_worker
 from peers import find_peer
 
 from llm_common.budget import GIB
-from llm_common.config import PRESETS, TrainConfig, check_length
+from llm_common.config import PRESETS, ModelConfig, SamplingConfig, TrainConfig, check_length
 from llm_common.errors import UserError, import_side, run_main
 from llm_common.words import PATTERNS
 
 WHAT = tuple(name for name in WORK if name != "ceilings")
+PEERS_RECIPE = "A peer trains by its own recipe: of the flags it takes the batch, the length and the dtype."
 HEADERS = {
     "train": "| | ms a step | tokens/s | TFLOP/s | of the ceiling | GiB | s from start to first step | loss |",
     "decode": "| | texts | ms a token | tokens/s | of the memory bound | ms to the first token | GiB | s to compile |",
@@ -48,7 +50,7 @@ def main() -> None:
     parser.add_argument("--peer", action="append", default=[], help="transformers, transformers+liger, or a file")
     parser.add_argument("--preset", default="demo", help=f"one of {', '.join(PRESETS)}")
     parser.add_argument("--model-config", type=Path, metavar="FILE", help="a config.json instead of a preset")
-    parser.add_argument("--device", default="auto", help="auto, cpu, gpu or tpu")
+    parser.add_argument("--device", default="auto", help="auto, cpu or gpu: the ceilings are measured with torch")
     parser.add_argument("--groups", type=int, default=5, help="groups of steps, each timed as a whole")
     parser.add_argument("--steps", type=int, default=4, help="steps of a group")
     parser.add_argument("--warm-up", type=int, default=5, help="steps before the first group; the first compiles")
@@ -64,14 +66,20 @@ def main() -> None:
     parser.add_argument("--out", type=Path, metavar="PREFIX", help="of a .md, a .json and a .png file")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     add_flags(parser, TrainConfig, "training; left out, compute-dtype is bfloat16 on a GPU or TPU")
-    parser.set_defaults(compute_dtype=None)
+    parser.set_defaults(compute_dtype=None, batch_size=None)
     args = parser.parse_args()
+    if args.what == "decode" and args.batch_size is not None:
+        raise UserError("decode takes --batch, the number of texts, not --batch-size; it may be given several times")
+    args.batch_size = TrainConfig().batch_size if args.batch_size is None else args.batch_size
     prepare_environment(args.cache_dir)
     if args.worker is not None:
         task = json.loads(args.worker)
         print(json.dumps({**task, **WORK[task["what"]](args, task)}), flush=True)
         return
+    if args.out is not None:
+        check_prefix(args.out)
     if args.what == "tokenizer":
+        at_least_one(args, "groups")
         report, results = tokenizer_cases.run(args)
         print(report)
         if args.out is not None:
@@ -83,17 +91,23 @@ def main() -> None:
     before = run_worker({"what": "ceilings"})
     if "error" in before:
         raise UserError(f"the device's ceilings cannot be measured: {before['error']}")
-    with tempfile.TemporaryDirectory() as cache:
-        for case in cases:
-            folder = f"{cache}/{case.get('side')}"  # empty for the first start of each side
-            own = {"JAX_COMPILATION_CACHE_DIR": folder, "TORCHINDUCTOR_CACHE_DIR": folder}
-            results.append(run_worker(case, **(own if args.what == "startup" else {})))
-            print(describe(results[-1], before), flush=True)
-    after = run_worker({"what": "ceilings"})
-    report = summary(args, before, after, results)
-    print(report)
-    if args.out is not None:
-        write(args.out, report, {"ceilings": [before, after], "cases": results, "date": date.today().isoformat()})
+    after: dict[str, Any] = {"error": "interrupted before"}
+    try:
+        with tempfile.TemporaryDirectory() as cache:
+            for case in cases:
+                folder = f"{cache}/{case.get('side')}"  # empty for the first start of each side
+                own = {"JAX_COMPILATION_CACHE_DIR": folder, "TORCHINDUCTOR_CACHE_DIR": folder}
+                results.append(run_worker(case, **(own if args.what == "startup" else {})))
+                print(describe(results[-1], before), flush=True)
+        after = run_worker({"what": "ceilings"})
+    finally:  # what was measured is not lost
+        report = summary(args, before, after, results)
+        print(report, flush=True)
+        if args.out is not None and results:
+            write(args.out, report, {"ceilings": [before, after], "cases": results, "date": date.today().isoformat()})
+    failed = sum("error" in r for r in results)
+    if failed:
+        raise UserError(f"{failed} of {len(results)} cases failed: the table says why")
 
 
 def check(args: argparse.Namespace) -> None:
@@ -105,15 +119,62 @@ def check(args: argparse.Namespace) -> None:
         args.compute_dtype = args.compute_dtype or "bfloat16"
         args.compile = "on" if args.what == "decode" and args.compile == "auto" else args.compile
     cfg, train = model_config(args), from_flags(TrainConfig, args)
-    for name in args.peer:
-        find_peer(name)
+    check_peers(args, cfg)
     at_least_one(args, "groups", "steps", "warm_up", "prompt_length", "new_tokens")
+    for name, given in (("--batch", args.what != "decode" and args.batch), ("--profile", args.profile)):
+        if given and args.what not in ("train", "decode"):
+            raise UserError(f"{args.what} takes no {name}")
+    if args.what == "train" and args.batch:
+        raise UserError("train takes --batch-size, not --batch")
+    if args.profile is not None and args.profile.exists() and not args.profile.is_dir():
+        raise UserError(f"--profile {args.profile}: is a file; name a folder")
+    if not list_cases(args):
+        raise UserError("nothing to measure: --framework none needs a --peer")
     if args.what in ("train", "attention", "startup", "input"):
         check_length(cfg, train.seq_len, "seq_len")
     if args.what == "decode":
         check_length(cfg, args.prompt_length + args.new_tokens, "--prompt-length + --new-tokens")
+        SamplingConfig(args.temperature)
+        if args.new_tokens < 2 or min(args.batch or [1]) < 1:
+            raise UserError(
+                "decode needs --new-tokens of at least 2, as the first is timed apart, and --batch of at least 1"
+            )
     for side in frameworks(args):
         import_side(side, "train").describe(cfg, train, args.device)  # is the device there?
+    kinds = {side: import_side(side, "train").device_kind(args.device) for side in {*frameworks(args), "torch"}}
+    if "cpu" in {x.lower() for x in kinds.values()} and len({x.lower() == "cpu" for x in kinds.values()}) > 1:
+        raise UserError(f"{kinds}: install torch for this device too, as the ceilings are measured with it")
+
+
+def check_peers(args: argparse.Namespace, cfg: ModelConfig) -> None:
+    """Refuse a peer that cannot be measured in this way."""
+    if args.peer and args.what not in ("train", "decode"):
+        raise UserError(f"{args.what} takes no --peer")
+    names = [Path(name).stem for name in [*frameworks(args), *args.peer]]
+    for name in args.peer:
+        peer = find_peer(name)
+        if not hasattr(peer, args.what):
+            raise UserError(f"--peer {name} has no function {args.what!r}")
+        if cfg.model_type not in getattr(peer, "model_types", (cfg.model_type,)):
+            raise UserError(f"--peer {name} takes models of type {', '.join(peer.model_types)}, not {cfg.model_type}")
+        if names.count(Path(name).stem) > 1:
+            raise UserError(f"--peer {name}: two rows would be called {Path(name).stem!r}; give the file another name")
+    if args.peer and args.compute_dtype == "float64":
+        raise UserError("--peer: peers compute in float32 or bfloat16, not in float64")
+    if args.peer and args.what == "decode" and args.temperature:
+        raise UserError("--peer: peers decode greedily; leave --temperature at 0")
+
+
+def check_prefix(prefix: Path) -> None:
+    """Make the folder that --out writes into, and refuse one that cannot be written to."""
+    try:
+        prefix.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--out {prefix}: {error.strerror}: {error.filename}") from None
+    if prefix.is_dir() or not prefix.name:
+        raise UserError(f"--out {prefix}: is a folder; name the start of the files' names in it")
+    if not os.access(prefix.parent, os.W_OK):
+        raise UserError(f"--out {prefix}: {prefix.parent} cannot be written to")
 
 
 def frameworks(args: argparse.Namespace) -> list[str]:
@@ -171,6 +232,12 @@ def describe(r: dict[str, Any], ceiling: dict[str, float]) -> str:
     return "| " + " | ".join(str(x) for x in [Path(r["side"]).stem, *cells[r["what"]]()]) + " |"
 
 
+def rates(ceilings: dict[str, Any]) -> str:
+    if "error" in ceilings:
+        return f"not measured ({ceilings['error']})"
+    return f"{ceilings['flops'] / 1e12:.3g} TFLOP/s, {ceilings['bytes'] / 1e12:.3g} TB/s"
+
+
 def summary(args: argparse.Namespace, before: dict, after: dict, results: list[dict[str, Any]]) -> str:
     header = HEADERS[args.what]
     good = [r for r in results if "error" not in r]
@@ -179,9 +246,9 @@ def summary(args: argparse.Namespace, before: dict, after: dict, results: list[d
         f"{args.model_config or args.preset}, {args.compute_dtype}, {before.get('device')}, {date.today()}; "
         + ", ".join(f"{name} {x}" for name, x in sorted(installed.items())),
         "",
-        f"Ceilings before and after: {before['flops'] / 1e12:.3g} and {after['flops'] / 1e12:.3g} TFLOP/s, "
-        f"{before['bytes'] / 1e12:.3g} and {after['bytes'] / 1e12:.3g} TB/s.",
+        "Ceilings before and after: " + "; ".join(map(rates, (before, after))) + ". Shares are of the first.",
         "",
+        *([PEERS_RECIPE, ""] if args.peer and args.what == "train" else []),
         header,
         "|" + "---|" * (header.count("|") - 1),
         *[describe(r, before) for r in results],
@@ -196,10 +263,10 @@ def summary(args: argparse.Namespace, before: dict, after: dict, results: list[d
 
 
 def write(prefix: Path, report: str, content: dict[str, Any]) -> None:
-    prefix.parent.mkdir(parents=True, exist_ok=True)
-    prefix.with_suffix(".json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    prefix.with_suffix(".md").write_text(report + "\n", encoding="utf-8")
-    draw(prefix.with_suffix(".png"), content)
+    file = lambda ending: prefix.with_name(prefix.name + ending)  # a dot in the prefix is no ending
+    file(".json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    file(".md").write_text(report + "\n", encoding="utf-8")
+    draw(file(".png"), content)
 
 
 def draw(path: Path, content: dict[str, Any]) -> None:

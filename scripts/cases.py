@@ -40,7 +40,8 @@ def measure_ceilings(args: argparse.Namespace, task: dict[str, Any]) -> dict[str
 
 def packages(name: str) -> list[str]:
     """What a side or a peer runs on, for the table."""
-    return [name] if name in OURS else list(getattr(find_peer(name), "packages", ("torch",)))
+    needed = name if name in OURS else getattr(find_peer(name), "packages", ("torch",))
+    return [needed] if isinstance(needed, str) else list(needed)
 
 
 class Clock:
@@ -131,7 +132,7 @@ def measure_decode(args: argparse.Namespace, task: dict[str, Any]) -> dict[str, 
     if name in OURS:
         with open_generator(args, name, cfg) as generate:
             stream = lambda n=n: generate(prompts.tolist(), n, sampling)
-            run(stream, measure, args, seconds, prefill, n)
+            first, others = run(stream, measure, args, seconds, prefill, n)
             if folder is not None:
                 with profiled(name, folder):
                     measure(stream)
@@ -142,7 +143,7 @@ def measure_decode(args: argparse.Namespace, task: dict[str, Any]) -> dict[str, 
             yield decode(prompts, 1)
             yield decode(prompts, n)
 
-        run(stream, measure, args, seconds, prefill, n - 1, whole=True)
+        first, others = run(stream, measure, args, seconds, prefill, n - 1, whole=True)
         if folder is not None:
             with profiled("torch", folder):
                 decode(prompts, n)
@@ -150,7 +151,7 @@ def measure_decode(args: argparse.Namespace, task: dict[str, Any]) -> dict[str, 
     return {
         "seconds": quartiles(seconds),
         "prefill": float(np.median(prefill)),
-        "compile": seconds_to_compile(started, seconds, n),
+        "compile": max(0.0, first - started - others),
         "bytes": decode_bytes(cfg, b, context, args.compute_dtype),
         "memory": side.memory_used(args.device),
         "kernels": [] if folder is None else top_kernels(folder, n),
@@ -158,20 +159,24 @@ def measure_decode(args: argparse.Namespace, task: dict[str, Any]) -> dict[str, 
     }
 
 
-def run(stream: Any, measure: Any, args: argparse.Namespace, seconds: list, prefill: list, n: int, whole=False) -> None:
-    """Fill in the seconds of a step and of the first token: one round to warm up, then some more."""
+def run(
+    stream: Any, measure: Any, args: argparse.Namespace, seconds: list, prefill: list, n: int, whole: bool = False
+) -> tuple[float, float]:
+    """Fill in the seconds of a step and of the first token: one round to warm up, then some more.
+
+    Returns when the first round ended and how long the median of the others took.
+    """
+    first, rounds = 0.0, []
     for i in range(1 + args.groups):
         times = measure(stream)
         if i == 0:
+            first = time.perf_counter()
             continue
+        rounds.append(times[-1])
         prefill.append(times[0])
         last = times[-1] - times[0]
         seconds.append((last - times[0]) / n if whole else last / (n - 1))
-
-
-def seconds_to_compile(started: float, seconds: list[float], n: int) -> float:
-    """What the first round took beyond the others."""
-    return max(0.0, time.perf_counter() - started - (len(seconds) + 1) * float(np.median(seconds)) * n)
+    return first, float(np.median(rounds))
 
 
 @contextlib.contextmanager

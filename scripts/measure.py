@@ -45,11 +45,16 @@ def run_worker(task: dict[str, Any], **variables: str) -> dict[str, Any]:
     task = {**task, "started": time.time()}
     command = [sys.executable, *sys.argv, "--worker", json.dumps(task)]
     process = subprocess.run(command, env={**os.environ, **variables}, capture_output=True, text=True, check=False)
-    found = [json.loads(text) for text in process.stdout.splitlines() if text.startswith("{")]
-    if process.returncode or not found:
-        words = (process.stderr.strip() or process.stdout.strip()).splitlines()[-12:]
-        return {**task, "error": " / ".join(words)[-1500:]}
-    return found[0]
+    lines = process.stdout.splitlines()
+    if process.returncode == 0 and lines and lines[-1].startswith("{"):  # what stands before it, others have printed
+        return json.loads(lines[-1])
+    words = (process.stderr.strip() or process.stdout.strip()).splitlines()[-12:]
+    end = (
+        f"ended with code {process.returncode}"
+        if process.returncode >= 0
+        else f"killed by signal {-process.returncode}"
+    )
+    return {**task, "error": " / ".join(words)[-1500:] or end}
 
 
 def quartiles(values: Any) -> list[float]:
@@ -60,7 +65,13 @@ def quartiles(values: Any) -> list[float]:
 def versions(*names: str) -> dict[str, str]:
     """The installed versions of some packages."""
     known = environment()["versions"]
-    return {name: known.get(name) or importlib.metadata.version(name) for name in names}
+
+    def version(name: str) -> str:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            return importlib.metadata.version(name)
+        return getattr(sys.modules.get(name), "__version__", "of unknown version")
+
+    return {name: known.get(name) or version(name) for name in names}
 
 
 def ceilings(device: str, compute_dtype: str) -> dict[str, float]:

@@ -4,7 +4,9 @@ A file of yours with functions `train` and `decode` of these arguments is one mo
 list `packages`, their versions are written into the table.
 """
 
+import functools
 import importlib.util
+import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -16,16 +18,20 @@ from llm_common.config import ModelConfig, OptimizerConfig, TrainConfig
 from llm_common.errors import UserError
 
 
+@functools.cache
 def find_peer(name: str) -> ModuleType | SimpleNamespace:
-    """The functions `train` and `decode` of a peer, by its name or from a file."""
+    """The functions `train` and `decode` of a peer, or one of them, by its name or from a file."""
     if name.endswith(".py"):
         if not Path(name).is_file():
             raise UserError(f"--peer {name}: no such file")
-        spec = importlib.util.spec_from_file_location("peer", name)
+        spec = importlib.util.spec_from_file_location(f"peer of {name}", name)
         assert spec is not None
         assert spec.loader is not None
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
+        sys.modules[spec.name] = module = importlib.util.module_from_spec(spec)
+        try:
+            spec.loader.exec_module(module)
+        except Exception as error:  # whatever a stranger's file raises
+            raise UserError(f"--peer {name} cannot be imported: {type(error).__name__}: {error}") from None
         return module
     if name not in PEERS:
         raise UserError(f"--peer {name}: unknown; known: {', '.join(PEERS)}, or a file with `train` and `decode`")
@@ -131,6 +137,6 @@ PEERS = {
     "transformers+liger": SimpleNamespace(
         packages=("torch", "transformers", "liger_kernel"),
         train=lambda *args: train_transformers(*args, liger=True),
-        decode=decode_transformers,
+        model_types=("llama",),  # those that the kernels were put into
     ),
 }

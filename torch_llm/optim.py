@@ -4,6 +4,7 @@ Any module can be trained with them, and `torch.optim.AdamW` can take their plac
 """
 
 from collections.abc import Iterable
+from functools import reduce
 from typing import Any
 
 import torch
@@ -18,7 +19,8 @@ from torch_llm.layers import upcast
 def sums_of_squares(grads: list[Tensor]) -> Tensor:
     """The sum of the squares of each tensor, in float32 (float64 for float64): (number of tensors,)."""
     if grads[0].is_cuda:  # a kernel for many tensors at once
-        norms = torch._foreach_norm(grads, 2, dtype=upcast(grads[0][:0]).dtype)  # pyright: ignore[reportPrivateImportUsage]
+        dtype = reduce(torch.promote_types, (g.dtype for g in grads), torch.float32)
+        norms = torch._foreach_norm(grads, 2, dtype=dtype)  # pyright: ignore[reportPrivateImportUsage]
         return torch.square(torch.stack(norms))
     return torch.stack([torch.sum(torch.square(upcast(g))) for g in grads])
 
@@ -117,7 +119,8 @@ class AdamW(torch.optim.Optimizer):
             scalars = (group["lr"], *bias_corrections(beta1, beta2, self.count))
             device = group["params"][0].device
             if self._compiled is not None:
-                dtype = upcast(group["params"][0][:0]).dtype  # a wider one would make the whole update as wide
+                # a wider dtype would make the whole update as wide
+                dtype = reduce(torch.promote_types, (p.dtype for p in group["params"]), torch.float32)
                 on_host = torch.tensor(scalars, dtype=dtype, pin_memory=device.type == "cuda")
                 scalars = list(on_host.to(device, non_blocking=True).unbind())
                 factor = torch.ones((), device=device) if factor is None else factor

@@ -1,6 +1,7 @@
 """The scripts as a user types them: from text to a generated text, and one clear line for every bad input."""
 
 import gzip
+import importlib
 import json
 import runpy
 import subprocess
@@ -483,6 +484,18 @@ def test_a_checkpoint_goes_through_another_format_and_comes_back(kind, tmp_path,
         (["train", "--preset", "tiny", "--seq-len", "65"], "needs 65 positions"),
         (["train", "--preset", "huge"], "unknown preset 'huge'"),
         (["train", "--groups", "0"], "--groups 0: at least 1"),
+        (["tokenizer", "--groups", "0"], "--groups 0: at least 1"),
+        (["train", "--batch", "32"], "train takes --batch-size, not --batch"),
+        (["decode", "--batch-size", "4"], "decode takes --batch, the number of texts"),
+        (["decode", "--preset", "tiny", "--prompt-length", "4", "--new-tokens", "1"], "--new-tokens of at least 2"),
+        (["startup", "--peer", "transformers"], "startup takes no --peer"),
+        (["attention", "--profile", "runs/x"], "attention takes no --profile"),
+        (["train", "--framework", "none"], "nothing to measure"),
+        (["train", "--peer", "transformers", "--compute-dtype", "float64"], "not in float64"),
+        (["decode", "--peer", "transformers", "--temperature", "0.8"], "peers decode greedily"),
+        (["decode", "--peer", str(SCRIPTS.parent / "examples/peer_torchtitan.py")], "has no function 'decode'"),
+        (["train", "--out", "."], "is a folder"),
+        (["train", "--out", __file__ + "/speed"], "--out"),
         (["train", "--loss-chunks", "3", "--seq-len", "128"], "loss_chunks = 3: must divide seq_len = 128"),
     ],
 )
@@ -490,6 +503,33 @@ def test_benchmark_refuses_before_it_measures(run, flags, message):
     code, _, err = run("benchmark", *flags, "--device", "cpu")
     assert code == 2
     assert message in err
+
+
+def test_benchmark_names_what_is_wrong_with_a_peer(run, tmp_path):
+    for text, message in (
+        ("import not_there", "cannot be imported: ModuleNotFoundError"),
+        ("def train(", "cannot be imported: SyntaxError"),
+        ("train = 1\nfrom dataclasses import dataclass\n@dataclass\nclass A:\n    x: int", "would be called 'torch'"),
+    ):
+        folder = tmp_path / message[-8:]
+        folder.mkdir()
+        peer = folder / "torch.py"
+        peer.write_text("from __future__ import annotations\n" + text)
+        code, _, err = run("benchmark", "train", "--peer", peer, "--device", "cpu")
+        assert (code, message in err) == (2, True), err
+
+
+def test_a_worker_may_print_and_may_die(monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(str(SCRIPTS))
+    measure = importlib.import_module("measure")
+    script = tmp_path / "worker.py"
+    monkeypatch.setattr(sys, "argv", [str(script)])
+    lines = ["{'loss': 1.0}", '{"loss": 1}', '{"seconds": 2}']
+    script.write_text("\n".join(f"print({line!r})" for line in lines))
+    assert measure.run_worker({"what": "train"}) == {"seconds": 2}
+    script.write_text("import os, signal\nos.kill(os.getpid(), signal.SIGKILL)")
+    assert measure.run_worker({"what": "train"})["error"] == "killed by signal 9"
+    assert measure.versions("importlib") == {"importlib": "of unknown version"}
 
 
 def benchmark(*flags: str) -> None:

@@ -134,6 +134,24 @@ def test_skips_stop_the_run_with_a_diagnosis():
     assert steps == [(n, True, 0) for n in range(1, 11)]
 
 
+@pytest.mark.parametrize("dtypes", [(torch.float32, torch.float32), (torch.float32, torch.float64)])
+def test_the_compiled_update_takes_parameters_of_any_shape_and_dtype(dtypes):
+    updated = []
+    for compiled in (False, True):
+        parameters = [
+            torch.nn.Parameter(torch.ones(shape, dtype=x)) for shape, x in zip([(), (2, 3)], dtypes, strict=True)
+        ]
+        optimizer = optim.AdamW(parameters, 1e-3, 0.9, 0.95, 1e-8, 0.1)
+        optimizer._compiled = optim.clipped_update if compiled else None
+        for _ in range(3):
+            for p in parameters:
+                p.grad = torch.full_like(p, 0.3)
+            optimizer.step()
+        updated.append(parameters)
+    for a, b in zip(*updated, strict=True):  # a few roundings of the parameter's own dtype, which is near 1
+        torch.testing.assert_close(a, b, rtol=8 * torch.finfo(a.dtype).eps, atol=0)
+
+
 def test_a_step_that_is_not_waited_for_updates_as_one_that_is():
     states = []
     for ahead in (False, True):
