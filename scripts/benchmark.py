@@ -120,6 +120,8 @@ def check(args: argparse.Namespace) -> None:
         args.compile = "on" if args.what == "decode" and args.compile == "auto" else args.compile
     cfg, train = model_config(args), from_flags(TrainConfig, args)
     check_peers(args, cfg)
+    if (train.document_separator or 0) >= cfg.vocab_size:
+        raise UserError(f"--document-separator {train.document_separator}: the vocabulary has {cfg.vocab_size} ids")
     at_least_one(args, "groups", "steps", "warm_up", "prompt_length", "new_tokens")
     for name, given in (("--batch", args.what != "decode" and args.batch), ("--profile", args.profile)):
         if given and args.what not in ("train", "decode"):
