@@ -52,7 +52,7 @@ class DecoderLayer(nn.Module):
         h, cache = Attention(self.cfg, self.backend, dtype, name="self_attn")(h, cos, sin, mask, cache, positions)
         x = x + h
         h = RMSNorm(eps, dtype, name="post_attention_layernorm")(x)
-        return x + MLP(self.cfg.intermediate_size, dtype, self.backend == "cudnn", name="mlp")(h), cache
+        return x + MLP(self.cfg.intermediate_size, dtype, barrier=self.backend == "cudnn", name="mlp")(h), cache
 
 
 class Transformer(nn.Module):

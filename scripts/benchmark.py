@@ -70,6 +70,8 @@ def main() -> None:
     args = parser.parse_args()
     if args.what == "decode" and args.batch_size is not None:
         raise UserError("decode takes --batch, the number of texts, not --batch-size; it may be given several times")
+    if args.what not in ("decode", "tokenizer") and args.batch:
+        raise UserError(f"{args.what} takes --batch-size, not --batch")
     args.batch_size = TrainConfig().batch_size if args.batch_size is None else args.batch_size
     prepare_environment(args.cache_dir)
     if args.worker is not None:
@@ -119,15 +121,13 @@ def check(args: argparse.Namespace) -> None:
         args.compute_dtype = args.compute_dtype or "bfloat16"
         args.compile = "on" if args.what == "decode" and args.compile == "auto" else args.compile
     cfg, train = model_config(args), from_flags(TrainConfig, args)
+    for name in ("peer", "profile"):
+        if getattr(args, name) and args.what not in ("train", "decode"):
+            raise UserError(f"{args.what} takes no --{name}")
     check_peers(args, cfg)
     if (train.document_separator or 0) >= cfg.vocab_size:
         raise UserError(f"--document-separator {train.document_separator}: the vocabulary has {cfg.vocab_size} ids")
     at_least_one(args, "groups", "steps", "warm_up", "prompt_length", "new_tokens")
-    for name, given in (("--batch", args.what != "decode" and args.batch), ("--profile", args.profile)):
-        if given and args.what not in ("train", "decode"):
-            raise UserError(f"{args.what} takes no {name}")
-    if args.what == "train" and args.batch:
-        raise UserError("train takes --batch-size, not --batch")
     if args.profile is not None and args.profile.exists() and not args.profile.is_dir():
         raise UserError(f"--profile {args.profile}: is a file; name a folder")
     if not list_cases(args):
@@ -144,14 +144,12 @@ def check(args: argparse.Namespace) -> None:
     for side in frameworks(args):
         import_side(side, "train").describe(cfg, train, args.device)  # is the device there?
     kinds = {side: import_side(side, "train").device_kind(args.device) for side in {*frameworks(args), "torch"}}
-    if "cpu" in {x.lower() for x in kinds.values()} and len({x.lower() == "cpu" for x in kinds.values()}) > 1:
+    if len({kind.lower() == "cpu" for kind in kinds.values()}) > 1:
         raise UserError(f"{kinds}: install torch for this device too, as the ceilings are measured with it")
 
 
 def check_peers(args: argparse.Namespace, cfg: ModelConfig) -> None:
     """Refuse a peer that cannot be measured in this way."""
-    if args.peer and args.what not in ("train", "decode"):
-        raise UserError(f"{args.what} takes no --peer")
     names = [Path(name).stem for name in [*frameworks(args), *args.peer]]
     for name in args.peer:
         peer = find_peer(name)

@@ -119,7 +119,7 @@ def measure_decode(args: argparse.Namespace, task: dict[str, Any]) -> dict[str, 
     cfg, name, b, n = model_config(args), task["side"], task["batch"], args.new_tokens
     side = import_side(name if name in OURS else "torch", "train")
     prompts = np.random.default_rng(0).integers(0, cfg.vocab_size, (b, args.prompt_length))
-    sampling, seconds, prefill, started = SamplingConfig(args.temperature), [], [], time.perf_counter()
+    sampling, started = SamplingConfig(args.temperature), time.perf_counter()
     folder = None if args.profile is None else args.profile / f"{Path(name).stem}-{b}"
 
     def measure(stream: Any) -> list[float]:
@@ -132,7 +132,7 @@ def measure_decode(args: argparse.Namespace, task: dict[str, Any]) -> dict[str, 
     if name in OURS:
         with open_generator(args, name, cfg) as generate:
             stream = lambda n=n: generate(prompts.tolist(), n, sampling)
-            first, others = run(stream, measure, args, seconds, prefill, n)
+            timing = run(stream, measure, args, n, started)
             if folder is not None:
                 with profiled(name, folder):
                     measure(stream)
@@ -143,15 +143,13 @@ def measure_decode(args: argparse.Namespace, task: dict[str, Any]) -> dict[str, 
             yield decode(prompts, 1)
             yield decode(prompts, n)
 
-        first, others = run(stream, measure, args, seconds, prefill, n - 1, whole=True)
+        timing = run(stream, measure, args, n - 1, started, whole=True)
         if folder is not None:
             with profiled("torch", folder):
                 decode(prompts, n)
     context = args.prompt_length + n / 2
     return {
-        "seconds": quartiles(seconds),
-        "prefill": float(np.median(prefill)),
-        "compile": max(0.0, first - started - others),
+        **timing,
         "bytes": decode_bytes(cfg, b, context, args.compute_dtype),
         "memory": side.memory_used(args.device),
         "kernels": [] if folder is None else top_kernels(folder, n),
@@ -160,13 +158,10 @@ def measure_decode(args: argparse.Namespace, task: dict[str, Any]) -> dict[str, 
 
 
 def run(
-    stream: Any, measure: Any, args: argparse.Namespace, seconds: list, prefill: list, n: int, whole: bool = False
-) -> tuple[float, float]:
-    """Fill in the seconds of a step and of the first token: one round to warm up, then some more.
-
-    Returns when the first round ended and how long the median of the others took.
-    """
-    first, rounds = 0.0, []
+    stream: Any, measure: Any, args: argparse.Namespace, n: int, started: float, whole: bool = False
+) -> dict[str, Any]:
+    """Seconds of a step, of the first token, and of compiling, by which the first round took longer than the others."""
+    first, rounds, prefill, seconds = 0.0, [], [], []
     for i in range(1 + args.groups):
         times = measure(stream)
         if i == 0:
@@ -176,7 +171,8 @@ def run(
         prefill.append(times[0])
         last = times[-1] - times[0]
         seconds.append((last - times[0]) / n if whole else last / (n - 1))
-    return first, float(np.median(rounds))
+    compiling = max(0.0, first - started - float(np.median(rounds)))
+    return {"seconds": quartiles(seconds), "prefill": float(np.median(prefill)), "compile": compiling}
 
 
 @contextlib.contextmanager

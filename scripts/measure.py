@@ -44,7 +44,13 @@ def run_worker(task: dict[str, Any], **variables: str) -> dict[str, Any]:
     """Run this script again with `--worker TASK` in a process of its own; what it printed as JSON, or {"error": ...}."""
     task = {**task, "started": time.time()}
     command = [sys.executable, *sys.argv, "--worker", json.dumps(task)]
-    process = subprocess.run(command, env={**os.environ, **variables}, capture_output=True, text=True, check=False)
+    result = run_json(command, {**os.environ, **variables})
+    return {**task, **result} if "error" in result else result
+
+
+def run_json(command: list[str], environment: dict[str, str]) -> dict[str, Any]:
+    """What a process printed as its last line, which is JSON, or {"error": why there is none}."""
+    process = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     lines = process.stdout.splitlines()
     if process.returncode == 0 and lines and lines[-1].startswith("{"):  # what stands before it, others have printed
         return json.loads(lines[-1])
@@ -54,7 +60,7 @@ def run_worker(task: dict[str, Any], **variables: str) -> dict[str, Any]:
         if process.returncode >= 0
         else f"killed by signal {-process.returncode}"
     )
-    return {**task, "error": " / ".join(words)[-1500:] or end}
+    return {"error": " / ".join(words)[-1500:] or end}
 
 
 def quartiles(values: Any) -> list[float]:

@@ -9,7 +9,6 @@ over those of one device times the number of devices. Each case runs in processe
 import argparse
 import json
 import os
-import subprocess
 import sys
 import time
 from dataclasses import asdict, replace
@@ -19,7 +18,7 @@ from typing import Any
 
 import numpy as np
 from flags import make_parser, only_the_first_prints, prepare_environment
-from measure import RandomTokens
+from measure import RandomTokens, quartiles, run_json, versions
 
 from llm_common.budget import GIB, flops_per_step
 from llm_common.config import ModelConfig, OptimizerConfig, TrainConfig, preset
@@ -73,14 +72,7 @@ def run_case(args: argparse.Namespace, framework: str, mesh: MeshConfig | None) 
     environment = dict(os.environ)
     if mesh is None:
         environment["CUDA_VISIBLE_DEVICES"] = environment.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
-    process = subprocess.run(
-        [*command, *sys.argv, "--worker", task], env=environment, capture_output=True, text=True, check=False
-    )
-    found = [json.loads(text) for text in process.stdout.splitlines() if text.startswith("{")]
-    if process.returncode or not found:
-        words = (process.stderr.strip() or process.stdout.strip()).splitlines()[-12:]
-        return {"framework": framework, "mesh": task, "error": " / ".join(words)[-1500:]}
-    return found[0]
+    return {"framework": framework, "mesh": task, **run_json([*command, *sys.argv, "--worker", task], environment)}
 
 
 def measure(args: argparse.Namespace, task: dict[str, Any]) -> dict[str, Any]:
@@ -118,18 +110,17 @@ def measure(args: argparse.Namespace, task: dict[str, Any]) -> dict[str, Any]:
     if hosts is not None:
         only_the_first_prints(hosts)
     seconds = np.diff(times)[args.warm_up - 1 :]
-    versions = {name: __import__(name).__version__ for name in (framework, "numpy")}
     return {
         "framework": framework,
         "mesh": task["mesh"],
         "device": side.device_kind(device),
-        "seconds": [float(np.quantile(seconds, q)) for q in (0.25, 0.5, 0.75)],
+        "seconds": quartiles(seconds),
         "first_step": times[0] - start,
         "tokens": train.batch_size * train.seq_len,
         "flops": flops_per_step(cfg, train),
         "memory": side.memory_used(device),
         "losses": [losses[0]["loss"], losses[-1]["loss"]],
-        "versions": versions,
+        "versions": versions(framework, "numpy"),
         "settings": asdict(replace(train, seed=0)),
     }
 

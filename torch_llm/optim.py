@@ -16,11 +16,15 @@ from llm_common.tensors import decays
 from torch_llm.layers import upcast
 
 
+def wide_dtype(tensors: Iterable[Tensor]) -> torch.dtype:
+    """float32, or float64 if one of the tensors is."""
+    return reduce(torch.promote_types, (x.dtype for x in tensors), torch.float32)
+
+
 def sums_of_squares(grads: list[Tensor]) -> Tensor:
     """The sum of the squares of each tensor, in float32 (float64 for float64): (number of tensors,)."""
     if grads[0].is_cuda:  # a kernel for many tensors at once
-        dtype = reduce(torch.promote_types, (g.dtype for g in grads), torch.float32)
-        norms = torch._foreach_norm(grads, 2, dtype=dtype)  # pyright: ignore[reportPrivateImportUsage]
+        norms = torch._foreach_norm(grads, 2, dtype=wide_dtype(grads))  # pyright: ignore[reportPrivateImportUsage]
         return torch.square(torch.stack(norms))
     return torch.stack([torch.sum(torch.square(upcast(g))) for g in grads])
 
@@ -120,7 +124,7 @@ class AdamW(torch.optim.Optimizer):
             device = group["params"][0].device
             if self._compiled is not None:
                 # a wider dtype would make the whole update as wide
-                dtype = reduce(torch.promote_types, (p.dtype for p in group["params"]), torch.float32)
+                dtype = wide_dtype(group["params"])
                 on_host = torch.tensor(scalars, dtype=dtype, pin_memory=device.type == "cuda")
                 scalars = list(on_host.to(device, non_blocking=True).unbind())
                 factor = torch.ones((), device=device) if factor is None else factor

@@ -51,8 +51,8 @@ jax(
     "norm after the block instead of before",
     "model:DecoderLayer.__call__",
     'h = RMSNorm(eps, dtype, name="post_attention_layernorm")(x)\n'
-    'return x + MLP(self.cfg.intermediate_size, dtype, self.backend == "cudnn", name="mlp")(h), cache',
-    'h = MLP(self.cfg.intermediate_size, dtype, self.backend == "cudnn", name="mlp")(x)\n'
+    'return x + MLP(self.cfg.intermediate_size, dtype, barrier=self.backend == "cudnn", name="mlp")(h), cache',
+    'h = MLP(self.cfg.intermediate_size, dtype, barrier=self.backend == "cudnn", name="mlp")(x)\n'
     'return x + RMSNorm(eps, dtype, name="post_attention_layernorm")(h), cache',
     place=LAYER,
 )

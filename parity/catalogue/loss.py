@@ -157,8 +157,8 @@ GRAD = {"check": "gradients"}
 jax(
     "MLP detached",
     "model:DecoderLayer.__call__",
-    'x + MLP(self.cfg.intermediate_size, dtype, self.backend == "cudnn", name="mlp")(h)',
-    'x + jax.lax.stop_gradient(MLP(self.cfg.intermediate_size, dtype, self.backend == "cudnn", name="mlp")(h))',
+    'x + MLP(self.cfg.intermediate_size, dtype, barrier=self.backend == "cudnn", name="mlp")(h)',
+    'x + jax.lax.stop_gradient(MLP(self.cfg.intermediate_size, dtype, barrier=self.backend == "cudnn", name="mlp")(h))',
     place=LAST,
     **GRAD,
 )
