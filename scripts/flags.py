@@ -117,12 +117,15 @@ def require(args: argparse.Namespace, *names: str) -> None:
 
 
 def prepare_environment(cache_dir: Path | None) -> None:
-    """What must be set before a framework is imported: the compilation caches, and how much of a GPU JAX may take."""
+    """What must be set before a framework is imported: compilation caches, what a GPU gives JAX, how torch picks its kernels."""
     if cache_dir is not None:
         os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache_dir / "jax"))
         os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_dir / "torch"))
     os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.92")
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what torch's deterministic matrix products ask for
+    # torch.compile's search times kernels by the median of runs with a cache flushed five times over; its own way, the best of a
+    # hundred runs behind a flush of the cache's size, picks kernels for the run that found their weights still in the cache
+    os.environ.setdefault("TORCHINDUCTOR_USE_EXPERIMENTAL_BENCHMARKER", "0")
 
 
 def at_least_one(args: argparse.Namespace, *names: str) -> None:

@@ -568,3 +568,14 @@ def test_benchmark_measures_both_frameworks_and_a_peer(tmp_path):
     for what in ("decode", "attention", "input"):
         more = ["--batch", "2", "--prompt-length", "5", "--new-tokens", "20"] if what == "decode" else []
         benchmark(what, *common, *more, "--framework", "torch")
+
+
+def test_torchs_search_for_kernels_takes_the_median_of_runs_without_a_cache():
+    code = """
+import flags
+flags.prepare_environment(None)
+from torch._inductor.runtime.benchmarking import TritonBenchmarker, benchmarker
+assert type(benchmarker) is TritonBenchmarker, type(benchmarker)
+"""
+    ended = subprocess.run([sys.executable, "-c", code], cwd=SCRIPTS, capture_output=True, text=True, timeout=300)
+    assert ended.returncode == 0, ended.stderr
