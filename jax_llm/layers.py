@@ -22,8 +22,13 @@ def upcast(x: Array) -> Array:
 
 
 def linear(x: Array, weight: Array) -> Array:
-    """x @ weight.T: (..., D) and (F, D) to (..., F)."""
-    return jnp.einsum("...d,fd->...f", x, weight)
+    """x @ weight.T: (..., D) and (F, D) to (..., F).
+
+    In float32 and float64 as one matrix of rows: the gradient of a weight would else be a sum over two dimensions, for which XLA
+    on a CPU copies both factors.
+    """
+    rows = x if x.dtype == jnp.bfloat16 else x.reshape(-1, x.shape[-1])
+    return jnp.einsum("...d,fd->...f", rows, weight).reshape(*x.shape[:-1], weight.shape[0])
 
 
 def embedding(input_ids: Array, weight: Array) -> Array:

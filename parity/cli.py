@@ -22,6 +22,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from llm_common.budget import keep_freed_memory
 from llm_common.config import DTYPES, PRESETS, ModelConfig, preset
 from llm_common.errors import UserError, require_framework, run_main
 
@@ -288,4 +289,5 @@ def _demo(args: argparse.Namespace) -> bool:
 
 def entry() -> None:
     """The console script."""
+    keep_freed_memory()
     run_main(main)

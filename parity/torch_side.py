@@ -33,7 +33,7 @@ class TorchSide:
     def __init__(self, cfg: ModelConfig, dtype: str, device: str = "cpu", attention: str = "reference") -> None:
         self.cfg, self.dtype, self.device, self.attention = cfg, dtype, select_device(device), attention
         self.master = "float64" if dtype == "float64" else "float32"
-        self.backend = resolve_backend(attention, self.device.type, dtype)
+        self.backend = resolve_backend(attention, dtype)
 
     remat, separator = "none", None
     tf32 = False  # float32 products in TF32 where the device has it

@@ -184,7 +184,7 @@ def open_generator(args: argparse.Namespace, name: str, cfg: ModelConfig) -> Ite
         if name == "torch":
             import torch
 
-            backend = import_side(name, "attention").resolve_backend("auto", target.type, args.compute_dtype)
+            backend = import_side(name, "attention").resolve_backend("auto", args.compute_dtype)
             made = model.init_model(cfg, 0, backend, getattr(torch, args.compute_dtype), target).requires_grad_(False)
             made = generate.fuse_projections(made)
             programs = generate.Programs(args.compile == "on") if target.type == "cuda" else None

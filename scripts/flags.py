@@ -13,6 +13,7 @@ import typing
 from pathlib import Path
 from typing import Any
 
+from llm_common.budget import keep_freed_memory
 from llm_common.corpus import Corpus
 from llm_common.errors import UserError, import_side
 from llm_common.hosts import Hosts
@@ -117,7 +118,8 @@ def require(args: argparse.Namespace, *names: str) -> None:
 
 
 def prepare_environment(cache_dir: Path | None) -> None:
-    """What must be set before a framework is imported: compilation caches, what a GPU gives JAX, how torch picks its kernels."""
+    """What must be set before a framework is imported: compilation caches, what a GPU gives JAX, how torch picks its kernels, memory."""
+    keep_freed_memory()
     if cache_dir is not None:
         os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache_dir / "jax"))
         os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_dir / "torch"))

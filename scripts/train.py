@@ -108,9 +108,8 @@ def main() -> None:
     )
     held_out = "nothing held out" if evaluation is None else f"{evaluation.n_targets:,} held-out tokens"
     console.print(f"{cfg.num_parameters():,} parameters, {size}, {held_out}; log: {args.out / LOG_FILE}", markup=False)
-    need = memory_per_step(
-        cfg, train, "reference" not in description, "not compiled" not in description, mesh or ONE_DEVICE
-    )
+    fused = not any(f"{name} attention" in description for name in ("reference", "xla"))  # which keep their scores
+    need = memory_per_step(cfg, train, fused, "not compiled" not in description, mesh or ONE_DEVICE)
     check_memory(console, cfg, train, need, side.memory_limit(hosts.device))
     flops, tokens_per_step = flops_per_step(cfg, train), train.batch_size * train.seq_len
     if args.dry_run:

@@ -91,15 +91,15 @@ def dot_product_attention(
     raise UserError(f"attention backend {backend!r} is unknown; known: reference, sdpa (see resolve_backend)")
 
 
-def resolve_backend(setting: str, platform: str, compute_dtype: str) -> str:
-    """The backend for a setting ("auto", "reference" or "fused") on a platform ("cpu", "cuda" or "mps").
+def resolve_backend(setting: str, compute_dtype: str) -> str:
+    """The backend for a setting: "auto", "reference" or "fused".
 
-    Resolved once, outside the model. float64 takes the reference by itself. The fused function asks for no shapes: it has a
-    slower kernel for those that cuDNN and flash attention refuse.
+    Resolved once, outside the model. float64 takes the reference by itself. The fused function asks for no device and no shapes:
+    it has a slower kernel for those that cuDNN and flash attention refuse.
     """
     if setting == "splash":
         raise UserError("attention_backend = 'splash' is a kernel for TPUs, in JAX; use 'auto'")
-    if setting == "reference" or (setting == "auto" and (platform == "cpu" or compute_dtype == "float64")):
+    if setting == "reference" or (setting == "auto" and compute_dtype == "float64"):
         return "reference"
     return "sdpa"
 

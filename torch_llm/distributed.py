@@ -384,7 +384,7 @@ def generator(
     """`torch_llm.generate.generator` on a mesh: weights, cache and logits are cut, and every process is given all texts."""
     check_mesh(config, cfg)
     target, dtype = torch.device(device), getattr(torch, compute_dtype)
-    backend = resolve_backend("auto", target.type, compute_dtype)
+    backend = resolve_backend("auto", compute_dtype)
     model, parts = cut_model(cfg, make_mesh(config, target.type), backend, dtype, dtype, target)
     copy_parts(cfg, config, parts, weights)
     model.register_forward_hook(lambda module, args, logits: whole_vocabulary(logits))

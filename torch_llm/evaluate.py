@@ -43,7 +43,7 @@ def evaluate(model: CausalLM, compute_dtype: str, evaluation: Evaluation) -> tup
 def evaluator(cfg: ModelConfig, weights: Tensors, train: TrainConfig, device: str = "auto") -> Iterator[EvaluateLoss]:
     """Inside `with`: `evaluate` of canonical weights on a device by name, all but its last argument filled in."""
     target = select_device(device)
-    backend = resolve_backend(train.attention_backend, target.type, train.compute_dtype)
+    backend = resolve_backend(train.attention_backend, train.compute_dtype)
     model = from_canonical(
         empty_model(cfg, backend, getattr(torch, train.compute_dtype), target, separator=train.document_separator),
         weights,

@@ -240,7 +240,7 @@ def generator(
     compile: on a GPU steps are captured; "on" compiles them before, which takes one to three minutes and pays for long texts.
     """
     target = select_device(device)
-    backend = resolve_backend("auto", target.type, compute_dtype)
+    backend = resolve_backend("auto", compute_dtype)
     model = fuse_projections(from_canonical(empty_model(cfg, backend, getattr(torch, compute_dtype), target), weights))
     programs = Programs(compile == "on") if target.type == "cuda" and compile != "off" else None
     with matmul_precision(compute_dtype):

@@ -122,7 +122,7 @@ def describe(cfg: ModelConfig, train: TrainConfig, device: str) -> str:
     """What a run on a device (by name) will use, in a line for people. Raises UserError if the device is absent."""
     target = select_device(device)
     name = device_kind(device)
-    backend = resolve_backend(train.attention_backend, target.type, train.compute_dtype)
+    backend = resolve_backend(train.attention_backend, train.compute_dtype)
     refused = why_not_cudnn(cfg, train.compute_dtype, train.seq_len)
     instead = f" (not cuDNN's: {refused})" if target.type == "cuda" and backend == "sdpa" and refused else ""
     compiled = "torch.compile" if compiles(train, target) else "not compiled"
@@ -187,7 +187,7 @@ class Trainer:
         check_length(cfg, train.seq_len, "seq_len")
         self.cfg, self.train, self.opt, self.device = cfg, train, opt, torch.device(device)
         self.compute_dtype = getattr(torch, train.compute_dtype)
-        backend = resolve_backend(train.attention_backend, self.device.type, train.compute_dtype)
+        backend = resolve_backend(train.attention_backend, train.compute_dtype)
         master_dtype = getattr(torch, train.master_dtype)
         upcast_dtype = torch.promote_types(self.compute_dtype, torch.float32)
         self._batch_loss = batch_loss

@@ -56,7 +56,9 @@ equivalent(
     "up times silu(gate)",
     ("torch_llm.layers:swiglu", "F.silu(upcast(gate)) * upcast(up)", "upcast(up) * F.silu(upcast(gate))"),
 )
-equivalent("matmul for einsum", ("jax_llm.layers:linear", 'jnp.einsum("...d,fd->...f", x, weight)', "x @ weight.T"))
+equivalent(
+    "matmul for einsum", ("jax_llm.layers:linear", 'jnp.einsum("...d,fd->...f", rows, weight)', "(rows @ weight.T)")
+)
 equivalent(
     "keys repeated instead of queries grouped",
     (
