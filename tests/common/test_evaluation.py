@@ -2,6 +2,10 @@
 
 import io
 import math
+import platform
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -69,6 +73,29 @@ def test_memory_falls_with_what_saves_it():
     assert need(compute_dtype="bfloat16") < plain < need(compute_dtype="float64")
     weights = memory_per_step(cfg, TrainConfig(), True, True)
     assert (weights["weights"], weights["moments"]) == (4 * cfg.num_parameters(), 8 * cfg.num_parameters())
+
+
+@pytest.mark.skipif(
+    platform.libc_ver()[0] != "glibc" or any(Path("/dev").glob("nvidia[0-9]*")), reason="a CPU with glibc"
+)
+def test_freed_memory_is_kept_for_the_next_step():
+    code = """
+import resource, sys, threading, numpy as np
+from llm_common.budget import keep_freed_memory
+if sys.argv[1] == "keep":
+    keep_freed_memory()
+def steps():
+    for step in range(5):
+        np.ones(2**25)  # 256 MiB, 65,536 pages
+        new.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt)
+new = []
+thread = threading.Thread(target=steps)  # where JAX computes, too
+thread.start()
+thread.join()
+print((new[-1] - new[0]) // 4)
+"""
+    run = lambda how: int(subprocess.run([sys.executable, "-c", code, how], capture_output=True, text=True).stdout)
+    assert 10 * run("keep") < run("no")
 
 
 def test_peaks_are_known_by_name():

@@ -59,6 +59,13 @@ def test_a_side_that_raises_is_a_finding_and_not_the_end(monkeypatch, fresh):
     assert "RuntimeError: shapes differ" in rows[0].note
 
 
+def test_the_ladder_holds_with_the_attention_that_a_cpu_takes_by_itself():
+    settings = Settings(attention="auto", dtypes=("float32", "bfloat16"), tokens=200)
+    rows = run_checks(settings, ("logits", "gradients", "cache", "tokens"))
+    assert len(rows) > 10
+    assert [row for row in rows if not row.ok] == []
+
+
 @pytest.mark.parametrize(
     ("flags", "words"),
     [

@@ -296,6 +296,18 @@ def test_dry_run_says_what_would_be(prepared, run, tmp_path):
     assert not (tmp_path / "x").exists()
 
 
+def test_the_memory_said_counts_the_scores_that_are_kept(prepared, run, tmp_path):
+    """On a CPU torch's fused attention keeps none; JAX's keeps them as the reference does."""
+
+    def activations(framework: str, backend: str) -> str:
+        flags = ("--framework", framework, "--attention-backend", backend, "--out", tmp_path / "x", "--dry-run")
+        _, out, _ = run("train", *prepared, *flags, "--seq-len", 32, "--batch-size", 64)
+        return out.partition("activations ")[2].partition(")")[0]
+
+    assert activations("jax", "auto") == activations("jax", "reference")
+    assert float(activations("torch", "auto")) < float(activations("torch", "reference"))
+
+
 def test_a_run_changes_frameworks_and_is_looked_at(prepared, folder, run, tmp_path):
     """Stopped in JAX, ended in torch; then evaluated, drawn, exported, and loaded again in transformers."""
     transformers = pytest.importorskip("transformers")
