@@ -1,5 +1,6 @@
 """The processes of a run, one for each device, brought together in a process group."""
 
+import atexit
 import os
 import socket
 from datetime import timedelta
@@ -74,7 +75,15 @@ def join_hosts(device: str = "auto", timeout: float = 300) -> Hosts:
     dist.init_process_group(
         "cpu:gloo,cuda:nccl" if cuda else "gloo", store=PrefixStore("group", store), rank=rank, world_size=count
     )
+    if not cuda:
+        # a thread of gloo that still holds a tensor would, now and then, abort the process as the interpreter ends
+        atexit.register(_leave)
     return TorchHosts(str(target))
+
+
+def _leave() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def _is_master(rank: int) -> bool:
