@@ -102,7 +102,7 @@ def resolve_backend(setting: str, platform: str, compute_dtype: str, cfg: ModelC
                 f"{platform}, {compute_dtype}, {seq_len}; use 'auto'"
             )
         return "splash"
-    if setting == "reference" or (setting == "auto" and compute_dtype == "float64"):
+    if setting == "reference" or (setting == "auto" and (platform == "cpu" or compute_dtype == "float64")):
         return "reference"
     if compute_dtype == "float64":
         raise UserError("attention_backend = 'fused' with compute_dtype = 'float64': use 'reference' or 'auto'")

@@ -223,7 +223,7 @@ class TrainConfig:
     batch_size: int = 16  # sequences in the global batch
     seq_len: int = 128  # T: input tokens in a window
     compute_dtype: str = "float32"  # activations and the cast weights; the masters are float32 (float64 for float64)
-    attention_backend: str = "auto"  # resolved once: fused, the reference in float64
+    attention_backend: str = "auto"  # resolved once: fused, but for float64 and for JAX on a CPU
     max_skipped_steps: int = 10  # updates skipped in a row, for a non-finite gradient norm, that stop the run
     gradient_accumulation_steps: int = 1  # micro-batches that a batch is cut into: the same gradient in less memory
     loss_chunks: int = 1  # parts that the logits are made in, never all at once: less memory for about 1 % of the time

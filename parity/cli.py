@@ -88,7 +88,7 @@ def _model_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--length", type=int, default=13, help="positions in a sequence")
     parser.add_argument("--device", default="cpu", help="cpu, gpu or tpu, for both frameworks (default: cpu)")
     parser.add_argument(
-        "--attention", default="reference", choices=["reference", "auto"], help="auto: the fused kernels"
+        "--attention", default="reference", choices=["reference", "auto"], help="auto: what a run takes by itself"
     )
     parser.add_argument("--out", type=Path, default=OUT, help="folder of report.json, report.md and report.html")
 

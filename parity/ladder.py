@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import torch
 
+from llm_common.budget import keep_freed_memory
 from llm_common.errors import UserError
 from parity.common_checks import (
     check_data,
@@ -114,6 +115,7 @@ def processes(jobs: int) -> Iterator[ProcessPoolExecutor]:
 def _start(jobs: int, cache: str) -> None:
     """XLA reads its threads when it is first used."""
     end_with_parent()
+    keep_freed_memory()
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // jobs))
     if jobs >= (os.cpu_count() or 1):
         os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_cpu_multi_thread_eigen=false"

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from llm_common.budget import keep_freed_memory
 from llm_common.checkpoint import TrainingState, load_checkpoint, save_checkpoint
 from llm_common.config import ModelConfig
 from llm_common.hosts import Hosts
@@ -162,6 +163,7 @@ def _compare(state: TrainingState, saved: Path, what: str) -> None:
 
 def main() -> None:
     task = json.loads(sys.argv[1])
+    keep_freed_memory()
     hosts = join(task["framework"], task["device"])
     run = run_jax if task["framework"] == "jax" else run_torch
     out = Path(task["out"])

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from flags import from_flags
+from flags import from_flags, keep_memory_of_a_small_step
 from measure import RandomTokens, ceilings, profiled, quartiles, top_kernels, versions
 from peers import find_peer
 from tokenizer_cases import measure_tokenizer
@@ -71,6 +71,7 @@ def measure_train(args: argparse.Namespace, task: dict[str, Any]) -> dict[str, A
     cfg, train, clock = model_config(args), from_flags(TrainConfig, args), Clock(args, task["started"])
     opt = OptimizerConfig(lr_max=1e-4, lr_min=1e-5, total_steps=clock.total)  # stable without a warm-up
     data, name = RandomTokens(cfg, train), task["side"]
+    keep_memory_of_a_small_step(args.device, cfg, train)
     side = import_side(name if name in OURS else "torch", "train")
     folder = None if args.profile is None else args.profile / Path(name).stem
     note = lambda step, _, metrics: clock(step, lambda: metrics["loss"])

@@ -13,7 +13,8 @@ import typing
 from pathlib import Path
 from typing import Any
 
-from llm_common.budget import keep_freed_memory
+from llm_common.budget import GIB, keep_freed_memory, memory_per_step
+from llm_common.config import ModelConfig, TrainConfig
 from llm_common.corpus import Corpus
 from llm_common.errors import UserError, import_side
 from llm_common.hosts import Hosts
@@ -118,8 +119,7 @@ def require(args: argparse.Namespace, *names: str) -> None:
 
 
 def prepare_environment(cache_dir: Path | None) -> None:
-    """What must be set before a framework is imported: compilation caches, what a GPU gives JAX, how torch picks its kernels, memory."""
-    keep_freed_memory()
+    """What must be set before a framework is imported: compilation caches, what a GPU gives JAX, how torch picks its kernels."""
     if cache_dir is not None:
         os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache_dir / "jax"))
         os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_dir / "torch"))
@@ -128,6 +128,14 @@ def prepare_environment(cache_dir: Path | None) -> None:
     # torch.compile's search times kernels by the median of runs with a cache flushed five times over; its own way, the best of a
     # hundred runs behind a flush of the cache's size, picks kernels for the run that found their weights still in the cache
     os.environ.setdefault("TORCHINDUCTOR_USE_EXPERIMENTAL_BENCHMARKER", "0")
+
+
+def keep_memory_of_a_small_step(device: str, cfg: ModelConfig, train: TrainConfig) -> None:
+    """`keep_freed_memory` where it pays. To be called before a framework starts its threads, so before one can be asked for devices."""
+    accelerators = ("nvidia[0-9]*", "accel*", "vfio", "kfd", "dxg")  # what drivers put into /dev
+    alone = device == "auto" and not any(any(Path("/dev").glob(name)) for name in accelerators)
+    if (device == "cpu" or alone) and sum(memory_per_step(cfg, train, False, False).values()) < GIB / 2:
+        keep_freed_memory()
 
 
 def at_least_one(args: argparse.Namespace, *names: str) -> None:

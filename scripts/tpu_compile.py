@@ -279,7 +279,7 @@ def report(compiled: Any, cfg, train: TrainConfig, config: MeshConfig, version: 
     }
     if step == "train":
         flops = flops_per_step(cfg, train) * (4 / 3 if train.remat == "full" else 1) / config.size
-        model = memory_per_step(cfg, train, train.attention_backend != "reference", True, config)
+        model = memory_per_step(cfg, train, train.attention_backend == "splash", True, config)
         result |= {"flops": flops, "bound_flops": flops / peak_flops, "model_memory": sum(model.values())}
     else:
         from jax_llm.generate import CHUNK

@@ -24,6 +24,7 @@ from flags import (
     add_mesh_flags,
     from_flags,
     join,
+    keep_memory_of_a_small_step,
     make_parser,
     parse_with_toml,
     prepare_environment,
@@ -80,6 +81,7 @@ def main() -> None:
     opt, train, config = (from_flags(cls, args) for cls in (OptimizerConfig, TrainConfig, RunConfig))
     cfg, initial = choose_model(args)
     check_length(cfg, train.seq_len, "seq_len")
+    keep_memory_of_a_small_step(args.device, cfg, train)
     mesh = None if args.mesh is None else MeshConfig.parse(args.mesh)
     tokenizer = open_tokenizer(args.tokenizer or args.init_from or Path("data/bpe.json"))
     if args.document_mask:
