@@ -13,7 +13,7 @@ import pytest
 
 from llm_common import errors
 from llm_common.checkpoint import TrainingState, load_checkpoint, save_checkpoint
-from llm_common.config import preset
+from llm_common.config import TrainConfig, preset
 from llm_common.corpus import python_documentation
 from llm_common.run_log import read_log
 from llm_common.tensors import tensor_shapes
@@ -591,3 +591,14 @@ assert type(benchmarker) is TritonBenchmarker, type(benchmarker)
 """
     ended = subprocess.run([sys.executable, "-c", code], cwd=SCRIPTS, capture_output=True, text=True, timeout=300)
     assert ended.returncode == 0, ended.stderr
+
+
+@pytest.mark.parametrize(
+    ("device", "seq_len", "kept"), [("cpu", 128, True), ("gpu", 128, False), ("cpu", 512, False), ("auto", 512, False)]
+)
+def test_freed_memory_is_kept_for_small_steps_on_a_cpu_alone(device, seq_len, kept, monkeypatch):
+    monkeypatch.syspath_prepend(str(SCRIPTS))
+    flags, calls = importlib.import_module("flags"), []
+    monkeypatch.setattr(flags, "keep_freed_memory", lambda: calls.append(True))
+    flags.keep_memory_of_a_small_step(device, preset("demo"), TrainConfig(seq_len=seq_len))
+    assert bool(calls) == kept
