@@ -3,6 +3,7 @@
 import atexit
 import os
 import socket
+import time
 from datetime import timedelta
 from typing import Any
 
@@ -75,15 +76,10 @@ def join_hosts(device: str = "auto", timeout: float = 300) -> Hosts:
     dist.init_process_group(
         "cpu:gloo,cuda:nccl" if cuda else "gloo", store=PrefixStore("group", store), rank=rank, world_size=count
     )
-    if not cuda:
-        # a thread of gloo that still holds a tensor would, now and then, abort the process as the interpreter ends
-        atexit.register(_leave)
+    # gloo's threads let go of the last tensors with the interpreter's lock; one that waits for it as the interpreter ends aborts the
+    # process, so the lock is let go of before
+    atexit.register(time.sleep, 0.1)
     return TorchHosts(str(target))
-
-
-def _leave() -> None:
-    if dist.is_initialized():
-        dist.destroy_process_group()
 
 
 def _is_master(rank: int) -> bool:

@@ -117,3 +117,27 @@ def test_what_a_mesh_is_refused_for(folder):
     assert "takes 4 cpu devices, present: 2" in text
     assert "tensor = 8 does not divide num_key_value_heads = 4" in refused("jax", "bad", "tensor=8", 8)
     assert not (folder / "bad").exists()
+
+
+def test_processes_end_well_right_after_their_last_collective():
+    """Without the pause at the end some abort, so that a run of this in two or three goes red: the long switch interval keeps gloo's threads from the interpreter's lock."""
+    code = """
+import sys
+import torch, torch.distributed as dist
+from torch_llm.hosts import join_hosts
+torch.set_num_threads(1)
+hosts = join_hosts("cpu", 60)
+sys.setswitchinterval(100)
+for _ in range(20):
+    dist.all_gather([torch.ones(1000) for _ in range(4)], torch.ones(1000))
+hosts.gather(None)
+"""
+    shared = {**os.environ, "WORLD_SIZE": "4", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", code], env={**shared, "RANK": str(i)}, stderr=subprocess.PIPE, text=True
+        )
+        for i in range(4)
+    ]
+    errors = [process.communicate(timeout=120)[1] for process in processes]
+    assert [process.returncode for process in processes] == [0] * 4, errors
