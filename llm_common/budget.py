@@ -88,7 +88,8 @@ def memory_per_step(
     tokens = train.batch_size // train.gradient_accumulation_steps * train.seq_len // mesh.batch_shards
     d, f, t = cfg.hidden_size, cfg.intermediate_size // tensor, train.seq_len
     heads = (cfg.num_attention_heads + 2 * cfg.num_key_value_heads) * cfg.head_dim // tensor
-    # Scores and their softmax, where attention keeps them (the reference and XLA). A compiler fuses the float32 middle of norms and SwiGLU away.
+    # Scores and their softmax, where attention keeps them (the reference and XLA). A compiler fuses the float32 middle of norms and
+    # SwiGLU away.
     scores = 0 if fused_attention else cfg.num_attention_heads // tensor * t * (wide + c)
     layer = c * (5 * d + heads + 2 * f) if compiled else c * (5 * d + 2 * heads + 3 * f) + wide * (4 * d + 2 * f)
     product = c * f if compiled else 0  # SwiGLU's, which the backward pass reads beside its two factors

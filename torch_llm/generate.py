@@ -100,8 +100,8 @@ class CapturedSteps:
             return
         tokens = torch.zeros(len(self.numbers), t, dtype=torch.int64, device=self.device)
         lengths = torch.full_like(self.numbers, t)
-        # the search for the fastest matrix-vector products takes a minute or two, and pays where there is no matrix of texts; where there
-        # is one, small kernels that do not depend on each other are joined
+        # the search for the fastest matrix-vector products takes a minute or two, and pays where there is no matrix of texts; where
+        # there is one, small kernels that do not depend on each other are joined
         search = {"coordinate_descent_tuning": True, "coordinate_descent_search_radius": 2}
         options: dict[str, Any] = search if tokens.numel() == 1 else {"combo_kernels": True}
         step = torch.compile(decode_step, dynamic=False, options=options) if self.compile else decode_step
