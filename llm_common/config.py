@@ -16,11 +16,25 @@ MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
 REMAT = ("none", "dots", "full")
 COMPILE = ("auto", "on", "off")
 ATTENTION_BACKENDS = ("auto", "reference", "fused", "splash")  # splash: a TPU's kernel, JAX only
+# Beyond every model that exists. A config of more is a mistake or malice, and is refused before anything is counted or allocated.
+LIMITS = {
+    "vocab_size": 1 << 24,
+    "hidden_size": 1 << 20,
+    "intermediate_size": 1 << 22,
+    "num_hidden_layers": 10_000,
+    "num_attention_heads": 1 << 16,
+    "num_key_value_heads": 1 << 16,
+    "max_position_embeddings": 1 << 27,
+}
+LARGEST_HEAD = 1 << 14
+LARGEST_TABLE = 1 << 27  # numbers in the rotary table: 1 GiB in float64, a million positions of 128 channels
 
 
 def _check(ok: bool, config: Any, field: str, rule: str) -> None:
     if not ok:
-        raise UserError(f"{type(config).__name__}.{field} = {getattr(config, field)!r}: {rule}")
+        value = repr(getattr(config, field))
+        value = value if len(value) <= 200 else f"{value[:200]}..."
+        raise UserError(f"{type(config).__name__}.{field} = {value}: {rule}")
 
 
 def _is_int(value: Any, low: int) -> bool:
@@ -28,7 +42,12 @@ def _is_int(value: Any, low: int) -> bool:
 
 
 def _is_finite(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return False
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # an integer that no float holds
+        return False
 
 
 def _from_dict(cls, values: dict[str, Any]):
@@ -85,16 +104,9 @@ class ModelConfig:
     sliding_window: int | None = None  # a query sees this many positions, its own included; None: all before it
 
     def __post_init__(self) -> None:
-        for field in (
-            "vocab_size",
-            "hidden_size",
-            "intermediate_size",
-            "num_hidden_layers",
-            "num_attention_heads",
-            "num_key_value_heads",
-            "max_position_embeddings",
-        ):
+        for field, limit in LIMITS.items():
             _check(_is_int(getattr(self, field), 1), self, field, "must be an integer of at least 1")
+            _check(getattr(self, field) <= limit, self, field, f"must be at most {limit:,}")
         _check(_is_int(self.head_dim, 0), self, "head_dim", "must be an even integer (0 means hidden_size / heads)")
         if self.head_dim == 0:
             heads = self.num_attention_heads
@@ -106,6 +118,14 @@ class ModelConfig:
             )
             object.__setattr__(self, "head_dim", self.hidden_size // heads)
         _check(self.head_dim % 2 == 0, self, "head_dim", "must be even: RoPE rotates pairs")
+        _check(self.head_dim <= LARGEST_HEAD, self, "head_dim", f"must be at most {LARGEST_HEAD:,}")
+        _check(
+            self.max_position_embeddings * self.head_dim <= LARGEST_TABLE,
+            self,
+            "max_position_embeddings",
+            f"the rotary table of so many positions would take more than {LARGEST_TABLE >> 27} GiB; lower it to the length "
+            "that you use",
+        )
         _check(
             self.num_attention_heads % self.num_key_value_heads == 0,
             self,

@@ -1,34 +1,81 @@
 """The one exception for what a user can get wrong; scripts print it as a single line and exit with 2."""
 
 import contextlib
+import glob
+import hashlib
 import importlib
 import importlib.util
 import json
 import os
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-LARGEST_JSON = 256 << 20  # bytes; the largest tokenizer.json in use is some 35 MB
+LARGEST_JSON = 64 << 20  # bytes; the largest tokenizer.json in use is some 35 MB
+# Objects and arrays of a JSON file: an empty one takes 20 to 30 times its characters in memory. The largest tokenizer.json in use
+# has half a million, one for each merge.
+MOST_CONTAINERS = 4 << 20
 
 
 class UserError(ValueError):
     """A config, file, flag, text or device that cannot be used. The message names the value and the fix."""
 
 
+def notice(text: str) -> None:
+    """Tell the person at the terminal what was decided for them, without touching what a program prints for others to read."""
+    print(f"note: {text}", file=sys.stderr)
+
+
 def read_json(path: Path, hint: str = "") -> Any:
     """The contents of a JSON file. Raises UserError if it is missing, not a plain file, huge, or not JSON."""
+    return parse_json(read_small(path, hint), str(path))
+
+
+def read_small(path: Path, hint: str = "") -> bytes:
+    """The bytes of a file that is read whole. Raises UserError if it is missing, not a plain file, or huge."""
     if not path.is_file():
         raise UserError(f"{path}: no such file" + (f"; {hint}" if hint else ""))
     size = path.stat().st_size
     if size > LARGEST_JSON:
-        raise UserError(f"{path}: {size:,} bytes of JSON; at most {LARGEST_JSON:,} are read")
+        raise UserError(f"{path}: {size:,} bytes; at most {LARGEST_JSON:,} are read")
+    return path.read_bytes()
+
+
+def parse_json(content: bytes, where: str, **options: Any) -> Any:
+    """JSON of a stranger, UTF-8 with or without a byte order mark: bounded in memory, any depth refused by name.
+
+    options: for `json.loads`. Raises UserError, which begins with `where`.
+    """
+    if content.count(b"[") + content.count(b"{") > MOST_CONTAINERS:
+        raise UserError(f"{where}: more than {MOST_CONTAINERS:,} objects and arrays; so many are not read")
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
+        return json.loads(content.decode("utf-8-sig"), **options)
+    except UserError:
+        raise
+    except (ValueError, RecursionError, MemoryError) as error:
         reason = "nested too deeply" if isinstance(error, RecursionError) else str(error)
-        raise UserError(f"{path}: cannot be read as JSON ({reason})") from None
+        raise UserError(f"{where}: cannot be read as JSON ({reason})") from None
+
+
+def canonical_json(content: Any) -> bytes:
+    """The one form of some JSON, for a hash of it: keys sorted, no spaces, ASCII."""
+    return json.dumps(content, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
+
+
+def with_checksum(content: dict[str, Any]) -> dict[str, Any]:
+    """An object with the sha256 of its other fields under "checksum"."""
+    content = json.loads(canonical_json({key: x for key, x in content.items() if key != "checksum"}))
+    return {**content, "checksum": hashlib.sha256(canonical_json(content)).hexdigest()}
+
+
+def has_its_checksum(content: dict[str, Any]) -> bool:
+    """Whether an object's "checksum" is that of its other fields."""
+    try:
+        return with_checksum(content)["checksum"] == content.get("checksum")
+    except (ValueError, TypeError, RecursionError):  # a number that is not finite has no canonical form
+        return False
 
 
 def write_whole(path: Path, content: bytes) -> None:
@@ -41,10 +88,19 @@ def write_whole(path: Path, content: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(partial, path)
+        _remove_leftovers(path)
     except OSError as error:
         with contextlib.suppress(OSError):
             partial.unlink()
         raise UserError(f"{path}: cannot be written ({error.strerror}); make room or give another place") from None
+
+
+def _remove_leftovers(path: Path) -> None:
+    """Delete what processes that were killed had begun to write in the place of a file, once it is ten minutes old."""
+    for left in path.parent.glob(f".{glob.escape(path.name)}.*"):
+        with contextlib.suppress(OSError):
+            if left.suffix[1:].isdigit() and time.time() - left.stat().st_mtime > 600:
+                left.unlink()
 
 
 def require_framework(name: str) -> None:

@@ -34,49 +34,141 @@ _FIXED: dict[str, Any] = {
     "partial_rotary_factor": 1.0,
     "use_mrope": False,
     "use_sliding_window": False,
+    "add_cross_attention": False,
+    "is_encoder_decoder": False,
+    "pruned_heads": {},
+    "quantization_config": None,
+    "embd_pdrop": 0.0,
+    "resid_pdrop": 0.0,
+    "hidden_dropout": 0.0,
+    "hidden_dropout_prob": 0.0,
+    "attention_probs_dropout_prob": 0.0,
 }
+# Of these, null says what a missing key says.
+_NULL_IS_DEFAULT = frozenset(_FIXED) - {"hidden_act"}
+# Keys that do not change the function that the weights compute: how text is drawn, what training did, where files came from, which
+# kernels somebody used. A key that might change it belongs into _FIXED, with the one value that it may have.
 _IGNORED = frozenset(
     [
         "_attn_implementation",
         "_attn_implementation_autoset",
+        "_commit_hash",
+        "_flash_attn_2_enabled",
         "_name_or_path",
-        "add_cross_attention",
         "architectures",
+        "attn_implementation",
         "auto_map",
+        "bad_words_ids",
+        "base_model_name_or_path",
         "begin_suppress_tokens",
+        "bf16",
+        "bos_token",
         "bos_token_id",
+        "cache_implementation",
         "chunk_size_feed_forward",
+        "cls_token",
+        "cls_token_id",
         "cross_attention_hidden_size",
         "decoder_start_token_id",
+        "diversity_penalty",
+        "do_sample",
         "dtype",
+        "early_stopping",
+        "embedding_initializer_range",
+        "encoder_no_repeat_ngram_size",
+        "eos_token",
         "eos_token_id",
+        "exponential_decay_length_penalty",
         "finetuning_task",
+        "forced_bos_token_id",
+        "forced_eos_token_id",
+        "fp16",
+        "fp32",
+        "generation_config",
+        "gradient_checkpointing",
         "id2label",
+        "ignore_index",
         "initializer_range",
+        "initializer_std",
         "is_decoder",
-        "is_encoder_decoder",
+        "keys_to_ignore_at_inference",
         "label2id",
+        "language",
+        "length_penalty",
+        "license",
+        "logits_to_keep",
+        "loss_type",
+        "mask_token",
+        "mask_token_id",
+        "max_length",
+        "max_new_tokens",
+        "max_seq_len",
+        "max_seq_length",
+        "max_sequence_length",
         "max_window_layers",
+        "min_length",
+        "min_new_tokens",
+        "model_max_length",
+        "model_name",
+        "model_name_or_path",
+        "model_revision",
+        "n_ctx",
+        "neftune_noise_alpha",
+        "no_repeat_ngram_size",
+        "num_beam_groups",
+        "num_beams",
+        "num_logits_to_keep",
+        "num_return_sequences",
         "output_attentions",
         "output_hidden_states",
+        "output_scores",
+        "pad_token",
         "pad_token_id",
+        "padding_side",
+        "penalty_alpha",
+        "pipeline_tag",
         "prefix",
         "problem_type",
-        "pruned_heads",
+        "remove_invalid_values",
+        "renormalize_logits",
+        "repetition_penalty",
         "return_dict",
+        "return_dict_in_generate",
+        "seed",
+        "sep_token",
         "sep_token_id",
+        "seq_len",
+        "seq_length",
+        "suppress_tokens",
+        "tags",
         "task_specific_params",
+        "temperature",
         "tf_legacy_loss",
         "tie_encoder_decoder",
         "tokenizer_class",
+        "tokenizer_name",
+        "tokenizer_name_or_path",
+        "top_k",
+        "top_p",
+        "torch_compile",
         "torch_dtype",
         "torchscript",
         "transformers.js_config",
         "transformers_version",
+        "trust_remote_code",
+        "typical_p",
+        "unk_token",
+        "unk_token_id",
         "unsloth_fixed",
         "unsloth_version",
         "use_bfloat16",
         "use_cache",
+        "use_flash_attention",
+        "use_flash_attention_2",
+        "use_flash_attn",
+        "use_flash_attn_2",
+        "use_liger_kernel",
+        "vocab_file",
     ]
 )
 _SCALING_KEYS = tuple(field.name for field in dataclasses.fields(RopeScaling))
@@ -90,12 +182,22 @@ def from_hf(config: dict[str, Any]) -> ModelConfig:
         raise UserError(f"config.json: model_type = {model_type!r} is not implemented; known: {', '.join(MODEL_TYPES)}")
     for key, allowed in _FIXED.items():
         value = config.pop(key, allowed)
+        if value is None and key in _NULL_IS_DEFAULT:
+            continue
         if value != allowed or isinstance(value, bool) != isinstance(allowed, bool):
-            raise UserError(f"config.json: {key} = {value!r} is not implemented; it must be {allowed!r}")
+            if key == "quantization_config":
+                raise UserError(
+                    "config.json: quantization_config: the weights are quantized, which is not implemented; take the model "
+                    "in bfloat16, or save it dequantized with transformers (model.dequantize())"
+                )
+            raise UserError(f"config.json: {key} = {repr(value)[:200]} is not implemented; it must be {allowed!r}")
     _take_rope(config)
     if model_type != "mistral":
         config.pop("sliding_window", None)  # switched off by use_sliding_window, or meaningless
-    kinds = set(config.pop("layer_types", None) or ())
+    kinds = config.pop("layer_types", None) or ()
+    if not isinstance(kinds, (list, tuple)) or not all(isinstance(kind, str) for kind in kinds):
+        raise UserError(f"config.json: layer_types = {str(kinds)[:200]} must be a list of names")
+    kinds = set(kinds)
     wanted = {"full_attention"} if model_type != "mistral" else {"full_attention", "sliding_attention"}
     if len(kinds) > 1 or not kinds <= wanted:
         raise UserError(f"config.json: layer_types {sorted(kinds)} are not implemented; all layers must be of one kind")

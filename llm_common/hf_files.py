@@ -9,8 +9,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from llm_common.errors import UserError, read_json
+from llm_common.errors import UserError, parse_json
 from llm_common.tokenizer import END_OF_TEXT, Tokenizer
+from llm_common.tokenizer_folder import TokenizerFolder
 from llm_common.words import PATTERNS, without_possessive
 
 _CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
@@ -21,10 +22,18 @@ USE_LIBRARY = "install the tokenizers package, which reads every kind"
 
 def to_hf_files(tokenizer: Tokenizer) -> dict[str, bytes]:
     """`tokenizer.json` and `tokenizer_config.json` that give the same ids in `tokenizers` and transformers."""
-    letters = _byte_letters()
-    write = lambda token: "".join(letters[b] for b in token)
-    special = {i: text for text, i in tokenizer.special_tokens.items()}
+    special = {i: text for text, i in tokenizer.added.items()}
+    write = to_letters
     vocab = {special.get(i) or write(token): i for i, token in tokenizer.vocab.items()}
+    if len(vocab) < len(tokenizer.vocab):
+        clash = next(
+            text
+            for text in special.values()
+            if write(text.encode()) != text and _bytes(text) in tokenizer.vocab.values()
+        )
+        raise UserError(
+            f"special token {clash!r} is, in Hugging Face's files, also the spelling of other bytes; take another text for it"
+        )
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
     normalizer = None if tokenizer.normalization is None else {"type": tokenizer.normalization}
     split = {
@@ -38,7 +47,7 @@ def to_hf_files(tokenizer: Tokenizer) -> dict[str, bytes]:
         "truncation": None,
         "padding": None,
         "added_tokens": [
-            {"id": i, "content": text, "special": True}
+            {"id": i, "content": text, "special": text in tokenizer.special_tokens}
             | dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
             for i, text in sorted(special.items())
         ],
@@ -96,33 +105,59 @@ def read_hf_folder(folder: Path) -> Tokenizer:
 
     Raises UserError if it is not byte-level BPE with a pre-tokenizer that is known, naming what it is.
     """
-    config = read_json(folder / "tokenizer_config.json") if (folder / "tokenizer_config.json").is_file() else {}
-    end = config.get("eos_token") if isinstance(config, dict) else None
-    end = end.get("content") if isinstance(end, dict) else end
-    path = folder / "tokenizer.json"
-    if not path.is_file():
-        return _read_gpt2(folder, end or END_OF_TEXT)
-    content = read_json(path)
+    found = TokenizerFolder(folder)
+    path = folder / ("tokenizer.json" if "tokenizer.json" in found.files else "vocab.json")
+    if path.name not in found.files:
+        raise UserError(f"{path}: no such file")
     try:
-        return _read_tokenizer_json(path, content, end or END_OF_TEXT)
-    except (KeyError, TypeError, AttributeError, IndexError) as error:
-        raise UserError(f"{path}: not a tokenizer ({type(error).__name__}: {error})") from None
+        content = parse_json(found.files[path.name], str(path))
+        if path.name == "vocab.json":
+            return _read_vocab_and_merges(found, path, content)
+        return _read_tokenizer_json(found, path, content)
+    except (KeyError, TypeError, AttributeError, IndexError, ValueError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"{path}: not a tokenizer ({type(error).__name__}: {str(error)[:200]})") from None
 
 
-def _read_gpt2(folder: Path, end: str) -> Tokenizer:
-    numbers, path = read_json(folder / "vocab.json"), folder / "merges.txt"
-    if not path.is_file():
-        raise UserError(f"{path}: no such file; it belongs to vocab.json")
-    lines = [x for x in path.read_text(encoding="utf-8").split("\n") if x and not x.startswith("#version")]
-    merges = _merges(path, lines)
-    made = {bytes([b]) for b in range(256)} | {a + b for a, b in merges}
-    vocab = {i: _bytes(token) for token, i in numbers.items()}
-    special = [token for token, i in numbers.items() if vocab[i] is None or vocab[i] not in made]
-    vocab = {i: text.encode() if text in special else vocab[i] for text, i in numbers.items()}
-    return Tokenizer(merges, special, "gpt2", vocab, end_token=end)  # pyright: ignore
+# The classes whose tokenizer vocab.json and merges.txt are, and the pattern and the normalization that the class adds to them.
+_CLASSES = {"GPT2Tokenizer": ("gpt2", None), "CodeGenTokenizer": ("gpt2", None), "Qwen2Tokenizer": ("qwen2", "NFC")}
 
 
-def _read_tokenizer_json(path: Path, content: dict[str, Any], end: str) -> Tokenizer:
+def _read_vocab_and_merges(found: TokenizerFolder, path: Path, numbers: dict[str, int]) -> Tokenizer:
+    """vocab.json and merges.txt say nothing of how words are cut; the class does, which tokenizer_config.json or the model names."""
+    if "merges.txt" not in found.files:
+        raise UserError(f"{path.with_name('merges.txt')}: no such file; it belongs to vocab.json")
+    name = found.class_name or ("Qwen2Tokenizer" if found.model_type.startswith("qwen") else "GPT2Tokenizer")
+    if name not in _CLASSES:
+        raise UserError(
+            f"{path}: belongs to a {name}, which cuts words in a way that only a tokenizer.json says; "
+            "save the tokenizer with transformers as a fast tokenizer"
+        )
+    if found.config.get("add_prefix_space"):
+        raise UserError(
+            f"{path}: a tokenizer with add_prefix_space is not known; save it with transformers as a fast one"
+        )
+    pattern, normalization = _CLASSES[name]
+    merges_path = path.with_name("merges.txt")
+    text = found.files["merges.txt"].decode("utf-8-sig")
+    merges = _merges(merges_path, [x for x in text.split("\n") if x.strip() and not x.startswith("#version")])
+    letters = {text: _bytes(text) for text in numbers}
+    added = dict(found.added)
+    if not added:  # GPT-2's own files say nowhere which tokens are not made of merges
+        made = {bytes([b]) for b in range(256)} | {a + b for a, b in merges}
+        added = {
+            t: {"id": i, "special": True} for t, i in numbers.items() if letters[t] is None or letters[t] not in made
+        }
+    for text in found.named.values():
+        if text in numbers:
+            added.setdefault(text, {"id": numbers[text], "special": True})
+    return _tokenizer(
+        found, path, merges, added, pattern, {t: i for t, i in numbers.items() if t not in added}, normalization
+    )
+
+
+def _read_tokenizer_json(found: TokenizerFolder, path: Path, content: dict[str, Any]) -> Tokenizer:
     model = content["model"]
     if model.get("type", "BPE") != "BPE":
         raise UserError(f"{path}: a {model['type']} model, not byte-level BPE; {USE_LIBRARY}")
@@ -132,24 +167,60 @@ def _read_tokenizer_json(path: Path, content: dict[str, Any], end: str) -> Token
     normalizer = (content.get("normalizer") or {}).get("type")
     if normalizer not in (None, "NFC"):
         raise UserError(f"{path}: normalizer {normalizer} is not known; {USE_LIBRARY}")
-    added = content.get("added_tokens") or []
-    for token in added:
-        for key in ("lstrip", "rstrip", "single_word"):
-            if token.get(key):
-                raise UserError(f"{path}: token {token['content']!r} with {key} is not known; {USE_LIBRARY}")
+    added = {token["content"]: token for token in content.get("added_tokens") or []}
+    added |= {text: token for text, token in found.added.items() if text not in added}
+    for text in found.named.values():
+        if text in model["vocab"]:
+            added.setdefault(text, {"id": model["vocab"][text], "special": True})
     pattern = _pattern(path, content.get("pre_tokenizer"))
     merges = _merges(path, model["merges"])
-    special = {token["content"]: token["id"] for token in added}
-    vocab = {}
-    for token, i in model["vocab"].items():
-        found = token.encode() if token in special else _bytes(token)
-        if found is None:
-            raise UserError(f"{path}: token {token!r} is not byte-level; {USE_LIBRARY}")
-        vocab[i] = found
-    vocab |= {i: text.encode() for text, i in special.items()}
-    ignore = bool(model.get("ignore_merges"))
+    vocab = {text: i for text, i in model["vocab"].items() if added.get(text, {}).get("id") != i}
     prefix = _prefix(path, content.get("post_processor"))
-    return Tokenizer(merges, special, pattern, vocab, ignore, normalizer, prefix, end)
+    ignore = bool(model.get("ignore_merges"))
+    return _tokenizer(found, path, merges, added, pattern, vocab, normalizer, prefix, ignore)
+
+
+def _tokenizer(
+    found: TokenizerFolder,
+    path: Path,
+    merges: list[tuple[bytes, bytes]],
+    added: dict[str, dict[str, Any]],
+    pattern: str,
+    numbers: dict[str, int],
+    normalization: str | None,
+    prefix: list[str] | None = None,
+    ignore_merges: bool = False,
+) -> Tokenizer:
+    """A tokenizer of the tokens that merges make, by their letters, and of added ones."""
+    vocab = {}
+    for text, i in numbers.items():
+        letters = _bytes(text)
+        if letters is None:
+            raise UserError(f"{path}: token {text[:100]!r} is not byte-level; {USE_LIBRARY}")
+        vocab[i] = letters
+    for text, token in added.items():
+        for key in ("lstrip", "rstrip", "single_word"):
+            if token.get(key):
+                raise UserError(f"{path}: token {text!r} with {key} is not known; {USE_LIBRARY}")
+    if prefix is None:  # no file says; so the flag does, as in transformers
+        bos = found.special("bos_token")
+        prefix = [bos] if found.config.get("add_bos_token") and bos is not None else []
+    found.vocabulary_tokens = tuple(added)
+    special = {text: token["id"] for text, token in added.items() if token.get("special")}
+    ordinary = {text: token["id"] for text, token in added.items() if not token.get("special")}
+    end = found.document_end(lambda text: text in added)
+    return Tokenizer(
+        merges,
+        special,
+        pattern,
+        vocab,
+        ignore_merges,
+        normalization,
+        prefix,
+        end or END_OF_TEXT,
+        added_tokens=ordinary,
+        folder=found,
+    )
 
 
 def _pattern(path: Path, pre_tokenizer: Any) -> str:
@@ -200,6 +271,12 @@ def _merges(path: Path, rows: list[Any]) -> list[tuple[bytes, bytes]]:
     return out
 
 
+def to_letters(token: bytes) -> str:
+    """GPT-2's printable letters for a token's bytes."""
+    letters = _byte_letters()
+    return "".join(letters[b] for b in token)
+
+
 def _bytes(token: str) -> bytes | None:
     """The bytes that a token's printable letters stand for, or None."""
     numbers = _letter_bytes()
@@ -211,6 +288,7 @@ def _letter_bytes() -> dict[str, int]:
     return {letter: b for b, letter in _byte_letters().items()}
 
 
+@functools.cache
 def _byte_letters() -> dict[int, str]:
     """GPT-2's printable letter for each byte: printable Latin-1 stands for itself, the rest is numbered from U+0100."""
     printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]

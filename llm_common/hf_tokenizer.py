@@ -3,123 +3,232 @@
 `HfTokenizer` has the methods that training and generation use of `Tokenizer`, so either can stand for the other.
 """
 
+import contextlib
 import hashlib
 import importlib.util
 import json
-from collections.abc import Iterable
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
-from llm_common.errors import UserError, read_json, require_package
-from llm_common.hf_files import read_hf_folder, to_hf_files
+from llm_common.errors import UserError, parse_json, require_package
+from llm_common.hf_files import SPELLINGS, read_hf_folder, to_hf_files
 from llm_common.tokenizer import FILE_NAME, Tokenizer
+from llm_common.tokenizer_folder import FILES, TokenizerFolder
+from llm_common.words import clean
 
-# What belongs to a model beside its weights and goes with it into checkpoints and exports.
-FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template.jinja",
-    "chat_template.json",
-    "generation_config.json",
-    "vocab.json",
-    "merges.txt",
-    "tokenizer.model",
+PROBE_SECONDS = 1.8  # for a pre-tokenizer that nobody knows, to cut texts made to be hard
+# Steps of a tokenizer whose time is known; a Split with an unknown pattern is tried first.
+_HARMLESS = frozenset(
+    [
+        "ByteLevel",
+        "Digits",
+        "Metaspace",
+        "Punctuation",
+        "Whitespace",
+        "WhitespaceSplit",
+        "UnicodeScripts",
+        "BertPreTokenizer",
+    ]
 )
-LARGEST_FILE = 256 << 20  # bytes
+T = TypeVar("T")
 
 
 class HfTokenizer:
-    """The tokenizer of a Hugging Face folder: `tokenizer.json`, and what the files beside it say of special tokens."""
+    """The tokenizer of a Hugging Face folder: `tokenizer.json`, and what the files beside it say of special tokens.
+
+    Its ids are those that transformers 5 gives, for a text and for a chat.
+    """
 
     def __init__(self, folder: Path) -> None:
         require_package("tokenizers", "hf")
         import tokenizers
 
-        self.files = {}
-        for name in FILES:
-            path = folder / name
-            if path.is_file():
-                if path.stat().st_size > LARGEST_FILE:
-                    raise UserError(f"{path}: {path.stat().st_size:,} bytes; at most {LARGEST_FILE:,} are read")
-                self.files[name] = path.read_bytes()
-        if "tokenizer.json" not in self.files:
+        self.folder = TokenizerFolder(folder)
+        self.files = self.folder.files
+        path = folder / "tokenizer.json"
+        if path.name not in self.files:
             raise UserError(
                 f"{folder}: has no tokenizer.json; save the tokenizer with transformers as a fast tokenizer"
             )
-        try:
-            self._tokenizer = tokenizers.Tokenizer.from_str(self.files["tokenizer.json"].decode("utf-8"))
-        except Exception as error:  # the library raises plain exceptions
-            raise UserError(f"{folder / 'tokenizer.json'}: not a tokenizer ({error})") from None
+        content = parse_json(self.files[path.name], str(path))
+        if not isinstance(content, dict) or not isinstance(content.get("model"), dict):
+            raise UserError(f"{path}: not a tokenizer (no object with a model)")
+        self._probed = _probe(path, content)
+        with _quiet(self._probed):
+            try:
+                self._tokenizer = tokenizers.Tokenizer.from_str(self.files[path.name].decode("utf-8-sig"))
+            except Exception as error:  # the library raises plain exceptions
+                raise UserError(f"{path}: not a tokenizer ({str(error)[:300]})") from None
+            except BaseException as error:
+                raise _unless_panic(error, f"{path}: not a tokenizer") from None
         self._tokenizer.no_padding()
         self._tokenizer.no_truncation()
-        self._config = self._json(folder, "tokenizer_config.json")
-        self.token_ids = {}  # the keys of config.json that name special tokens
-        config = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
-        generation = self._json(folder, "generation_config.json")
-        for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
-            value = generation.get(key, config.get(key))
-            if value is None and isinstance(text := self._special(key.removesuffix("_id")), str):
-                value = self._tokenizer.token_to_id(text)
-            if value is not None:
-                self.token_ids[key] = value
+        if self.folder.class_name == "LlamaTokenizer" and not _is_byte_level(content):
+            self._as_llama(content)
+        self._add_tokens()
+        self._added = dict(self._tokenizer.get_added_tokens_decoder())
+        self.folder.vocabulary_tokens = tuple(token.content for token in self._added.values())
+        self.special_tokens = {token.content: i for i, token in self._added.items() if token.special}
+        self._byte_level = (content.get("decoder") or {}).get("type") == "ByteLevel"
+        self.token_ids: dict[str, Any] = {}  # the keys of config.json that name special tokens
+        for name in ("bos_token", "pad_token"):
+            found = self.folder.ids_of(f"{name}_id")[:1] or self._ids([self.folder.special(name)])
+            self.token_ids |= {f"{name}_id": found[0]} if found else {}
+        self.prefix_ids = self._prefix()
 
-    def _json(self, folder: Path, name: str) -> dict[str, Any]:
-        content = read_json(folder / name) if name in self.files else {}
-        if not isinstance(content, dict):
-            raise UserError(f"{folder / name}: expected an object with keys")
-        return content
+    def _as_llama(self, content: dict[str, Any]) -> None:
+        """What transformers' LlamaTokenizer does to a file of this class: its own way with spaces, whatever the file says."""
+        from tokenizers import decoders, pre_tokenizers
 
-    def _special(self, name: str) -> str | None:
-        """The text of "bos_token", "eos_token" or "pad_token"."""
-        token = self._config.get(name)
-        return token.get("content") if isinstance(token, dict) else token
+        if content["model"].get("type", "BPE") != "BPE":
+            return
+        prefix_space = self.folder.config.get("add_prefix_space")
+        prefix_space = True if prefix_space is None else bool(prefix_space)
+        scheme = ("always" if self.folder.config.get("legacy", False) else "first") if prefix_space else "never"
+        self._tokenizer.normalizer = None  # pyright: ignore[reportAttributeAccessIssue]
+        self._tokenizer.pre_tokenizer = pre_tokenizers.Metaspace("▁", prepend_scheme=scheme, split=False)  # pyright: ignore
+        steps: list[Any] = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+        self._tokenizer.decoder = decoders.Sequence(steps + ([decoders.Strip(" ", 1, 0)] if prefix_space else []))  # pyright: ignore
+
+    def _add_tokens(self) -> None:
+        """Add the tokens that other files than tokenizer.json name, as transformers does."""
+        import tokenizers
+
+        have = {token.content for token in self._tokenizer.get_added_tokens_decoder().values()}
+        listed = sorted(self.folder.added.items(), key=lambda item: item[1]["id"])
+        named = [(text, {"special": True}) for text in self.folder.named.values()]
+        for text, token in [*listed, *named]:
+            if text in have:
+                continue
+            have.add(text)
+            flags = {key: bool(token.get(key)) for key in ("lstrip", "rstrip", "single_word", "normalized")}
+            special = bool(token.get("special"))
+            self._tokenizer.add_tokens([tokenizers.AddedToken(text, special=special, **flags)])
+            wanted, number = token.get("id"), self._tokenizer.token_to_id(text)
+            if wanted is not None and wanted != number:
+                raise UserError(
+                    f"{self.folder.path}: the added token {text!r} is to be {wanted}, but tokenizer.json leaves it {number}; "
+                    "save the tokenizer again with transformers"
+                )
+
+    def _ids(self, texts: Iterable[str | None]) -> list[int]:
+        found = (self._tokenizer.token_to_id(text) for text in texts if text is not None)
+        return [i for i in found if i is not None]
+
+    def _prefix(self) -> list[int]:
+        """The ids that transformers puts before a text."""
+        if self._tokenizer.post_processor is None:  # add_bos_token counts only for folders without a tokenizer.json
+            return []
+        with_them, without = (self._tokenizer.encode("a", add_special_tokens=flag).ids for flag in (True, False))
+        n = len(without)
+        return next((with_them[:i] for i in range(len(with_them) - n + 1) if with_them[i : i + n] == without), [])
 
     @property
     def vocab_size(self) -> int:
         """One more than the largest id."""
-        return max(self._tokenizer.get_vocab(with_added_tokens=True).values()) + 1
+        return max(self._tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) + 1
+
+    @property
+    def plain_vocab_size(self) -> int:
+        """One more than the largest id that a text without added tokens can have."""
+        return max(self._tokenizer.get_vocab(with_added_tokens=False).values(), default=-1) + 1
 
     @property
     def eos_ids(self) -> tuple[int, ...]:
-        """The ids that end a text; chat models have several."""
-        value = self.token_ids.get("eos_token_id")
-        return () if value is None else tuple(value) if isinstance(value, list) else (value,)
+        """The ids that end a text that is generated: those of the configs and the tokenizer's own. Chat models have several."""
+        found = self.folder.ids_of("eos_token_id") + self._ids([self.folder.special("eos_token")])
+        return tuple(dict.fromkeys(found))
 
     @property
     def end_of_text(self) -> int | None:
-        """The id that separates documents, or None: the tokenizer's own end of text, else the first of `eos_ids`."""
-        text = self._special("eos_token")
-        own = self._tokenizer.token_to_id(text) if isinstance(text, str) else None
-        return own if own is not None else next(iter(self.eos_ids), None)
+        """The id that ends a document, or None."""
+        text = self.folder.document_end(lambda text: self._tokenizer.token_to_id(text) is not None)
+        return None if text is None else self._tokenizer.token_to_id(text)
 
-    def encode(self, text: str) -> list[int]:
-        """Ids of a text, without the tokens that a model expects around it; special tokens written out become their ids."""
-        try:
-            return self._tokenizer.encode(text, add_special_tokens=False).ids
-        except TypeError:  # a lone surrogate
-            return self._tokenizer.encode(text.encode("utf-8", "replace").decode(), add_special_tokens=False).ids
+    @property
+    def turn_end(self) -> int | None:
+        """The id that ends an answer: what the chat template writes there, else the tokenizer's end of text; or None."""
+        return next(iter(self._ids([self.folder.turn_end, self.folder.special("eos_token")])), None)
 
-    def encode_prompt(self, text: str) -> list[int]:
-        """Ids of a text with the tokens that the model expects around it (a beginning of text), as transformers gives them."""
-        return self._tokenizer.encode(text, add_special_tokens=True).ids
+    @property
+    def context_ids(self) -> list[int]:
+        """What a text's first token is predicted from: the prefix, else the beginning of text, else the end (as lm-eval does)."""
+        return self.prefix_ids or self._ids([self.folder.special("bos_token"), self.folder.special("eos_token")])[:1]
+
+    def token_id(self, text: str) -> int | None:
+        """The id of a token by its text, or None."""
+        return self._tokenizer.token_to_id(text)
+
+    # --- encode and decode
+
+    def encode(self, text: str, parse_special: bool = True) -> list[int]:
+        """Ids of a text, without the tokens that a model expects around it.
+
+        parse_special: whether special tokens written out in it become their ids; otherwise they are text like any other.
+        """
+        return self._encode(text, parse_special).ids
+
+    def encode_with_ends(self, text: str, parse_special: bool = True) -> tuple[list[int], list[int]]:
+        """Ids of a text, and for each the place in the text (clean of half surrogates) where its characters end."""
+        found = self._encode(text, parse_special)
+        return found.ids, [end for _, end in found.offsets]
+
+    def _encode(self, text: str, parse_special: bool) -> Any:
+        text = clean(text)
+        return self._library(lambda: self._split_special(parse_special).encode(text, add_special_tokens=False))
+
+    def _split_special(self, parse_special: bool) -> Any:
+        if self._tokenizer.encode_special_tokens == parse_special:
+            self._tokenizer.encode_special_tokens = not parse_special
+        return self._tokenizer
+
+    def _library(self, call: Callable[[], T]) -> T:
+        """What a call of the library gives; its panics, which are no Exception, become errors."""
+        with _quiet(self._probed):
+            try:
+                return call()
+            except Exception as error:
+                raise UserError(
+                    f"{self.folder.path / 'tokenizer.json'}: cannot encode this text ({str(error)[:200]})"
+                ) from None
+            except BaseException as error:
+                raise _unless_panic(error, f"{self.folder.path / 'tokenizer.json'}: cannot encode this text") from None
+
+    def encode_prompt(self, text: str, parse_special: bool = True) -> list[int]:
+        """Ids of a text that is to be continued, with the tokens that the model expects before it, as transformers gives them."""
+        return self.prefix_ids + self.encode(text, parse_special)
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of some ids; special tokens are written out."""
-        return self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=False)
+        ids = [int(i) for i in ids]
+        if not self._byte_level:
+            return self._tokenizer.decode(ids, skip_special_tokens=False)
+        # The library takes an added token's letters for bytes; so only what lies between them goes through it. A character's
+        # bytes never lie on both sides of one.
+        out, run = [], []
+        for i in [*ids, None]:
+            if i is not None and i not in self._added:
+                run.append(i)
+                continue
+            out.append(self._tokenizer.decode(run, skip_special_tokens=False) if run else "")
+            run = []
+            out.append("" if i is None else self._added[i].content)
+        return "".join(out)
 
     def byte_lengths(self) -> np.ndarray:
-        """How many bytes of text each id stands for, int32 (vocab_size,); 0 for special tokens."""
+        """How many bytes of text each id stands for, int32 (vocab_size,); 0 for special tokens. Other added tokens are text."""
         lengths = np.zeros(self.vocab_size, np.int32)
-        special = {i for i, token in self._tokenizer.get_added_tokens_decoder().items() if token.special}
-        metaspace = "\u2581" in json.dumps(json.loads(self.files["tokenizer.json"]).get("decoder"), ensure_ascii=False)
+        metaspace = "\u2581" in json.dumps(json.loads(self._tokenizer.to_str()).get("decoder"), ensure_ascii=False)
         for token, i in self._tokenizer.get_vocab(with_added_tokens=True).items():
-            if i in special:
-                continue
-            if not metaspace:  # byte-level: one character for each byte
+            if i in self._added:
+                lengths[i] = 0 if self._added[i].special else len(token.encode("utf-8"))
+            elif not metaspace:  # byte-level: one character for each byte
                 lengths[i] = len(token)
             elif len(token) == 6 and token.startswith("<0x"):
                 lengths[i] = 1
@@ -133,32 +242,70 @@ class HfTokenizer:
 
     def chat(self, messages: list[dict[str, str]], add_generation_prompt: bool) -> str:
         """Messages of {"role", "content"} in the model's chat template. Raises UserError if it has none or it fails."""
-        require_package("jinja2", "hf")
-        import jinja2
-        import jinja2.sandbox
+        return self.folder.chat(messages, add_generation_prompt)
 
-        template = self._config.get("chat_template")
-        if isinstance(template, list):
-            template = next((x.get("template") for x in template if x.get("name") == "default"), None)
-        if "chat_template.jinja" in self.files:
-            template = self.files["chat_template.jinja"].decode("utf-8")
-        if not isinstance(template, str):
-            raise UserError("the tokenizer has no chat template: leave out --chat")
 
-        def fail(message: str) -> None:
-            raise jinja2.TemplateError(message)
+def _is_byte_level(content: dict[str, Any]) -> bool:
+    steps = content.get("pre_tokenizer") or {}
+    steps = steps.get("pretokenizers", [steps]) if isinstance(steps, dict) else []
+    return any(isinstance(step, dict) and step.get("type") == "ByteLevel" for step in steps)
 
-        # a template is somebody's program: it runs in jinja's sandbox, as in transformers
-        environment = jinja2.sandbox.ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
-        environment.filters["tojson"] = lambda x, indent=None: json.dumps(x, ensure_ascii=False, indent=indent)
-        environment.globals["raise_exception"] = fail
-        special = {name: self._special(name) or "" for name in ("bos_token", "eos_token", "pad_token")}
-        try:
-            return environment.from_string(template).render(
-                messages=messages, add_generation_prompt=add_generation_prompt, **special
-            )
-        except jinja2.TemplateError as error:
-            raise UserError(f"the chat template failed: {error}") from None
+
+def _probe(path: Path, content: dict[str, Any]) -> bool:
+    """Whether a tokenizer has patterns that nobody knows; they are tried first. Raises UserError if they take too long."""
+    steps: list[Any] = []
+    for key, inner in (("normalizer", "normalizers"), ("pre_tokenizer", "pretokenizers")):
+        step = content.get(key)
+        found = step.get(inner, [step]) if isinstance(step, dict) else []
+        steps += found if isinstance(found, list) else [found]
+    patterns = [step.get("pattern") for step in steps if isinstance(step, dict) and step.get("type") not in _HARMLESS]
+    expressions = [x.get("Regex") for x in patterns if isinstance(x, dict) and "Regex" in x]
+    if all(x in SPELLINGS for x in expressions):
+        return False
+    model = {"type": "BPE", "vocab": {}, "merges": []}
+    bare = json.dumps({"version": "1.0", "added_tokens": [], "model": model} | {
+        key: content.get(key) for key in ("normalizer", "pre_tokenizer")
+    })  # fmt: skip
+    program = Path(__file__).with_name("pattern_probe.py")
+    try:
+        result = subprocess.run(
+            [sys.executable, "-P", str(program)],
+            input=bare.encode(),
+            capture_output=True,
+            timeout=PROBE_SECONDS,
+            check=False,
+        )
+    except subprocess.TimeoutExpired:
+        raise UserError(
+            f"{path}: its pre-tokenizer takes too long for texts of 40 letters; its pattern is not used"
+        ) from None
+    if result.returncode:
+        words = result.stderr.decode("utf-8", "replace").strip().splitlines() or [""]
+        reason = next((line for line in words if "retry-limit" in line), words[-1])[:200]
+        raise UserError(f"{path}: its normalizer or pre-tokenizer cannot be used ({reason})")
+    return True
+
+
+@contextlib.contextmanager
+def _quiet(active: bool) -> Iterator[None]:
+    """While this is open, if it is active, nothing reaches stderr: a panic of the library writes pages there before it is caught."""
+    if not active:
+        yield
+        return
+    sys.stderr.flush()
+    kept, nothing = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nothing, 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nothing)
+
+
+def _unless_panic(error: BaseException, what: str) -> BaseException:
+    """The error to raise for something that is no Exception: a panic becomes a UserError, Ctrl-C stays what it is."""
+    return UserError(f"{what} ({str(error)[:200]})") if type(error).__name__ == "PanicException" else error
 
 
 AnyTokenizer = Tokenizer | HfTokenizer
@@ -174,7 +321,7 @@ def open_tokenizer(path: Path) -> AnyTokenizer:
                 "give a tokenizer with --tokenizer"
             )
         return tokenizer
-    return _open_hf(path.parent) if path.name == "tokenizer.json" else Tokenizer.load(path)
+    return _open_hf(path.parent) if path.name == "tokenizer.json" and path.is_file() else Tokenizer.load(path)
 
 
 def load_tokenizer(folder: Path) -> AnyTokenizer | None:
@@ -191,16 +338,41 @@ def _open_hf(folder: Path) -> AnyTokenizer:
     return HfTokenizer(folder) if importlib.util.find_spec("tokenizers") else read_hf_folder(folder)
 
 
-def companions(tokenizer: AnyTokenizer) -> dict[str, bytes]:
-    """The files that let this program and transformers load the tokenizer from a checkpoint: name -> contents."""
-    if isinstance(tokenizer, HfTokenizer):
-        return tokenizer.files
-    return {FILE_NAME: tokenizer.to_json().encode("utf-8"), **to_hf_files(tokenizer)}
+def companions(tokenizer: AnyTokenizer, stops: Iterable[int] = ()) -> dict[str, bytes]:
+    """The files that let this program and transformers load the tokenizer from a checkpoint: name -> contents.
+
+    stops: further ids at which generation ends, beside the tokenizer's own.
+    """
+    every = stop_ids(tokenizer, stops)
+    if tokenizer.folder is not None:
+        return tokenizer.folder.files_with_stops(every)
+    generation = {"bos_token_id": tokenizer.end_of_text, "eos_token_id": every[0] if len(every) == 1 else every}
+    files = {"generation_config.json": (json.dumps(generation, indent=2) + "\n").encode()} if every else {}
+    return {FILE_NAME: tokenizer.to_json().encode("utf-8"), **to_hf_files(tokenizer), **files}
 
 
-def token_ids(tokenizer: AnyTokenizer) -> dict[str, Any]:
+def stop_ids(tokenizer: AnyTokenizer, more: Iterable[int] = ()) -> list[int]:
+    """Every id at which generation ends: the tokenizer's and the configs', and those that answers were trained to end with."""
+    return list(dict.fromkeys([*tokenizer.eos_ids, *more]))
+
+
+def token_ids(tokenizer: AnyTokenizer, stops: Iterable[int] = ()) -> dict[str, Any]:
     """The keys of config.json that name special tokens. Left out, transformers would assume Llama 2's."""
+    every = stop_ids(tokenizer, stops)
+    ends = {"eos_token_id": None if not every else every[0] if len(every) == 1 else every}
     if isinstance(tokenizer, HfTokenizer):
-        return {"bos_token_id": None, "eos_token_id": None, **tokenizer.token_ids}
-    first = [tokenizer.special_tokens[token] for token in tokenizer.prompt_prefix]
-    return {"bos_token_id": first[0] if first else tokenizer.end_of_text, "eos_token_id": tokenizer.end_of_text}
+        return {"bos_token_id": None, **tokenizer.token_ids, **ends}
+    first = tokenizer.prefix_ids
+    return {"bos_token_id": first[0] if first else tokenizer.end_of_text, **ends}
+
+
+__all__ = [
+    "FILES",
+    "AnyTokenizer",
+    "HfTokenizer",
+    "companions",
+    "load_tokenizer",
+    "open_tokenizer",
+    "stop_ids",
+    "token_ids",
+]

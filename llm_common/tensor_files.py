@@ -4,13 +4,12 @@ The library validates a file; what it lets pass (duplicate names, names that loo
 which NumPy does not have, is turned into float32 here. Format: https://github.com/huggingface/safetensors#format
 """
 
-import json
 import math
 import mmap
 import os
 import stat
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,9 +18,11 @@ import numpy as np
 import safetensors
 from safetensors.numpy import save_file
 
-from llm_common.errors import UserError, read_json
+from llm_common.errors import UserError, notice, parse_json, read_json
 
-LARGEST_HEADER = 100_000_000  # bytes, the library's own limit
+LARGEST_HEADER = (
+    16 << 20
+)  # bytes: some hundred thousand tensors; the library's own limit is 100 MB, which take gigabytes to parse
 STORED = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": np.uint16}
 INDEX_FILE, MODEL_FILE = "model.safetensors.index.json", "model.safetensors"
 SHARD_BYTES = 5 << 30  # of a file, about
@@ -43,11 +44,14 @@ class TensorFiles(Mapping[str, np.ndarray]):
     """The tensors of one or several safetensors files, each read when it is asked for, so that only one is in memory.
 
     A tensor is a read-only view of the file, or a float32 array if the file holds bfloat16. The files stay open: they may
-    be renamed or deleted meanwhile. Raises UserError, by name, for whatever is not a well-formed file of float tensors.
+    be renamed or deleted meanwhile. Raises UserError, by name, for whatever is not a well-formed file of float tensors, and,
+    unless that is allowed, for one that is not finite.
     """
 
-    def __init__(self, *paths: Path) -> None:
+    def __init__(self, *paths: Path, finite: bool = True) -> None:
+        """finite: whether a tensor that holds NaN or an infinity is refused when it is read for the first time."""
         self.entries: dict[str, Entry] = {}
+        self._finite: set[str] | None = set() if finite else None  # those that were looked through
         self.headers: list[bytes] = []
         for path in paths:
             for name, entry in self._open(path):
@@ -57,30 +61,28 @@ class TensorFiles(Mapping[str, np.ndarray]):
 
     def _open(self, path: Path) -> Iterator[tuple[str, Entry]]:
         check_plain_file(path)
-        try:
-            safetensors.safe_open(path, framework="numpy")
-        except (safetensors.SafetensorError, OSError, ValueError) as error:
-            raise UserError(f"{path}: not a readable safetensors file ({error})") from None
         descriptor = os.open(path, os.O_RDONLY)
         weakref.finalize(self, os.close, descriptor)
         length = int.from_bytes(os.pread(descriptor, 8, 0), "little")
-        if length > LARGEST_HEADER:
+        if LARGEST_HEADER < length <= os.fstat(descriptor).st_size:
             raise UserError(f"{path}: a header of {length:,} bytes; at most {LARGEST_HEADER:,} are read")
+        try:
+            safetensors.safe_open(path, framework="numpy")
+        except (safetensors.SafetensorError, OSError, ValueError) as error:
+            raise UserError(f"{path}: not a readable safetensors file ({str(error)[:200]})") from None
         header = os.pread(descriptor, length, 8)
         self.headers.append(header)
-        try:
-            content = json.loads(header, object_pairs_hook=lambda pairs: _unique(path, pairs))
-        except (ValueError, RecursionError) as error:
-            if isinstance(error, UserError):
-                raise
-            raise UserError(f"{path}: the header is not JSON ({type(error).__name__})") from None
+        content = parse_json(header, f"{path}, header", object_pairs_hook=lambda pairs: _unique(path, pairs))
         for name, value in content.items():
             if name == "__metadata__":
                 continue
             if "/" in name or "\\" in name or "\0" in name:
                 raise UserError(f"{path}: {name!r} is a path, not the name of a tensor")
             if value["dtype"] not in STORED:
-                raise UserError(f"{path}: tensor {name!r} is {value['dtype']}, but weights are floating-point numbers")
+                raise UserError(
+                    f"{path}: tensor {name!r} is {value['dtype']}, but weights are floating-point numbers "
+                    f"({', '.join(STORED)}); a quantized model must be widened first"
+                )
             stored, shape = np.dtype(STORED[value["dtype"]]), tuple(value["shape"])
             start, end = value["data_offsets"]
             if end - start != math.prod(shape) * stored.itemsize or 8 + length + end > os.fstat(descriptor).st_size:
@@ -89,6 +91,13 @@ class TensorFiles(Mapping[str, np.ndarray]):
             yield name, Entry(descriptor, value["dtype"], dtype, shape, 8 + length + start, end - start)
 
     def __getitem__(self, name: str) -> np.ndarray:
+        array = self._read(name)
+        if self._finite is not None and name not in self._finite:
+            check_finite(name, array)
+            self._finite.add(name)
+        return array
+
+    def _read(self, name: str) -> np.ndarray:
         entry = self.entries[name]
         if entry.size == 0:
             return np.zeros(entry.shape, entry.dtype)
@@ -116,11 +125,27 @@ class TensorFiles(Mapping[str, np.ndarray]):
 
 
 def _unique(path: Path, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    names = dict(pairs)
-    if len(names) != len(pairs):
-        keys = [name for name, _ in pairs]
-        raise UserError(f"{path}: {max(keys, key=keys.count)!r} is there twice")
+    names: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in names:
+            raise UserError(f"{path}: {name[:200]!r} is there twice")
+        names[name] = value
     return names
+
+
+def check_finite(name: str, array: np.ndarray) -> None:
+    """Raise UserError, with the place of the first one, if some of a tensor's numbers are NaN or infinite."""
+    flat, piece = array.reshape(-1), 1 << 22  # no temporary of the tensor's size
+    for start in range(0, flat.size, piece):
+        wrong = ~np.isfinite(flat[start : start + piece])
+        if wrong.any():
+            at = start + int(wrong.argmax())
+            count = sum(int((~np.isfinite(flat[i : i + piece])).sum()) for i in range(start, flat.size, piece))
+            place = [int(i) for i in np.unravel_index(at, array.shape)]
+            raise UserError(
+                f"tensor {name!r} is not finite: {count:,} of {flat.size:,} numbers are NaN or infinite, the first "
+                f"({flat[at]}) at {place}; take an earlier checkpoint, or another copy of these weights"
+            )
 
 
 def check_plain_file(path: Path) -> None:
@@ -164,16 +189,24 @@ def shard_index(plan: Mapping[str, list[str]], sizes: Mapping[str, int]) -> dict
     return {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
 
 
-def open_model_files(folder: Path, file: str = MODEL_FILE) -> TensorFiles:
-    """The tensors of a folder: those of `file`, or of the shards that the index beside it (`file`.index.json) lists."""
+def open_model_files(folder: Path, file: str = MODEL_FILE, listed: Collection[str] | None = None) -> TensorFiles:
+    """The tensors of a folder: those of `file`, else of the shards that the index beside it (`file`.index.json) lists.
+
+    Where both are there, transformers takes the whole file, and so does this, with a notice. listed: the files of a checkpoint,
+    beside which nothing else counts.
+    """
     index = folder / f"{file}.index.json"
-    if not index.is_file():
-        if not (folder / file).exists() and (pickles := sorted(folder.glob("*.bin")) + sorted(folder.glob("*.pt*"))):
+    whole = (folder / file).exists() if listed is None else file in listed
+    if whole and listed is None and index.exists():
+        notice(f"{folder}: {file} is read, as by transformers; {index.name} beside it belongs to other files")
+    if whole or (not index.is_file() if listed is None else index.name not in listed):
+        if not whole and (pickles := sorted(folder.glob("*.bin")) + sorted(folder.glob("*.pt*"))):
             raise UserError(
                 f"{pickles[0]}: a pickle can run code and is not read; save the model with transformers as safetensors"
             )
         return TensorFiles(folder / file)
-    weight_map = read_json(index).get("weight_map") if isinstance(read_json(index), dict) else None
+    content = read_json(index)
+    weight_map = content.get("weight_map") if isinstance(content, dict) else None
     if not isinstance(weight_map, dict) or not all(isinstance(x, str) for x in weight_map.values()):
         raise UserError(f"{index}: has no weight_map from tensors to files")
     names = sorted(set(weight_map.values()))
@@ -199,7 +232,7 @@ def write_tensors(path: Path, tensors: Mapping[str, np.ndarray]) -> None:
         raise OSError(f"{path}: {error}") from error
     path.chmod(0o644)  # the library creates the file with mode 0600
     sync(path)
-    written = TensorFiles(path)
+    written = TensorFiles(path, finite=False)
     for name, tensor in tensors.items():
         if not np.array_equal(tensor.reshape(-1).view(np.uint8), written[name].reshape(-1).view(np.uint8)):
             raise OSError(f"{path}: tensor {name!r} was not written as it is in memory")

@@ -2,10 +2,8 @@
 
 import contextlib
 import multiprocessing
-import multiprocessing.connection
 import os
 import tempfile
-import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -16,6 +14,7 @@ import torch
 
 from llm_common.budget import keep_freed_memory
 from llm_common.errors import UserError
+from llm_common.processes import end_with_parent
 from parity.common_checks import (
     check_data,
     check_evaluation,
@@ -120,18 +119,6 @@ def _start(jobs: int, cache: str) -> None:
     if jobs >= (os.cpu_count() or 1):
         os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_cpu_multi_thread_eigen=false"
     share_compiled(cache)
-
-
-def end_with_parent() -> None:
-    """Let this worker end when the process that began it is gone: one that was killed could not tell it to."""
-    parent = multiprocessing.parent_process()
-    assert parent is not None, "for a worker"
-
-    def watch() -> None:
-        multiprocessing.connection.wait([parent.sentinel])
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
 
 
 def share_compiled(cache: str) -> None:

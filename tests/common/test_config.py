@@ -122,7 +122,13 @@ LLAMA3 = {
         ("rope_parameters", "default", "must be an object"),
         ("use_sliding_window", True, "use_sliding_window = True"),
         ("layer_types", ["full_attention", "sliding_attention"], "all layers must be of one kind"),
-        ("quantization_config", {"bits": 4}, "unknown key 'quantization_config'"),
+        ("quantization_config", {"bits": 4}, "quantization_config: the weights are quantized"),
+        ("an_unknown_key", 1, "unknown key 'an_unknown_key'"),
+        ("layer_types", 5, "must be a list of names"),
+        ("num_hidden_layers", 10_000_000, "num_hidden_layers = 10000000: must be at most"),
+        ("max_position_embeddings", 10**12, "must be at most"),
+        ("max_position_embeddings", 1 << 27, "lower it to the length"),
+        ("head_dim", 1 << 20, "head_dim = 1048576: must be at most"),
     ],
 )
 def test_what_the_model_does_not_implement_is_refused_by_name(key, value, words):

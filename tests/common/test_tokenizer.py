@@ -162,7 +162,7 @@ def test_save_and_load_is_the_identity(tokenizer, tmp_path):
     ("content", "words"),
     [
         (None, "no such tokenizer.*train_tokenizer.py"),
-        ("{", "not a tokenizer file"),
+        ("{", "cannot be read as JSON"),
         ("[]", "not a tokenizer file"),
         (json.dumps({"format": 99}), "format 99"),
         (
