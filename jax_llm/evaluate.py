@@ -4,6 +4,7 @@ B batch, T positions.
 """
 
 import contextlib
+import math
 from collections.abc import Callable, Iterator
 from functools import partial
 
@@ -15,8 +16,9 @@ from jax import Array
 from jax_llm.checkpoint import from_canonical
 from jax_llm.loss import cross_entropy_sum
 from jax_llm.model import CausalLM, Params
-from jax_llm.train import cast, make_model, matmul_precision, select_device, x64
+from jax_llm.train import cast, first_not_finite, make_model, matmul_precision, select_device, x64
 from llm_common.config import ModelConfig, TrainConfig
+from llm_common.errors import UserError
 from llm_common.evaluation import EvaluateLoss, Evaluation
 from llm_common.tensors import Tensors
 
@@ -44,8 +46,12 @@ def evaluate(
     total, count = 0.0, 0
     with matmul_precision(compute_dtype):
         for inputs, targets in evaluation.batches():
-            loss, n = batch_loss(params, put(inputs), put(targets), model=model, compute_dtype=compute_dtype)
+            batch = put(inputs), put(targets)
+            loss, n = batch_loss(params, *batch, model=model, compute_dtype=compute_dtype)
             total, count = total + float(loss), count + int(n)
+            if not math.isfinite(total):
+                why = first_not_finite(model, cast(params, compute_dtype), *batch)
+                raise UserError(f"the loss is not finite: {why}")
     return total, count
 
 

@@ -26,8 +26,9 @@ from jax_llm.checkpoint import from_canonical, to_host
 from jax_llm.kv_cache import KVCache, init_cache
 from jax_llm.model import CausalLM, Params
 from jax_llm.sampling import sample
-from jax_llm.train import matmul_precision, select_device, unstack, x64
+from jax_llm.train import matmul_precision, select_device, unstack, watch_outputs, x64
 from llm_common.config import ModelConfig, SamplingConfig
+from llm_common.errors import UserError
 from llm_common.tensors import FUSED, Tensors, bucket, check_prompts
 
 CHUNK = 16  # tokens drawn by one call of the compiled loop, after which the host looks at the texts
@@ -63,15 +64,18 @@ def decode_step(
     sampling: SamplingConfig,
     lengths: Array | None = None,
 ) -> tuple[KVCache, Array]:
-    """Feed tokens (B, T) at the cache's next positions and draw the token that follows: the new cache and ids (B,).
+    """Feed tokens (B, T) at the cache's next positions and draw the token that follows: the new cache and ids (B,), -1 where
+    the logits are not finite.
 
     lengths (B,): how many of the T tokens are each text's own, if they are padded.
     """
     t = tokens.shape[1]
     last = jnp.full(tokens.shape[0], t - 1) if lengths is None else lengths - 1
-    logits, new_cache = model.apply({"params": params}, tokens, cache, last)  # pyright: ignore[reportAssignmentType]
+    logits: Array
+    logits, new_cache = model.apply({"params": params}, jnp.maximum(tokens, 0), cache, last)  # pyright: ignore
     new_cache = KVCache(new_cache.layers, cache.length + last + 1)  # pyright: ignore[reportAttributeAccessIssue]
-    return new_cache, sample(logits[:, 0], sampling, key, numbers, new_cache.length)
+    drawn = sample(logits[:, 0], sampling, key, numbers, new_cache.length)
+    return new_cache, jnp.where(jnp.isfinite(logits[:, 0].max(-1)), drawn, -1)
 
 
 @partial(jax.jit, static_argnames=("model", "sampling", "slots"))
@@ -160,6 +164,8 @@ def generate_stream(
         for row, ids in enumerate(drawn.tolist()):
             for token in ids:
                 done[row] = done[row] or token in eos_ids
+                if token < 0 and not done[row]:
+                    raise UserError(why_not_finite(model, params, [*padded[row, : lengths[row]], *texts[row]]))
                 if not done[row]:
                     new[row].append(token)
                     texts[row].append(token)
@@ -167,6 +173,12 @@ def generate_stream(
         yield new
         if all(done) or total == max_new_tokens:
             return
+
+
+def why_not_finite(model: CausalLM, params: Params, ids: Sequence[int]) -> str:
+    """Which module's output is the first that is not finite for the ids of a text; for people."""
+    _, found = watch_outputs(model, params, jnp.array([[int(i) for i in ids]]))
+    return f"the logits after {len(ids)} tokens are not finite: {found or 'only with a cache'}; try another --compute-dtype"
 
 
 def generate(

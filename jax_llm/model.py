@@ -63,7 +63,7 @@ class Transformer(nn.Module):
     scan_layers: bool = False
     param_dtype: DType = jnp.float32
     remat: str = "none"
-    separator: int | None = None
+    separator: int | tuple[int, ...] | None = None
 
     def setup(self) -> None:
         cfg = self.cfg
@@ -126,7 +126,7 @@ class CausalLM(nn.Module):
     scan_layers: bool = False
     param_dtype: DType = jnp.float32
     remat: str = "none"
-    separator: int | None = None  # the id that ends a document, if none may see another
+    separator: int | tuple[int, ...] | None = None  # the id that ends a document, if none may see another
 
     def setup(self) -> None:
         self.model = Transformer(self.cfg, self.backend, self.scan_layers, self.param_dtype, self.remat, self.separator)

@@ -325,11 +325,30 @@ def first_not_finite(model: CausalLM, params: Params, inputs: Array, targets: Ar
     """Which tensor is the first that is not finite: a weight, else a module's output in the order in which they are computed,
     else the loss, else a gradient in the order of the backward pass. For people; runs the model once more, uncompiled.
     """
-    finite = lambda x: bool(jnp.isfinite(x).all())
-    names, found, path = list(tensor_shapes(model.cfg)), [], []
+    names = list(tensor_shapes(model.cfg))
     for name in names:
         if not finite(get_canonical(params, name)):
             return f"the weight {name} is the first tensor that is not finite"
+    logits, found = watch_outputs(model, params, inputs)
+    if found:
+        return f"{found}; all weights are finite"
+    if not finite(cross_entropy(logits, targets)):
+        return "the loss is the first tensor that is not finite; all logits are finite"
+    _, grads = loss_and_grads(model, params, inputs, targets)
+    for name in reversed(names):
+        if not finite(get_canonical(grads, name)):
+            return f"the gradient of {name} is the first tensor that is not finite; the loss is finite"
+    return "weights, activations, loss and gradients are finite now: the norm overflowed"
+
+
+def finite(x: Array) -> bool:
+    return bool(jnp.isfinite(x).all())
+
+
+def watch_outputs(model: CausalLM, params: Params, inputs: Array) -> tuple[Array, str]:
+    """The logits of inputs (B, T), and which module's output is the first that is not finite, for people ("": none)."""
+    found: list[str] = []
+    path: list[str] = []
 
     def look(next_fun, args, kwargs, context):
         if context.method_name != "__call__":
@@ -344,12 +363,4 @@ def first_not_finite(model: CausalLM, params: Params, inputs: Array, targets: Ar
 
     with nn.intercept_methods(look):
         logits, _ = dataclasses.replace(model, remat="none", scan_layers=False).apply({"params": params}, inputs)
-    if found:
-        return f"the output of {found[0]} is the first tensor that is not finite; all weights are finite"
-    if not finite(cross_entropy(logits, targets)):
-        return "the loss is the first tensor that is not finite; all logits are finite"
-    _, grads = loss_and_grads(model, params, inputs, targets)
-    for name in reversed(names):
-        if not finite(get_canonical(grads, name)):
-            return f"the gradient of {name} is the first tensor that is not finite; the loss is finite"
-    return "weights, activations, loss and gradients are finite now: the norm overflowed"
+    return logits, f"the output of {found[0]} is the first tensor that is not finite" if found else ""

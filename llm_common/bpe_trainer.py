@@ -22,6 +22,8 @@ from typing import Any
 import numpy as np
 
 from llm_common.errors import UserError
+from llm_common.hf_files import is_letter_of_a_byte
+from llm_common.processes import end_with_parent
 from llm_common.tokenizer import END_OF_TEXT, Tokenizer
 from llm_common.words import PATTERNS, Words, clean, special_finder, stream_blocks
 
@@ -94,6 +96,7 @@ def _as_bytes(counts: Counter[str]) -> dict[bytes, int]:
 
 
 def _count_in_worker(todo: Any, done: Any, special_tokens: tuple[str, ...], pattern: str) -> None:
+    end_with_parent()
     done.put(_as_bytes(_count(iter(todo.get, None), special_tokens, pattern)))
 
 
@@ -322,6 +325,12 @@ def check_special_tokens(special_tokens: Iterable[str], vocab_size: int) -> list
             raise UserError("a special token must have at least one character")
         if len(token.encode("utf-8", "surrogatepass")) == 1:
             raise UserError(f"special token {token!r}: a single byte is a token already; take a longer text")
+        if len(token) == 1 and is_letter_of_a_byte(token):
+            raise UserError(
+                f"special token {token!r}: Hugging Face's files write a byte in this way; take a longer text"
+            )
+        if clean(token) != token:
+            raise UserError(f"special token {token!r}: half of a surrogate pair is no text")
         if special_tokens.count(token) > 1:
             raise UserError(f"special token {token!r} is there twice; name it once")
     if vocab_size < 256 + len(special_tokens):

@@ -6,19 +6,21 @@
       optimizer.safetensors  mu.<name> and nu.<name>
                              (large ones, and those of several hosts, in shards with an index, as transformers has them)
       bpe.json, tokenizer.json, ...   the tokenizer, if the run has one, as this program and as transformers load it
-      state.json             counters, seed, settings, sha256 of every other file; written last, as the commit mark
+      state.json             counters, seed, settings, sha256 of every other file and of its own content; written last, as the
+                             commit mark
 
 The folder is written under a temporary name and renamed when it is complete, so an interrupted save leaves the previous
 checkpoint as it was. There is no pickle anywhere. The folder is also one that transformers loads.
 """
 
 import hashlib
+import itertools
 import json
 import math
 import os
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -27,12 +29,21 @@ import numpy as np
 
 from llm_common.config import ModelConfig, OptimizerConfig, TrainConfig
 from llm_common.data import Dataset
-from llm_common.errors import UserError, read_json
-from llm_common.hf_tokenizer import AnyTokenizer, companions, token_ids
+from llm_common.errors import (
+    Damaged,
+    UserError,
+    canonical_json,
+    has_its_checksum,
+    notice,
+    read_json,
+    with_checksum,
+)
+from llm_common.hf_tokenizer import FILES, AnyTokenizer, companions, token_ids
 from llm_common.hosts import ONE_HOST, Hosts
 from llm_common.tensor_files import (
     MODEL_FILE,
     TensorFiles,
+    check_finite,
     check_plain_file,
     open_model_files,
     plan_shards,
@@ -41,11 +52,14 @@ from llm_common.tensor_files import (
     write_tensors,
 )
 from llm_common.tensors import ReadOnDemand, Tensors, check_tensors, tensor_shapes
+from llm_common.tokenizer import FILE_NAME
 
-FORMAT = 1
+FORMAT = 2  # 1, which is read too, has no checksum of state.json itself
+READ_FORMATS = (1, 2)
 ASIDE = ".old"  # with a leading dot, the name of a checkpoint that is about to be replaced
 CONFIG_FILE, OPTIMIZER_FILE, STATE_FILE = "config.json", "optimizer.safetensors", "state.json"
 # Settings of TrainConfig that change no result, or only its rounding: a run may go on with others.
+COMPARED = ("train", "optimizer", "data", "initial")  # parts of the settings that make a run the run that it is
 MAY_CHANGE = (
     *("attention_backend", "max_skipped_steps", "gradient_accumulation_steps", "loss_chunks"),
     *("remat", "compile", "scan_layers", "deterministic"),
@@ -91,7 +105,7 @@ def save_checkpoint(
         shares = hosts.together(written(lambda: _write_tensors(partial, cfg, state, dtype, hosts)))
         files = {name: entry for share in shares for name, entry in share.items()}
         hosts.first(written(lambda: _write_rest(partial, cfg, state, settings, tokenizer, dtype.name, files)))
-        hosts.first(written(lambda: _commit(partial, folder)))
+        hosts.first(written(lambda: _commit(partial, folder, settings)))
     except UserError:
         if hosts.index == 0:
             shutil.rmtree(partial, ignore_errors=True)
@@ -139,6 +153,7 @@ def _write_tensors(
             kept = {}
             for name in names:
                 tensor = tensors[name]
+                check_finite(name, tensor)
                 if i % hosts.count == hosts.index:
                     kept[name] = tensor
             try:
@@ -166,8 +181,11 @@ def _write_rest(
     files: dict[str, dict[str, Any]],
 ) -> None:
     """Write the config, the tokenizer and, as the commit mark, state.json, which lists `files` and these."""
-    config = cfg.to_hf() | ({} if tokenizer is None else token_ids(tokenizer)) | {"dtype": dtype, "torch_dtype": dtype}
-    small = {CONFIG_FILE: _json(config)} | (companions(tokenizer) if tokenizer is not None else {})
+    ends = trained_ends(settings)
+    config = (
+        cfg.to_hf() | ({} if tokenizer is None else token_ids(tokenizer, ends)) | {"dtype": dtype, "torch_dtype": dtype}
+    )
+    small = {CONFIG_FILE: _json(config)} | (companions(tokenizer, ends) if tokenizer is not None else {})
     for name, data in small.items():
         _write(folder / name, data)
         files[name] = _entry(folder / name)
@@ -178,22 +196,44 @@ def _write_rest(
         "files": dict(sorted(files.items())),
         "settings": settings,
     }
-    _write(folder / STATE_FILE, _json(content))
+    _write(folder / STATE_FILE, _json(with_checksum(content)))
     sync(folder)
 
 
-def _commit(partial: Path, folder: Path) -> None:
+def trained_ends(settings: dict[str, Any]) -> list[int]:
+    """The ids that a run's data ended documents and answers with: generation must stop there."""
+    roles = settings.get("roles")
+    found = [roles.get(name) for name in ("turn_end", "document_end")] if isinstance(roles, dict) else []
+    return [x for x in found if isinstance(x, int) and not isinstance(x, bool)]
+
+
+def _commit(partial: Path, folder: Path, settings: dict[str, Any]) -> None:
     """Rename a complete folder into its place."""
     run = folder.parent
+    if os.path.lexists(folder) and not _is_of_run(folder, settings):  # somebody else's: kept, under another name
+        other = next(
+            x for i in itertools.count(1) if not os.path.lexists(x := run / f"{folder.name}.not-of-this-run-{i}")
+        )
+        os.rename(folder, other)
+        notice(f"{folder} was there and is no checkpoint of this run; it is now {other.name}")
     if folder.exists():  # the same step saved again: the old one steps aside and goes when the new one is in place
         aside = run / f".{folder.name}{ASIDE}"
         shutil.rmtree(aside, ignore_errors=True)
         os.rename(folder, aside)
         os.rename(partial, folder)
-        shutil.rmtree(aside)
+        shutil.rmtree(aside, ignore_errors=True)
     else:
         os.rename(partial, folder)
     sync(run)
+
+
+def _is_of_run(folder: Path, settings: dict[str, Any]) -> bool:
+    """Whether a folder is a whole checkpoint of the run with these settings, and so may be replaced or deleted."""
+    try:
+        saved = _read_mark(folder)["settings"]
+    except UserError:
+        return False
+    return not differences(saved, {part: settings[part] for part in COMPARED if part in settings and part != "initial"})
 
 
 def checkpoints(run: Path) -> list[Path]:
@@ -212,10 +252,11 @@ def latest_checkpoint(run: Path) -> Path | None:
     return max(checkpoints(run), key=lambda folder: int(folder.name[5:]), default=None)
 
 
-def prune_checkpoints(run: Path, keep_last: int, keep_best: int) -> list[Path]:
+def prune_checkpoints(run: Path, keep_last: int, keep_best: int, settings: dict[str, Any] | None = None) -> list[Path]:
     """Delete all checkpoints but the newest `keep_last` and the `keep_best` with the lowest held-out loss; returns those.
 
-    keep_last 0 keeps all. What a cut-off save or deletion left behind goes too.
+    keep_last 0 keeps all. A checkpoint whose loss is not known is never a best one. settings: those of the run; what is not a
+    whole checkpoint of it is not deleted. What a cut-off save or deletion left behind goes too.
     """
     found = checkpoints(run)  # which puts back what had only stepped aside
     for leftover in [path for end in (".partial", ".deleted", ASIDE) for path in run.glob(f".step-*{end}")]:
@@ -223,6 +264,7 @@ def prune_checkpoints(run: Path, keep_last: int, keep_best: int) -> list[Path]:
     losses = {folder: loss for folder in found if (loss := held_out_loss(folder)) is not None}
     best = sorted(losses, key=lambda folder: losses[folder])[:keep_best]
     deleted = [folder for folder in found[: -keep_last or None] if folder not in best] if keep_last else []
+    deleted = [folder for folder in deleted if settings is None or _is_of_run(folder, settings)]
     for folder in deleted:
         aside = run / f".{folder.name}.deleted"  # at once no checkpoint any more, however long deleting takes
         os.rename(folder, aside)
@@ -231,11 +273,12 @@ def prune_checkpoints(run: Path, keep_last: int, keep_best: int) -> list[Path]:
 
 
 def held_out_loss(folder: Path) -> float | None:
-    """The loss that a checkpoint recorded of itself, or None."""
+    """The loss that a checkpoint recorded of itself, or None: it was not measured, is not finite, or its record is damaged."""
     try:
-        return read_json(folder / STATE_FILE)["settings"]["evaluation"]["loss"]
+        loss = _read_mark(folder)["settings"]["evaluation"]["loss"]
     except (UserError, KeyError, TypeError):
         return None
+    return loss if isinstance(loss, (int, float)) and not isinstance(loss, bool) and math.isfinite(loss) else None
 
 
 def load_config(folder: Path) -> ModelConfig:
@@ -244,17 +287,76 @@ def load_config(folder: Path) -> ModelConfig:
 
 
 def load_weights(folder: Path) -> tuple[ModelConfig, TensorFiles]:
-    """Config and weights alone, read when they are asked for: of a training checkpoint, whose sha256 are checked, or of a
-    Hugging Face folder, in one file or in shards.
+    """Config and weights alone, read when they are asked for: of a training checkpoint, whose sha256 are checked, those of its
+    tokenizer among them, or of a Hugging Face folder, in one file or in shards. Raises UserError, which says what it is, for
+    anything else.
     """
     if (folder / STATE_FILE).is_file():
-        _read_state(folder, "model")
+        return _open_weights(folder, _read_state(folder, optimizer=False)["files"])
+    check_model_folder(folder)
     return _open_weights(folder)
 
 
-def _open_weights(folder: Path) -> tuple[ModelConfig, TensorFiles]:
+def check_model_folder(path: Path) -> None:
+    """Raise UserError for what is no folder with a config and safetensors, saying what it is and how to go on."""
+    what = _what_it_is(path)
+    if what is not None:
+        raise UserError(f"{path}: {what}")
+
+
+def _what_it_is(path: Path) -> str | None:
+    wanted = "a folder with config.json and model.safetensors is needed"
+    if not path.exists():
+        if re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)):
+            return (
+                f"no such folder. If it is the name of a model on the Hugging Face hub, fetch it first: "
+                f"hf download {path} --local-dir {path.name}, and give that folder"
+            )
+        return f"no such folder; {wanted}"
+    if path.is_file():
+        known = {
+            ".safetensors": "one file of weights; give the folder that it lies in, with its config.json",
+            ".gguf": "a GGUF file, of llama.cpp; transformers reads it (from_pretrained(folder, gguf_file=...)), then save_pretrained",
+            ".json": "a file; give the folder that it lies in",
+            ".npz": "an archive of arrays; save the weights as safetensors, under Hugging Face's names",
+        }
+        if path.suffix in (".bin", ".pt", ".pth", ".ckpt", ".pkl"):
+            return "a pickle, which can run code and is not read; save the model with transformers as safetensors"
+        return known.get(path.suffix, f"a file; {wanted}")
+    names = {entry.name for entry in path.iterdir()}
+    weights = MODEL_FILE in names or f"{MODEL_FILE}.index.json" in names
+    if "adapter_config.json" in names and not weights:
+        return (
+            "a PEFT adapter (LoRA), which changes another model's weights; merge it first: "
+            "AutoPeftModelForCausalLM.from_pretrained(folder).merge_and_unload().save_pretrained(merged)"
+        )
+    if ".metadata" in names or any(name.endswith(".distcp") for name in names):
+        return "a checkpoint of torch's DCP; scripts/convert_checkpoint.py --from-dcp makes one of this program of it"
+    if "_CHECKPOINT_METADATA" in names or "manifest.ocdbt" in names:
+        return "an Orbax checkpoint; scripts/convert_checkpoint.py --from-orbax makes one of this program of it"
+    if any(name.endswith(".gguf") for name in names) and not any(name.endswith(".safetensors") for name in names):
+        return "holds a GGUF file, of llama.cpp; transformers reads it (gguf_file=...), then save_pretrained"
+    if CONFIG_FILE not in names:
+        if "refs" in names and "snapshots" in names:
+            return f"a folder of the hub's cache; give the one inside it: {next((path / 'snapshots').glob('*'), path)}"
+        return f"has no {CONFIG_FILE}; {wanted}"
+    if not weights:
+        others = sorted(
+            name for name in names if name.endswith((".bin", ".pt", ".pth", ".h5", ".msgpack", ".safetensors"))
+        )
+        if others and others[0].endswith(".safetensors"):
+            return f"has {others[0]}, but neither {MODEL_FILE} nor its index; name the file of all weights {MODEL_FILE}"
+        if others:
+            return (
+                f"has {others[0]}, which can run code and is not read; save the model with transformers as safetensors"
+            )
+        return f"has a {CONFIG_FILE} but no weights; {wanted}"
+    return None
+
+
+def _open_weights(folder: Path, listed: Collection[str] | None = None) -> tuple[ModelConfig, TensorFiles]:
     cfg = load_config(folder)
-    weights = open_model_files(folder)
+    weights = open_model_files(folder, listed=listed)
     for name in [name for name in weights if name.endswith("rotary_emb.inv_freq")]:
         weights.without(name)  # old files hold this table, which follows from the config
     if cfg.tie_word_embeddings and "lm_head.weight" in weights and "model.embed_tokens.weight" in weights:
@@ -275,7 +377,7 @@ def load_checkpoint(
     `cfg` given, of another model.
     """
     content = _read_state(folder, verify=verify)
-    saved_cfg, weights = _open_weights(folder)
+    saved_cfg, weights = _open_weights(folder, content["files"])
     if cfg is not None and cfg != saved_cfg:
         saved, asked = asdict(saved_cfg), asdict(cfg)
         differing = [
@@ -284,7 +386,7 @@ def load_checkpoint(
         raise UserError(f"{folder}: checkpoint of another model: {'; '.join(differing)}")
     moments = []
     for label in ("mu", "nu"):
-        moment = open_model_files(folder, OPTIMIZER_FILE)
+        moment = open_model_files(folder, OPTIMIZER_FILE, content["files"])
         entries = moment.entries.items()
         moment.entries = {name[3:]: entry for name, entry in entries if name.startswith(label + ".")}
         check_tensors(saved_cfg, moment, f"{folder / OPTIMIZER_FILE} ({label})")
@@ -294,39 +396,63 @@ def load_checkpoint(
     return saved_cfg, state, content["settings"]
 
 
-def _read_state(folder: Path, only: str = "", verify: bool = True) -> dict[str, Any]:
-    """The contents of state.json, after checking size and sha256 of all files that it lists (or of config and those that begin
-    with `only`)."""
-    content = read_json(folder / STATE_FILE, "is this a checkpoint folder?")
+def read_settings(folder: Path) -> dict[str, Any]:
+    """What a checkpoint records of its run; nothing for a folder of another kind."""
+    return _read_mark(folder)["settings"] if (folder / STATE_FILE).is_file() else {}
+
+
+def _read_mark(folder: Path) -> dict[str, Any]:
+    """The contents of state.json, checked by themselves: nothing of what it lists is read. Raises UserError."""
+    path = folder / STATE_FILE
+    content = read_json(path, "is this a checkpoint folder?")
     version = content.get("format") if isinstance(content, dict) else None
-    if version != FORMAT:
-        raise UserError(f"{folder}: checkpoint format {version!r}, but this version reads {FORMAT}")
+    if version not in READ_FORMATS:
+        raise UserError(f"{folder}: checkpoint format {version!r}, but this version reads {READ_FORMATS[-1]} and older")
+    if version > 1 and not has_its_checksum(content):
+        raise Damaged(f"{path}: damaged (its checksum is not that of its content); use an earlier checkpoint")
     missing = {"step", "adam_count", "files", "settings"} - set(content)
     if missing:
-        raise UserError(f"{folder / STATE_FILE}: {min(missing)!r} is missing; use an earlier checkpoint")
+        raise Damaged(f"{path}: {min(missing)!r} is missing; use an earlier checkpoint")
     counters = [content["step"], content["adam_count"]]
-    files, settings = content["files"], content["settings"]
     well_formed = all(isinstance(x, int) and not isinstance(x, bool) and x >= 0 for x in counters)
-    if not (well_formed and isinstance(files, dict) and isinstance(settings, dict)):
-        raise UserError(f"{folder / STATE_FILE}: damaged; use an earlier checkpoint")
+    if not (well_formed and isinstance(content["files"], dict) and isinstance(content["settings"], dict)):
+        raise Damaged(f"{path}: damaged; use an earlier checkpoint")
+    named = re.fullmatch(r"step-(\d{8,})", folder.name)
+    if named and int(named[1]) != content["step"]:
+        raise Damaged(
+            f"{folder}: is step {content['step']}, as its state.json says, under another name; "
+            f"name it step-{content['step']:08d}, or use an earlier checkpoint"
+        )
+    return content
+
+
+def _read_state(folder: Path, optimizer: bool = True, verify: bool = True) -> dict[str, Any]:
+    """The contents of state.json, after checking size and sha256 of all files that it lists, the optimizer's perhaps left out,
+    and that nothing is there beside them that would be taken for one of them.
+    """
+    content = _read_mark(folder)
+    files = content["files"]
     needed = (CONFIG_FILE, *(name if name in files else f"{name}.index.json" for name in (MODEL_FILE, OPTIMIZER_FILE)))
     for name in set(needed) - set(files):
-        raise UserError(
+        raise Damaged(
             f"{folder / STATE_FILE}: does not list {name.removesuffix('.index.json')}; use an earlier checkpoint"
         )
     for name, expected in files.items():
         if name != os.path.basename(name) or not isinstance(expected, dict) or not {"size", "sha256"} <= set(expected):
-            raise UserError(f"{folder / STATE_FILE}: {name!r} is not the entry of a file of this checkpoint")
+            raise Damaged(f"{folder / STATE_FILE}: {name!r} is not the entry of a file of this checkpoint")
         path = folder / name
-        if only and not name.startswith((CONFIG_FILE, only)):
+        if not optimizer and name.startswith(OPTIMIZER_FILE.removesuffix(".safetensors")):
             continue
         if not path.is_file():
-            raise UserError(f"{path}: missing; the checkpoint is incomplete, use an earlier one")
+            raise Damaged(f"{path}: missing; the checkpoint is incomplete, use an earlier one")
         if path.is_symlink():
-            raise UserError(f"{path}: a link; a checkpoint holds its own files")
+            raise Damaged(f"{path}: a link; a checkpoint holds its own files")
         check_plain_file(path)
         if path.stat().st_size != expected["size"] or (verify and _sha256(path) != expected["sha256"]):
-            raise UserError(f"{path}: damaged (its sha256 is not the recorded one); use an earlier checkpoint")
+            raise Damaged(f"{path}: damaged (its sha256 is not the recorded one); use an earlier checkpoint")
+    for name in (FILE_NAME, *FILES):
+        if name not in files and (folder / name).exists():
+            raise Damaged(f"{folder / name}: no file of this checkpoint, but one that would count; remove it")
     return content
 
 
@@ -345,36 +471,54 @@ def run_settings(
     return {"train": asdict(train), "optimizer": asdict(opt), "data": data}
 
 
+def differences(saved: dict[str, Any], asked: dict[str, Any]) -> list[str]:
+    """The settings that make two runs different, each in words: the framework, what `MAY_CHANGE` lists, and how many steps there are
+    to be in all, do not.
+    """
+    found = []
+    for part in COMPARED:
+        before = saved.get(part)
+        for key, value in json.loads(canonical_json(asked.get(part, {}))).items():
+            old = before.get(key) if isinstance(before, dict) else None
+            if old != value and key not in MAY_CHANGE and key != "total_steps":
+                found.append(f"{part}.{key} = {old!r} here, {value!r} asked for")
+    return found
+
+
+def total_steps(settings: dict[str, Any]) -> Any:
+    """How many steps a run is to have, as its settings say."""
+    optimizer = settings.get("optimizer")
+    return optimizer.get("total_steps") if isinstance(optimizer, dict) else None
+
+
 def check_resumable(folder: Path, saved: dict[str, Any], asked: dict[str, Any]) -> None:
     """Raise UserError, naming every differing field, unless a run may go on from the checkpoint `folder`.
 
-    The framework and what `MAY_CHANGE` lists may differ; everything else would silently be another run.
+    What `differences` lists would silently be another run. More steps extend a run; fewer would not be what it was.
     """
-    differing = []
-    for part, values in asked.items():
-        for key, value in values.items():
-            old = saved.get(part, {}).get(key)
-            if old != value and key not in MAY_CHANGE:
-                differing.append(f"{part}.{key} = {old!r} here, {value!r} asked for")
+    differing = differences(saved, asked)
+    old, new = (total_steps(x) for x in (saved, asked))
+    if isinstance(old, int) and isinstance(new, int) and new < old:
+        differing.append(f"optimizer.total_steps = {old} here, {new} asked for: a run may become longer, not shorter")
     if differing:
         raise UserError(f"{folder}: the run was started with other settings: {'; '.join(differing)}; use another --out")
 
 
 def load_resumable(
     run: Path, cfg: ModelConfig, settings: dict[str, Any]
-) -> tuple[Path, TrainingState] | tuple[None, None]:
-    """The newest checkpoint of a run and its state, after `check_resumable`; a new run has neither."""
+) -> tuple[Path, TrainingState, dict[str, Any]] | tuple[None, None, dict[str, Any]]:
+    """The newest checkpoint of a run, its state and its settings, after `check_resumable`; a new run has none."""
     folder = latest_checkpoint(run)
     if folder is None:
-        return None, None
+        return None, None, {}
     try:
         _, state, saved_settings = load_checkpoint(folder, cfg)
     except UserError as error:
         before = [path.name for path in checkpoints(run) if path != folder]
         hint = f"; to go on from {before[-1]}, move {folder.name} out of the run's folder" if before else ""
-        raise UserError(f"{error}{hint if 'use an earlier' in str(error) else ''}") from None
+        raise type(error)(f"{error}{hint if isinstance(error, Damaged) else ''}") from None
     check_resumable(folder, saved_settings, settings)
-    return folder, state
+    return folder, state, saved_settings
 
 
 def _json(content: dict[str, Any]) -> bytes:

@@ -247,7 +247,8 @@ class TrainConfig:
     max_skipped_steps: int = 10  # updates skipped in a row, for a non-finite gradient norm, that stop the run
     gradient_accumulation_steps: int = 1  # micro-batches that a batch is cut into: the same gradient in less memory
     loss_chunks: int = 1  # parts that the logits are made in, never all at once: less memory for about 1 % of the time
-    document_separator: int | None = None  # the id after which attention and positions begin anew; None: they do not
+    # the id, or one of several, after which attention and positions begin anew; None: they do not
+    document_separator: int | tuple[int, ...] | None = None
     remat: str = (
         "none"  # what the backward pass computes again: nothing, all but matrix products ("dots"), or all ("full")
     )
@@ -262,8 +263,14 @@ class TrainConfig:
         batch, steps = self.batch_size, self.gradient_accumulation_steps
         _check(batch % steps == 0, self, "gradient_accumulation_steps", f"must divide batch_size = {batch}")
         _check(self.seq_len % self.loss_chunks == 0, self, "loss_chunks", f"must divide seq_len = {self.seq_len}")
-        separator = self.document_separator
-        _check(separator is None or _is_int(separator, 0), self, "document_separator", "must be a token id or None")
+        separators = self.document_separator
+        if isinstance(separators, (list, tuple)):  # JSON and TOML have lists; one id has one form
+            separators = tuple(dict.fromkeys(separators))
+            object.__setattr__(self, "document_separator", separators[0] if len(separators) == 1 else separators)
+        for separator in separators if isinstance(separators, tuple) else [separators]:
+            known = separator is None and separators is None
+            _check(known or _is_int(separator, 0), self, "document_separator", "must be token ids or None")
+        _check(separators != (), self, "document_separator", "must be token ids or None")
         for field, known in (("remat", REMAT), ("compile", COMPILE)):
             _check(getattr(self, field) in known, self, field, f"must be one of {', '.join(known)}")
         for field in ("scan_layers", "deterministic"):

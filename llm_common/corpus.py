@@ -2,7 +2,9 @@
 
 import ast
 import codecs
+import csv
 import gzip
+import itertools
 import json
 import os
 import sysconfig
@@ -10,11 +12,35 @@ import warnings
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
-from llm_common.errors import UserError
+from llm_common.errors import MOST_CONTAINERS, UserError
 from llm_common.tokenizer import END_OF_TEXT
 
-ENDINGS = (".txt", ".md", ".jsonl")
+TEXT, RECORDS = (".txt", ".md"), (".jsonl", ".ndjson", ".json", ".csv", ".tsv")
+ENDINGS = (*TEXT, *RECORDS)
+# What people have texts in that is not read, and how it becomes something that is.
+OTHER_KINDS = {
+    (".parquet", ".arrow", ".feather", ".orc", ".avro"): "a table; write its column of text as JSONL",
+    (".zst", ".bz2", ".xz", ".lz4", ".br", ".z"): "compressed in a way that is not read; unpack it, or use gzip",
+    (".zip", ".tar", ".tgz", ".7z", ".rar"): "an archive; unpack it, and give its folder",
+    (
+        ".pdf",
+        ".doc",
+        ".docx",
+        ".odt",
+        ".rtf",
+        ".epub",
+        ".mobi",
+    ): "a document with a layout; extract its text to a .txt file",
+    (".xls", ".xlsx", ".ods"): "a spreadsheet; save it as .csv",
+    (".npy", ".npz"): "tokens or arrays already; training reads them with --data",
+    (".pkl", ".pickle", ".pt", ".pth", ".bin"): "binary, and a pickle can run code; write its text as JSONL",
+    (".safetensors", ".gguf", ".onnx"): "the weights of a model, not text",
+    (".db", ".sqlite", ".sqlite3"): "a database; write its text as JSONL",
+}
+LARGEST_RECORD = 64 << 20  # characters of one line or record
+LARGEST_RATIO = 200  # of what a .gz unpacks to, to its own size; text reaches 20, and more than this is a bomb
 
 
 def python_documentation() -> Iterator[str]:
@@ -51,12 +77,13 @@ def _docstrings(path: Path) -> Iterator[str]:
 
 
 class Corpus:
-    """Text files to read from: UTF-8 text, JSONL of which one field is read, either of them compressed with gzip.
+    """Text files to read from: UTF-8 text; JSONL, JSON and CSV of which one field is read; any of them compressed with gzip.
 
-    paths: files, and folders of which all files ending in .txt, .md and .jsonl, or these and .gz, are read, in the order of
-    their names; none: `python_documentation`. In a text file <|endoftext|> separates documents; in JSONL every line is one.
-    replace_invalid: bytes that are not UTF-8 become U+FFFD. on_bytes(how many) is called as files are read.
-    Raises UserError for what is missing, not permitted, empty or damaged; a damaged file names the byte or the line.
+    paths: files, and folders of which all files with one of the `ENDINGS`, or these and .gz, are read, in the order of their
+    names; none: `python_documentation`. In a text file <|endoftext|> separates documents; of the others every record is one.
+    replace_invalid: bytes that are not UTF-8 become U+FFFD. as_text: every file is text, whatever its name and content are.
+    on_bytes(how many) is called as files are read. Raises UserError for what is missing, not permitted, empty, damaged or of a
+    kind that is not read; a damaged file names the byte or the record.
     """
 
     def __init__(
@@ -65,10 +92,14 @@ class Corpus:
         field: str = "text",
         replace_invalid: bool = False,
         on_bytes: Callable[[int], None] = lambda n: None,
+        as_text: bool = False,
     ) -> None:
         self.field, self.errors, self.on_bytes = field, "replace" if replace_invalid else "strict", on_bytes
-        self.paths = [Path(path) for path in paths]
+        self.paths, self.as_text = [Path(path) for path in paths], as_text
         self.files = [file for path in self.paths for file in _files(path)]
+        for file in self.files:
+            if not as_text:
+                self._check_kind(file)
         self.size = sum(file.stat().st_size for file in self.files)  # bytes on disk
 
     def documents(self) -> Iterator[str]:
@@ -78,7 +109,7 @@ class Corpus:
             return
         found = False
         for file in self.files:
-            for document in self._json_lines(file) if _is_json(file) else _split(self._chunks(file)):
+            for document in self._texts(file) if self._has_records(file) else _split(self._chunks(file)):
                 if document.strip():
                     found = True
                     yield document
@@ -91,7 +122,7 @@ class Corpus:
             return
         found = False
         for file in self.files:
-            for pieces in ([text] for text in self._json_lines(file)) if _is_json(file) else [self._chunks(file)]:
+            for pieces in ([text] for text in self._texts(file)) if self._has_records(file) else [self._chunks(file)]:
                 found = found or file.stat().st_size > 0
                 yield iter(pieces)
         self._check(found)
@@ -99,12 +130,54 @@ class Corpus:
     def _check(self, found: bool) -> None:
         if not found:
             names = ", ".join(map(str, self.paths))
-            raise UserError(f"{names}: no text found (UTF-8 files, or folders with .txt, .md or .jsonl, also with .gz)")
+            raise UserError(
+                f"{names}: no text found (UTF-8 files, or folders with {', '.join(ENDINGS)}, also with .gz)"
+            )
+
+    def _has_records(self, file: Path) -> bool:
+        return not self.as_text and _ending(file) in RECORDS
+
+    def _check_kind(self, file: Path) -> None:
+        """Raise UserError for a file that would be read as what it is not."""
+        ending = _ending(file)
+        for endings, what in OTHER_KINDS.items():
+            if ending in endings:
+                raise UserError(f"{file}: {what}; or pass --as-text")
+        if ending not in RECORDS and (what := _looks_like_records(self._head(file))):
+            raise UserError(
+                f"{file}: holds {what}, but its name does not end in {' or '.join(RECORDS[:3])}: rename it to read a field of each "
+                "record, or pass --as-text to learn it as it stands"
+            )
+
+    def _head(self, file: Path) -> str:
+        """About the first 64k characters."""
+        quiet, self.on_bytes = self.on_bytes, lambda n: None
+        try:
+            for content in self._bytes(file, 1 << 16):
+                return content.removeprefix(codecs.BOM_UTF8).decode("utf-8", "ignore")
+            return ""
+        finally:
+            self.on_bytes = quiet
 
     def _chunks(self, file: Path) -> Iterator[str]:
-        """The text of a file in pieces, of which none ends within a character."""
+        """The text of a file in pieces, of which none ends within a character; a byte order mark is no text."""
         decoder, at = codecs.getincrementaldecoder("utf-8")(self.errors), 0
         for content in self._bytes(file):
+            if at == 0:
+                for mark, name in (
+                    (codecs.BOM_UTF32_LE, "UTF-32"),
+                    (codecs.BOM_UTF32_BE, "UTF-32"),
+                    (codecs.BOM_UTF16_LE, "UTF-16"),
+                    (codecs.BOM_UTF16_BE, "UTF-16"),
+                ):
+                    if content.startswith(mark):
+                        raise UserError(f"{file}: {name}, as its first bytes say; convert the file to UTF-8")
+                at = len(codecs.BOM_UTF8) if content.startswith(codecs.BOM_UTF8) else 0
+                content = content[at:]
+            if self.errors == "strict" and b"\0" in content:
+                raise UserError(
+                    f"{file}: not text: a NUL at byte {at + content.index(0)}; pass --replace-invalid to read it anyway"
+                )
             try:
                 text = decoder.decode(content)
             except UnicodeDecodeError as error:
@@ -117,39 +190,159 @@ class Corpus:
             raise self._not_utf8(file, at - len(error.object) + error.start) from None
 
     def _not_utf8(self, file: Path, position: int) -> UserError:
-        where = " of its uncompressed content" if file.suffix == ".gz" else ""
+        where = " of its uncompressed content" if file.suffix.lower() == ".gz" else ""
         return UserError(f"{file}: not UTF-8 at byte {position}{where}; convert the file, or pass --replace-invalid")
 
-    def _bytes(self, file: Path) -> Iterator[bytes]:
+    def _bytes(self, file: Path, size: int = 1 << 20) -> Iterator[bytes]:
         """The content of a file, uncompressed, a megabyte at a time."""
         try:
-            with open(file, "rb") as raw, gzip.open(raw) if file.suffix == ".gz" else raw as content:
-                before = 0
-                while part := content.read(1 << 20):
+            with open(file, "rb") as raw, gzip.open(raw) if file.suffix.lower() == ".gz" else raw as content:
+                before = unpacked = 0
+                while part := content.read(size):
                     now = raw.tell()
                     self.on_bytes(now - before)
-                    before = now
+                    before, unpacked = now, unpacked + len(part)
+                    if unpacked > max(LARGEST_RATIO * now, 64 << 20):
+                        raise UserError(
+                            f"{file}: unpacks to more than {LARGEST_RATIO} times its size, which no text does; not read"
+                        )
                     yield part
         except (EOFError, gzip.BadGzipFile, zlib.error) as error:
             raise UserError(f"{file}: damaged or cut off ({error}); fetch it again") from None
         except PermissionError:
             raise UserError(f"{file}: no permission to read it") from None
 
-    def _json_lines(self, file: Path) -> Iterator[str]:
-        for number, line in enumerate(_lines(self._chunks(file)), 1):
-            if not line.strip():
-                continue
-            try:
-                record = json.loads(line)
-            except (ValueError, RecursionError) as error:
-                raise UserError(f"{file}, line {number}: not JSON ({error})") from None
-            text = record.get(self.field) if isinstance(record, dict) else None
+    def records(self, file: Path) -> Iterator[tuple[str, Any]]:
+        """The records of a JSONL, JSON or CSV file, each after its place, for people."""
+        ending, chunks = _ending(file), self._chunks(file)
+        if ending in (".csv", ".tsv"):
+            return _csv_records(file, chunks, "\t" if ending == ".tsv" else ",", self.field)
+        return _json_values(file, chunks) if ending == ".json" else _json_lines(file, chunks)
+
+    def _texts(self, file: Path) -> Iterator[str]:
+        for where, record in self.records(file):
+            text = record.get(self.field) if isinstance(record, dict) else record
             if not isinstance(text, str):
-                keys = ", ".join(record) if isinstance(record, dict) else type(record).__name__
-                raise UserError(
-                    f"{file}, line {number}: no text in field {self.field!r} (found: {keys}); name it with --field"
-                )
+                keys = ", ".join(map(str, record))[:300] if isinstance(record, dict) else type(record).__name__
+                raise UserError(f"{where}: no text in field {self.field!r} (found: {keys}); name it with --field")
             yield text
+
+
+def _json_lines(file: Path, chunks: Iterable[str]) -> Iterator[tuple[str, Any]]:
+    for number, line in enumerate(_lines(file, chunks), 1):
+        if line.strip():
+            yield f"{file}, line {number}", _parse(f"{file}, line {number}", line)
+
+
+def _check_containers(where: str, text: str) -> None:
+    if len(text) > MOST_CONTAINERS and text.count("[") + text.count("{") > MOST_CONTAINERS:
+        raise UserError(f"{where}: more than {MOST_CONTAINERS:,} objects and arrays; so many are not read")
+
+
+def _parse(where: str, text: str) -> Any:
+    _check_containers(where, text)
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError, MemoryError) as error:
+        reason = "nested too deeply" if isinstance(error, RecursionError) else str(error)
+        raise UserError(f"{where}: not JSON ({reason})") from None
+
+
+def _json_values(file: Path, chunks: Iterable[str]) -> Iterator[tuple[str, Any]]:
+    """The elements of an array, or the values that stand one after the other; in memory is one of them."""
+    decoder, chunks, text, at, number, inside = json.JSONDecoder(), iter(chunks), "", 0, 0, None
+    ended = False
+
+    def more() -> bool:
+        nonlocal text, at, ended
+        parts = [text[at:]]
+        while (
+            part := next(chunks, None)
+        ) is not None:  # twice as much each time: a record is parsed again whenever it grows
+            parts.append(part)
+            if sum(map(len, parts)) >= 2 * len(parts[0]):
+                break
+        ended = ended or part is None
+        text, at = "".join(parts), 0
+        if len(text) > LARGEST_RECORD:
+            raise UserError(f"{file}, record {number + 1}: more than {LARGEST_RECORD:,} characters")
+        return not ended
+
+    while True:
+        while at < len(text) and text[at] in " \t\r\n" + ("," if inside and number else ""):
+            at += 1
+        if at == len(text):
+            if not more():
+                break
+            continue
+        if inside is None:
+            inside = text[at] == "["
+            at += inside
+            continue
+        if inside and text[at] == "]":
+            inside, at = False, at + 1
+            continue
+        where = f"{file}, record {number + 1}"
+        _check_containers(where, text)
+        try:
+            value, end = decoder.raw_decode(text, at)
+        except RecursionError:
+            raise UserError(f"{where}: not JSON (nested too deeply)") from None
+        except ValueError as error:
+            if more():
+                continue
+            raise UserError(f"{where}: not JSON ({error})") from None
+        at, number = end, number + 1
+        yield where, value
+    if inside:
+        raise UserError(f"{file}: cut off: its array does not end; fetch it again")
+
+
+def _csv_records(file: Path, chunks: Iterable[str], delimiter: str, field: str) -> Iterator[tuple[str, Any]]:
+    """The rows of a table, each with the names of the first one."""
+    lines = (line + "\n" for line in _lines(file, chunks))
+    first = next(lines, "")
+    others = [x for x in (delimiter, ";", "\t", "|") if field in next(csv.reader([first], delimiter=x), [])]
+    csv.field_size_limit(LARGEST_RECORD)
+    rows = csv.reader(itertools.chain([first], lines), delimiter=(others or [delimiter])[0], strict=True)
+    try:
+        names = next(rows, [])
+        for row in rows:
+            if row:
+                yield f"{file}, line {rows.line_num}", dict(zip(names, row, strict=False))
+    except csv.Error as error:
+        raise UserError(f"{file}, line {rows.line_num}: not CSV ({error})") from None
+
+
+def read_records(path: Path, field: str = "") -> Iterator[tuple[str, Any]]:
+    """The records of one JSONL, JSON or CSV file, also with .gz, each after its place, for people.
+
+    field: one of a table's names, by which its delimiter is known. Raises UserError as `Corpus` does.
+    """
+    if not path.is_file():
+        raise UserError(f"{path}: no such file")
+    if _ending(path) not in RECORDS:
+        raise UserError(f"{path}: records are read from {', '.join(RECORDS)}, each also with .gz")
+    return Corpus([path], field).records(path)
+
+
+def _looks_like_records(text: str) -> str | None:
+    """What the beginning of a file is, if it is JSON."""
+    start = text.lstrip()
+    if not start.startswith(("{", "[")):
+        return None
+    lines = [line for line in start.split("\n")[:3] if line.strip()]
+    try:
+        values = [json.loads(line) for line in (lines[:2] if len(lines) > 1 else lines)]
+        if all(isinstance(x, dict) and x for x in values):
+            return "JSON records"
+    except (ValueError, RecursionError):
+        pass
+    try:
+        value, _ = json.JSONDecoder().raw_decode(start[1:].lstrip() if start[0] == "[" else start)
+        return "JSON" if isinstance(value, dict) and value else None
+    except (ValueError, RecursionError):
+        return None
 
 
 def documents(path: Path | str | None = None) -> Iterator[str]:
@@ -169,12 +362,13 @@ def _files(path: Path) -> list[Path]:
 
     found = []
     for folder, _, names in os.walk(path, onerror=refuse):
-        found += [Path(folder) / name for name in names if Path(name.removesuffix(".gz")).suffix in ENDINGS]
+        found += [Path(folder) / name for name in names if _ending(Path(name)) in ENDINGS and not name.startswith(".")]
     return sorted(file for file in found if file.is_file())
 
 
-def _is_json(file: Path) -> bool:
-    return Path(file.name.removesuffix(".gz")).suffix == ".jsonl"
+def _ending(file: Path) -> str:
+    """The ending of a file's name, in small letters, before a .gz."""
+    return Path(file.name.lower().removesuffix(".gz")).suffix
 
 
 def _split(chunks: Iterable[str]) -> Iterator[str]:
@@ -194,13 +388,17 @@ def _split(chunks: Iterable[str]) -> Iterator[str]:
     yield "".join(held)
 
 
-def _lines(chunks: Iterable[str]) -> Iterator[str]:
+def _lines(file: Path, chunks: Iterable[str]) -> Iterator[str]:
     """The lines of a text, without their ends. Only a newline ends one: JSON may hold other separators."""
     held: list[str] = []
+    size = 0
     for chunk in chunks:
         first, *others = chunk.split("\n")
         held.append(first)
+        size += len(first)
         for text in others:
             yield "".join(held)
-            held = [text]
+            held, size = [text], len(text)
+        if size > LARGEST_RECORD:
+            raise UserError(f"{file}: a line of more than {LARGEST_RECORD:,} characters; is it what its name says?")
     yield "".join(held)

@@ -16,25 +16,27 @@ from typing import Any, Protocol
 import numpy as np
 
 from llm_common import random_bits
-from llm_common.errors import UserError, read_json, write_whole
+from llm_common.errors import UserError, has_its_checksum, read_json, with_checksum, write_whole
 from llm_common.hf_tokenizer import AnyTokenizer
+from llm_common.sequences import RULE, DocumentEncoder
 from llm_common.shards import ShardedTokens, find_manifest, id_dtype
 
+# What NumPy raises for a file whose header is not one: it is parsed as Python, so it may be nested too deeply, or claim too much.
+NOT_AN_ARRAY = (ValueError, EOFError, OSError, TypeError, SyntaxError, RecursionError, MemoryError, OverflowError)
 ORDER = 0x6F726465  # folded into the seed's key for the order of the windows: initial weights have keys of their own
 
 
-def write_tokens(path: Path, documents: Iterable[str], tokenizer: AnyTokenizer) -> dict[str, Any]:
-    """Encode documents, each followed by the end-of-text token, to a `.npy` file with a `.json` beside it.
+def write_tokens(path: Path, documents: Iterable[str], encoder: DocumentEncoder) -> dict[str, Any]:
+    """Encode documents to a `.npy` file with a `.json` beside it. Returns the description that the `.json` holds.
 
-    Returns the description that the `.json` holds. The smallest unsigned dtype that fits the vocabulary is used.
+    The smallest unsigned dtype that fits the vocabulary is used.
     """
     if path.suffix != ".npy":
         raise UserError(f"{path}: a token file must end in .npy")
-    dtype = id_dtype(tokenizer)
-    end = [] if tokenizer.end_of_text is None else [tokenizer.end_of_text]
-    parts, n_documents, n_bytes = [], 0, 0
+    dtype, n_documents, n_bytes = id_dtype(encoder.tokenizer), 0, 0
+    parts: list[np.ndarray] = []
     for document in documents:
-        parts.append(np.array(tokenizer.encode(document) + end, dtype))
+        parts.append(np.array(encoder(document), dtype))
         n_documents += 1
         n_bytes += len(document.encode("utf-8", errors="replace"))
     tokens = np.concatenate(parts) if parts else np.zeros(0, dtype)
@@ -42,28 +44,92 @@ def write_tokens(path: Path, documents: Iterable[str], tokenizer: AnyTokenizer) 
         raise UserError("the corpus is empty: nothing to write")
     file = io.BytesIO()
     np.save(file, tokens, allow_pickle=False)
-    write_whole(path, file.getvalue())
     counts = {"tokens": int(tokens.size), "documents": n_documents, "bytes": n_bytes}
-    return write_description(path, tokenizer, counts)
+    return write_described(path, file.getvalue(), {**counts, **encoder.describe()})
 
 
-def write_description(path: Path, tokenizer: AnyTokenizer, counts: dict[str, Any]) -> dict[str, Any]:
-    """Write the `.json` beside a data file: its counts, and the tokenizer that made it. Returns its contents."""
-    description = {**counts, "vocab_size": tokenizer.vocab_size, "tokenizer": tokenizer.fingerprint()}
-    path.with_suffix(".json").write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
-    return description
+def write_described(path: Path, content: bytes, description: dict[str, Any]) -> dict[str, Any]:
+    """Write a data file and the `.json` beside it, which holds its size and sha256; returns what the `.json` holds.
+
+    A kill at any moment leaves a pair that belongs together: the new description waits under another name until its file is in
+    place, where `read_description` finds it.
+    """
+    where, waiting = _description_path(path)
+    described = with_checksum(
+        {**description, "file": path.name, "size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    )
+    write_whole(waiting, (json.dumps(described, indent=2) + "\n").encode())
+    write_whole(path, content)
+    waiting.replace(where)
+    return described
 
 
-def check_tokenizer(path: Path | str, tokenizer: AnyTokenizer) -> None:
-    """Raise UserError if a token file says, in the `.json` beside it, that another tokenizer made it."""
-    description = find_manifest(Path(path)) or Path(path).with_suffix(".json")
-    if description.is_file():
-        content = read_json(description)
-        made_by = content.get("tokenizer") if isinstance(content, dict) else None
-        if made_by not in (None, tokenizer.fingerprint()):
+def _description_path(path: Path) -> tuple[Path, Path]:
+    """Where the description of a data file is, and where it waits while the file is written."""
+    where = path.with_suffix(".json")
+    return where, where.with_name(f".{where.name}.next")
+
+
+def read_description(path: Path) -> dict[str, Any]:
+    """What the `.json` beside a data file says, after comparing the file's size and sha256 with it.
+
+    Raises UserError if there is none, if it was made by another rule, or if it or the file is damaged.
+    """
+    again = "make it again with scripts/prepare_data.py"
+    if not path.is_file():
+        raise UserError(f"{path}: no such file of data; make one with scripts/prepare_data.py")
+    where, waiting = _description_path(path)
+    if not where.is_file() and not waiting.is_file():
+        raise UserError(f"{path}: no {where.name} beside it says which tokenizer and which rule made it; {again}")
+    found = None
+    for place in (where, waiting):
+        if not place.is_file():
+            continue
+        content = read_json(place)
+        if not isinstance(content, dict):
+            raise UserError(f"{place}: expected an object with keys; {again}")
+        if content.get("rule") != RULE:
             raise UserError(
-                f"{path}: made by another tokenizer; run scripts/prepare_data.py again, or pass its --tokenizer"
+                f"{path}: made by rule {content.get('rule', 1)!r} of how documents become tokens; this version has rule {RULE} "
+                f"(what stands before and after a document); {again}"
             )
+        if not has_its_checksum(content):
+            raise UserError(f"{place}: damaged (its checksum is not that of its content); {again}")
+        if content.get("file") != path.name:
+            raise UserError(f"{place}: describes {content.get('file')!r}, not {path.name}; give the two other names")
+        found = found or content
+        if path.stat().st_size == content["size"] and _sha256(path) == content["sha256"]:
+            return content
+    assert found is not None
+    raise UserError(f"{path}: damaged (its sha256 is not the one that {where.name} says); {again}")
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def check_data(path: Path | str, tokenizer: AnyTokenizer | None = None) -> dict[str, Any]:
+    """What the description of a data file, or the manifest of a folder of shards, says, after comparing every byte with it.
+
+    Raises UserError for data that is damaged, made by another rule, or, with a tokenizer given, made by another one.
+    """
+    path = Path(path)
+    manifest = find_manifest(path)
+    if manifest is None:
+        open_tokens(
+            path
+        ) if path.suffix != ".npz" else None  # says of a folder that it is not finished, or no data at all
+        description = read_description(path)
+    else:
+        tokens = ShardedTokens(manifest)
+        tokens.check()
+        description = tokens.manifest
+    if tokenizer is not None and description.get("tokenizer") != tokenizer.fingerprint():
+        raise UserError(
+            f"{path}: made by another tokenizer; run scripts/prepare_data.py again, or pass its --tokenizer"
+        )
+    return description
 
 
 def unigram_entropy(tokens: np.ndarray) -> float:
@@ -152,7 +218,7 @@ def open_tokens(path: Path) -> np.ndarray | ShardedTokens:
         )
     try:
         tokens = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (ValueError, EOFError) as error:
+    except NOT_AN_ARRAY as error:
         raise UserError(f"{path}: not a token file; make one with scripts/prepare_data.py") from error
     if not isinstance(tokens, np.ndarray):
         raise UserError(f"{path}: an archive of arrays, expected one array in a .npy file")

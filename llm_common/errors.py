@@ -23,6 +23,10 @@ class UserError(ValueError):
     """A config, file, flag, text or device that cannot be used. The message names the value and the fix."""
 
 
+class Damaged(UserError):
+    """A file of this program's own that is not as it was written. What was saved before it is still there."""
+
+
 def notice(text: str) -> None:
     """Tell the person at the terminal what was decided for them, without touching what a program prints for others to read."""
     print(f"note: {text}", file=sys.stderr)
@@ -33,13 +37,13 @@ def read_json(path: Path, hint: str = "") -> Any:
     return parse_json(read_small(path, hint), str(path))
 
 
-def read_small(path: Path, hint: str = "") -> bytes:
-    """The bytes of a file that is read whole. Raises UserError if it is missing, not a plain file, or huge."""
+def read_small(path: Path, hint: str = "", most: int = LARGEST_JSON) -> bytes:
+    """The bytes of a file that is read whole. Raises UserError if it is missing, not a plain file, or of more than `most` bytes."""
     if not path.is_file():
         raise UserError(f"{path}: no such file" + (f"; {hint}" if hint else ""))
     size = path.stat().st_size
-    if size > LARGEST_JSON:
-        raise UserError(f"{path}: {size:,} bytes; at most {LARGEST_JSON:,} are read")
+    if size > most:
+        raise UserError(f"{path}: {size:,} bytes; at most {most:,} are read")
     return path.read_bytes()
 
 

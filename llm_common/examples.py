@@ -3,82 +3,177 @@
 The file is an `.npz` of plain arrays: all ids one after the other, where each example starts, and where its answer starts.
 """
 
+import functools
 import hashlib
-import json
+import io
 import zipfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from llm_common.data import Order, TokenDataset, host_rows, write_description
+from llm_common.corpus import read_records
+from llm_common.data import NOT_AN_ARRAY, Order, TokenDataset, host_rows, write_described
 from llm_common.errors import UserError
-from llm_common.hf_tokenizer import AnyTokenizer, HfTokenizer
+from llm_common.hf_tokenizer import AnyTokenizer
+from llm_common.sequences import AUTO, RULE, answer_encoder, split_ids
 from llm_common.shards import id_dtype
 from llm_common.tensors import check_token_ids
+from llm_common.tokenizer_folder import special_in
+from llm_common.words import clean
 
 Example = tuple[list[int], list[int]]  # the ids of the prompt and of the answer
 IGNORED = -100
+OTHER_ANSWER = "\u205c\u2058"  # begins as no answer does; shows where a template puts one
+LARGEST_RATIO = 200  # of an archive's content to its size: more is a bomb, not data
+
+
+@dataclass
+class ExampleReader:
+    """Turns pairs of a prompt and an answer into ids.
+
+    chat: in the tokenizer's chat template; without it the answer follows the prompt as it is. turn_end: the token that ends an
+    answer without a template, as for `sequences.answer_encoder`. parse_special: whether special tokens written out in the two
+    texts are those tokens; as a rule they are text. The counts say what was met on the way.
+    """
+
+    tokenizer: AnyTokenizer
+    chat: bool = False
+    turn_end: str = AUTO
+    parse_special: bool = False
+    shortened: int = field(default=0, init=False)  # answers of which the template left a part out
+    endless: int = field(default=0, init=False)  # answers after which no special token comes
+
+    def __post_init__(self) -> None:
+        if self.chat and (self.tokenizer.folder is None or self.tokenizer.folder.template is None):
+            raise UserError("--chat needs the tokenizer of a Hugging Face folder with a chat template")
+        if self.chat and self.turn_end != AUTO:
+            raise UserError("--turn-end with --chat: the template says what ends an answer; leave one of the two out")
+
+    @functools.cached_property
+    def _plain(self) -> Callable[[str, str], Example]:
+        return answer_encoder(self.tokenizer, self.turn_end, self.parse_special)
+
+    def __call__(self, prompt: str, answer: str) -> Example:
+        prompt, answer = clean(prompt), clean(answer)
+        if not self.chat:
+            return self._plain(prompt, answer)
+        whole, at = self._conversation(prompt, answer)
+        self.shortened += answer.strip() not in whole[at:]
+        if self.parse_special or special_in(prompt + "\n" + answer, tuple(self.tokenizer.special_tokens)) is None:
+            head, tail = split_ids(self.tokenizer, whole, at)
+        else:
+            head, tail = self._with_special_as_text(prompt, answer)
+        self.endless += not any(i in self._ending for i in tail)
+        return head, tail
+
+    @functools.cached_property
+    def _ending(self) -> set[int]:
+        return {*self.tokenizer.special_tokens.values(), *self.tokenizer.eos_ids}
+
+    def _conversation(self, prompt: str, answer: str) -> tuple[str, int]:
+        """A conversation in the template, and where what is to be learned begins.
+
+        That is where the generation prompt ends, if the conversation begins with it; else (the generation prompts of R1's
+        distillations open a thought that no conversation has) as far as it goes, but never within the answer.
+        """
+        messages = lambda text: [{"role": "user", "content": prompt}, {"role": "assistant", "content": text}]
+        start = self.tokenizer.chat(messages("")[:1], add_generation_prompt=True)
+        whole = self.tokenizer.chat(messages(answer), add_generation_prompt=False)
+        if whole.startswith(start):
+            return whole, len(start)
+        other = self.tokenizer.chat(messages(OTHER_ANSWER), add_generation_prompt=False)
+        return whole, next(
+            (i for i, letters in enumerate(zip(whole, start, other, strict=False)) if len(set(letters)) > 1), 0
+        )
+
+    def _with_special_as_text(self, prompt: str, answer: str) -> Example:
+        """An example whose texts have special tokens written out, which stay text: only the template's own become ids.
+
+        The texts go into the template with a mark in each such token; where it is cut for the template's tokens they come back.
+        Raises UserError for a tokenizer that gives a text other ids when it is cut there.
+        """
+        tokens = tuple(self.tokenizer.special_tokens)
+        mark = next(c for c in map(chr, range(0xE000, 0xF8FF)) if c not in prompt + answer)
+
+        def replaced(text: str, by: Callable[[str], str]) -> str:
+            while (found := special_in(text, tokens)) is not None:
+                text = text.replace(found, by(found))
+            return text
+
+        def in_pieces(text: str) -> list[int]:
+            ids = []
+            while text:
+                found = special_in(text, tokens)
+                before, _, text = text.partition(found) if found is not None else (text, "", "")
+                ids += self.tokenizer.encode(before.replace(mark, ""), parse_special=False)
+                ids += [] if found is None else [self.tokenizer.special_tokens[found]]
+            return ids
+
+        without, _ = self._conversation(*(replaced(text, lambda found: "") for text in (prompt, answer)))
+        if min(map(len, tokens)) < 2 or in_pieces(without) != self.tokenizer.encode(without):
+            raise UserError(
+                f"{special_in(prompt + chr(10) + answer, tokens)!r} stands in a text and is a special token, which this tokenizer "
+                "cannot take as text; remove it, or pass --special-tokens-in-text to make it the token"
+            )
+        guarded = (replaced(text, lambda found: found[0] + mark + found[1:]) for text in (prompt, answer))
+        whole, at = self._conversation(*guarded)
+        return in_pieces(whole[:at]), in_pieces(whole[at:])
+
+    def describe(self) -> dict[str, Any]:
+        """What a data file records of how it was made."""
+        end = self.tokenizer.turn_end if self.chat or self.turn_end == AUTO else None
+        return {
+            "rule": RULE,
+            "tokenizer": self.tokenizer.fingerprint(),
+            "vocab_size": self.tokenizer.vocab_size,
+            "chat": self.chat,
+            "turn_end": end,
+            "special_tokens_in_text": self.parse_special,
+        }
+
+
+def read_pairs(path: Path, prompt_field: str, answer_field: str) -> Iterator[tuple[str, str]]:
+    """The prompts and answers of a file of records (JSONL, JSON or CSV, also with .gz), by the names of two fields.
+
+    Raises UserError with the place for a record that has not both as text.
+    """
+    for where, record in read_records(path, prompt_field):
+        prompt, answer = (_text(record, name, where) for name in (prompt_field, answer_field))
+        yield prompt, answer
 
 
 def read_examples(
     path: Path, prompt_field: str, answer_field: str, tokenizer: AnyTokenizer, chat: bool = False
 ) -> Iterator[Example]:
-    """The examples of a JSONL file, by the names of two of its fields; with `chat`, in the tokenizer's chat template.
-
-    Without a template the answer follows the prompt as it is, and the end-of-text token follows the answer. Raises UserError
-    with the line's number for a line that is not an object with these two texts.
-    """
-    if not path.is_file():
-        raise UserError(f"{path}: no such file")
-    if chat and not isinstance(tokenizer, HfTokenizer):
-        raise UserError("--chat needs the tokenizer of a Hugging Face folder with a chat template")
-    end = [] if tokenizer.end_of_text is None else [tokenizer.end_of_text]
-    with path.open(encoding="utf-8") as file:
-        for number, line in enumerate(_lines(path, file), start=1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except (ValueError, RecursionError):
-                raise UserError(f"{path}, line {number}: not JSON") from None
-            prompt, answer = (_text(row, field, f"{path}, line {number}") for field in (prompt_field, answer_field))
-            if chat and isinstance(tokenizer, HfTokenizer):
-                messages = [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]
-                start = tokenizer.chat(messages[:1], add_generation_prompt=True)
-                whole = tokenizer.chat(messages, add_generation_prompt=False)
-                if not whole.startswith(start):
-                    raise UserError("the chat template writes a conversation that does not begin with its own prompt")
-                yield tokenizer.encode(start), tokenizer.encode(whole[len(start) :])
-            else:
-                yield tokenizer.encode_prompt(prompt), tokenizer.encode(answer) + end
+    """The examples of a file of records; see `read_pairs` and `ExampleReader`."""
+    reader = ExampleReader(tokenizer, chat)
+    return (reader(prompt, answer) for prompt, answer in read_pairs(path, prompt_field, answer_field))
 
 
 def _text(row: Any, field: str, where: str) -> str:
     text = row.get(field) if isinstance(row, dict) else None
     if not isinstance(text, str):
-        known = f"it has {', '.join(map(repr, row))}" if isinstance(row, dict) else "it is not an object"
+        known = f"it has {', '.join(map(repr, row))}"[:300] if isinstance(row, dict) else "it is not an object"
         raise UserError(f"{where}: no text in the field {field!r}; {known}")
     return text
 
 
-def _lines(path: Path, file: Iterable[str]) -> Iterator[str]:
-    try:
-        yield from file
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not UTF-8 ({error.reason}); convert the file to UTF-8") from None
-
-
 def write_examples(
-    path: Path, examples: Iterable[Example], tokenizer: AnyTokenizer, max_length: int | None = None
+    path: Path,
+    examples: Iterable[Example],
+    reader: ExampleReader | AnyTokenizer,
+    max_length: int | None = None,
 ) -> dict[str, Any]:
     """Write examples to an `.npz` file with a `.json` beside it, and return what the `.json` holds.
 
-    Examples of more than max_length ids are left out and counted; so are those without an answer.
+    Examples of more than max_length ids are left out and counted; so are those without a prompt or an answer.
     """
     if path.suffix != ".npz":
         raise UserError(f"{path}: a file of examples must end in .npz")
+    reader = reader if isinstance(reader, ExampleReader) else ExampleReader(reader)
     ids: list[int] = []
     starts, answers, left_out = [0], [], 0
     for prompt, answer in examples:
@@ -90,12 +185,52 @@ def write_examples(
         starts.append(len(ids))
     if not answers:
         raise UserError(f"no examples to write ({left_out} left out: too long, or without prompt or answer)")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("wb") as file:
-        np.savez(file, tokens=np.array(ids, id_dtype(tokenizer)), starts=np.array(starts), answers=np.array(answers))
+    file = io.BytesIO()
+    dtype = id_dtype(reader.tokenizer)
+    np.savez(file, tokens=np.array(ids, dtype), starts=np.array(starts), answers=np.array(answers))
     lengths = np.diff(starts)
     counts = {"examples": len(answers), "tokens": len(ids), "longest": int(lengths.max()), "left_out": left_out}
-    return write_description(path, tokenizer, counts)
+    return write_described(path, file.getvalue(), {**counts, **reader.describe()})
+
+
+def load_examples(path: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The ids of all examples, where each starts (and the last ends), and where its answer starts.
+
+    Raises UserError for a file that is none, is damaged, or unpacks to much more than it is.
+    """
+    if not path.is_file():
+        raise UserError(f"{path}: no such file of examples; make one with scripts/prepare_data.py --prompt-field")
+    try:
+        with zipfile.ZipFile(path) as archive:
+            size = sum(entry.file_size for entry in archive.infolist())
+        if size > max(LARGEST_RATIO * path.stat().st_size, 64 << 20):
+            raise UserError(f"{path}: unpacks to {size:,} bytes, which is no data; it is not read")
+        with path.open("rb") as handle, np.load(handle, allow_pickle=False) as file:
+            tokens, starts, answers = file["tokens"], file["starts"], file["answers"]
+    except UserError:
+        raise
+    except (*NOT_AN_ARRAY, KeyError, AttributeError, NotImplementedError, RuntimeError, zipfile.BadZipFile) as error:
+        raise UserError(f"{path}: not a file of examples ({str(error)[:200]})") from None
+    for array in (tokens, starts, answers):
+        if not isinstance(array, np.ndarray) or array.ndim != 1 or not np.issubdtype(array.dtype, np.integer):
+            raise UserError(f"{path}: damaged: its arrays are not flat ones of integers; make it again")
+    lengths = np.diff(starts)
+    if (
+        len(answers) != len(lengths)
+        or len(lengths) == 0
+        or starts[0] != 0
+        or starts[-1] != len(tokens)
+        or (answers <= starts[:-1]).any()
+        or (answers >= starts[1:]).any()
+    ):
+        raise UserError(f"{path}: damaged: its examples do not fit its tokens; make it again")
+    return tokens, starts, answers
+
+
+def example_row(tokens: np.ndarray, start: int, answer: int, end: int, inputs: np.ndarray, targets: np.ndarray) -> None:
+    """Write an example into a row of inputs and targets, (T,) each. Only the answer's tokens are counted targets."""
+    inputs[: end - 1 - start] = tokens[start : end - 1]
+    targets[answer - 1 - start : end - 1 - start] = tokens[answer:end]
 
 
 class ExampleDataset:
@@ -105,23 +240,8 @@ class ExampleDataset:
         self, path: Path | str, seq_len: int, batch_size: int, seed: int, vocab_size: int | None = None
     ) -> None:
         path = Path(path)
-        if not path.is_file():
-            raise UserError(f"{path}: no such file of examples; make one with scripts/prepare_data.py --prompt-field")
-        try:
-            with path.open("rb") as handle, np.load(handle, allow_pickle=False) as file:
-                self.tokens, self.starts, self.answers = file["tokens"], file["starts"], file["answers"]
-        except (ValueError, KeyError, EOFError, OSError, TypeError, AttributeError, zipfile.BadZipFile) as error:
-            raise UserError(f"{path}: not a file of examples ({error})") from None
+        self.tokens, self.starts, self.answers = load_examples(path)
         lengths = np.diff(self.starts)
-        if (
-            len(self.answers) != len(lengths)
-            or len(lengths) == 0
-            or self.starts[0] != 0
-            or self.starts[-1] != len(self.tokens)
-            or (self.answers <= self.starts[:-1]).any()
-            or (self.answers >= self.starts[1:]).any()
-        ):
-            raise UserError(f"{path}: damaged: its examples do not fit its tokens; make it again")
         if lengths.max() > seq_len + 1:
             raise UserError(
                 f"{path}: the longest example has {lengths.max()} tokens, so --seq-len must be at least {lengths.max() - 1}"
@@ -152,9 +272,7 @@ class ExampleDataset:
         targets = np.full((len(numbers), self.seq_len), IGNORED, np.int32)
         for row, number in enumerate(numbers):
             i = self._order(number)
-            start, answer, end = self.starts[i], self.answers[i], self.starts[i + 1]
-            inputs[row, : end - 1 - start] = self.tokens[start : end - 1]
-            targets[row, answer - 1 - start : end - 1 - start] = self.tokens[answer:end]
+            example_row(self.tokens, self.starts[i], self.answers[i], self.starts[i + 1], inputs[row], targets[row])
         return inputs, targets
 
 

@@ -277,6 +277,11 @@ def to_letters(token: bytes) -> str:
     return "".join(letters[b] for b in token)
 
 
+def is_letter_of_a_byte(character: str) -> bool:
+    """Whether a character is one of GPT-2's printable letters."""
+    return character in _letter_bytes()
+
+
 def _bytes(token: str) -> bytes | None:
     """The bytes that a token's printable letters stand for, or None."""
     numbers = _letter_bytes()

@@ -344,6 +344,8 @@ def companions(tokenizer: AnyTokenizer, stops: Iterable[int] = ()) -> dict[str, 
     stops: further ids at which generation ends, beside the tokenizer's own.
     """
     every = stop_ids(tokenizer, stops)
+    if isinstance(tokenizer, HfTokenizer):
+        return tokenizer.folder.files_with_stops(every)
     if tokenizer.folder is not None:
         return tokenizer.folder.files_with_stops(every)
     generation = {"bos_token_id": tokenizer.end_of_text, "eos_token_id": every[0] if len(every) == 1 else every}

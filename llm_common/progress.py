@@ -79,6 +79,11 @@ class TrainingProgress:
         elif event == "resume":
             self.console.print(f"going on from {row['checkpoint']}, after step {row['step']}", markup=False)
             self._bar.update(self._task, completed=row["step"])
+        elif event == "extend":
+            self.console.print(
+                f"extended from {row['from']} to {row['total_steps']} steps: the learning rate follows the new total from step "
+                f"{row['step']} on, the moments are kept"
+            )
         elif event == "evaluation":
             self.evaluations.append(row)
             bits = f"  {row['bits_per_byte']:.4f} bits per byte" if "bits_per_byte" in row else ""

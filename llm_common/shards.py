@@ -1,7 +1,7 @@
 """Token data of any size: shards of encoded documents, and a manifest that says what they are.
 
-    FOLDER/train/manifest.json    dtype, counts, the tokenizer's hash, and of each shard its size and sha256
-    FOLDER/train/00000.npy        the ids of some documents, each followed by the end-of-text token
+    FOLDER/train/manifest.json    dtype, counts, the rule and the tokenizer's hash, and of each shard its size and sha256
+    FOLDER/train/00000.npy        the ids of some documents, as `sequences.DocumentEncoder` makes them
     FOLDER/validation/...         the documents held out, chosen by the hash of their text
 
 Documents are taken in parts of about `part_size` characters; a part becomes one shard of each side, written by one of several
@@ -21,10 +21,12 @@ from typing import Any
 
 import numpy as np
 
-from llm_common.errors import UserError, read_json, write_whole
+from llm_common.errors import UserError, has_its_checksum, read_json, with_checksum, write_whole
 from llm_common.hf_tokenizer import AnyTokenizer, open_tokenizer
+from llm_common.processes import end_with_parent
+from llm_common.sequences import AUTO, DocumentEncoder
 
-FORMAT = 1
+FORMAT = 2  # 1: nothing before a document, and no checksum of the manifest
 MANIFEST = "manifest.json"
 PART = 16 << 20  # characters
 SIDES = ("train", "validation")
@@ -48,13 +50,18 @@ def prepare(
     validation: float = 0.0,
     processes: int = 1,
     part_size: int = PART,
+    document_end: str = AUTO,
+    parse_special: bool = False,
 ) -> dict[str, dict[str, Any]]:
     """Encode documents to shards in a folder; returns the manifests of "train" and, with a share held out, "validation".
 
-    Raises UserError for a folder with other data, for no documents, and for a side that would be empty.
+    document_end, parse_special: as for `DocumentEncoder`. Raises UserError for a folder with other data, for no documents, and
+    for a side that would be empty.
     """
-    tokenizer = open_tokenizer(tokenizer_path)
-    plan = {"format": FORMAT, "tokenizer": tokenizer.fingerprint(), "validation": validation, "part_size": part_size}
+    settings = (tokenizer_path, document_end, parse_special)
+    encoder = _encoder(*settings)
+    made_by = {key: x for key, x in encoder.describe().items() if key != "document_ends_inside"}
+    plan = {"format": FORMAT, **made_by, "validation": validation, "part_size": part_size}
     records, parts = folder / "parts", _parts(documents, part_size)
     if any((folder / side / MANIFEST).exists() for side in SIDES):
         raise UserError(f"{folder}: holds finished data already; remove it, or give another --out")
@@ -62,10 +69,12 @@ def prepare(
         raise UserError(
             f"{folder}: was begun with another tokenizer or other settings; remove it, or give another --out"
         )
+    for leftover in folder.glob("*/.*.npy.*"):  # of processes that were killed
+        leftover.unlink(missing_ok=True)
     write_whole(records / "plan.json", json.dumps(plan).encode())
     done: list[dict[str, Any]] = []
     context = multiprocessing.get_context("spawn")
-    with concurrent.futures.ProcessPoolExecutor(processes, context, _open, (tokenizer_path,)) as pool:
+    with concurrent.futures.ProcessPoolExecutor(processes, context, _open, settings) as pool:
         waiting: dict[int, concurrent.futures.Future[dict[str, Any]]] = {}
         for number, part in enumerate(parts):
             digest = _digest(part)
@@ -79,7 +88,7 @@ def prepare(
         done += [_result(future) for future in waiting.values()]
     if not done:
         raise UserError("the corpus is empty: nothing to write")
-    return _finish(folder, sorted(done, key=lambda record: record["number"]), tokenizer, validation)
+    return _finish(folder, sorted(done, key=lambda record: record["number"]), encoder, validation)
 
 
 def _result(future: concurrent.futures.Future[dict[str, Any]]) -> dict[str, Any]:
@@ -92,7 +101,7 @@ def _result(future: concurrent.futures.Future[dict[str, Any]]) -> dict[str, Any]
 
 
 def _finish(
-    folder: Path, records: list[dict[str, Any]], tokenizer: AnyTokenizer, validation: float
+    folder: Path, records: list[dict[str, Any]], encoder: DocumentEncoder, validation: float
 ) -> dict[str, dict[str, Any]]:
     manifests = {}
     for side in SIDES[: 2 if validation else 1]:
@@ -101,16 +110,18 @@ def _finish(
             raise UserError(f"--validation {validation}: of so few documents none is left for {side}")
         manifests[side] = {
             "format": FORMAT,
-            "dtype": np.dtype(id_dtype(tokenizer)).name,
-            "vocab_size": tokenizer.vocab_size,
-            "tokenizer": tokenizer.fingerprint(),
-            **{key: sum(shard[key] for shard in shards) for key in ("tokens", "documents", "bytes")},
+            "dtype": np.dtype(id_dtype(encoder.tokenizer)).name,
+            **encoder.describe(),
+            **{
+                key: sum(shard[key] for shard in shards)
+                for key in ("tokens", "documents", "bytes", "document_ends_inside")
+            },
             "shards": shards,
         }
     for side, manifest in manifests.items():
         for partial in (folder / side).glob(".*.npy.*"):  # of a process that was killed
             partial.unlink()
-        write_whole(folder / side / MANIFEST, (json.dumps(manifest, indent=1) + "\n").encode())
+        write_whole(folder / side / MANIFEST, (json.dumps(with_checksum(manifest), indent=1) + "\n").encode())
     shutil.rmtree(folder / "parts")
     return manifests
 
@@ -148,29 +159,34 @@ def _record(folder: Path, number: int, digest: str) -> dict[str, Any] | None:
     return record
 
 
-_tokenizer: AnyTokenizer | None = None  # of a worker
+_worker: DocumentEncoder | None = None  # of a worker
 
 
-def _open(path: Path) -> None:
-    global _tokenizer
-    _tokenizer = open_tokenizer(path)
+def _encoder(path: Path, document_end: str, parse_special: bool) -> DocumentEncoder:
+    return DocumentEncoder(open_tokenizer(path), document_end, parse_special)
+
+
+def _open(*settings: Any) -> None:
+    global _worker
+    end_with_parent()
+    _worker = _encoder(*settings)
 
 
 def _encode_part(part: list[str], number: int, digest: str, folder: Path, validation: float) -> dict[str, Any]:
-    assert _tokenizer is not None
+    assert _worker is not None
     record: dict[str, Any] = {"number": number, "digest": digest}
     held_out = [bool(validation) and is_held_out(document, validation) for document in part]
     for side, wanted in zip(SIDES, (False, True), strict=True):
         texts = [document for document, out in zip(part, held_out, strict=True) if out is wanted]
         if texts:
-            record[side] = _write_shard(folder / side / f"{number:05}.npy", texts, _tokenizer)
+            record[side] = _write_shard(folder / side / f"{number:05}.npy", texts, _worker)
     write_whole(folder / "parts" / f"{number:05}.json", json.dumps(record).encode())
     return record
 
 
-def _write_shard(path: Path, texts: list[str], tokenizer: AnyTokenizer) -> dict[str, Any]:
-    end = [] if tokenizer.end_of_text is None else [tokenizer.end_of_text]
-    ids = np.concatenate([np.array(tokenizer.encode(text) + end, id_dtype(tokenizer)) for text in texts])
+def _write_shard(path: Path, texts: list[str], encoder: DocumentEncoder) -> dict[str, Any]:
+    encoder.ends_inside = 0
+    ids = np.concatenate([np.array(encoder(text), id_dtype(encoder.tokenizer)) for text in texts])
     file = io.BytesIO()
     np.save(file, ids, allow_pickle=False)
     content = file.getvalue()
@@ -181,6 +197,7 @@ def _write_shard(path: Path, texts: list[str], tokenizer: AnyTokenizer) -> dict[
         "largest": int(ids.max(initial=0)),
         "documents": len(texts),
         "bytes": sum(len(text.encode("utf-8", "replace")) for text in texts),
+        "document_ends_inside": encoder.ends_inside,
         "size": len(content),
         "sha256": hashlib.sha256(content).hexdigest(),
     }
@@ -218,7 +235,14 @@ class ShardedTokens:
         self.manifest, self.folder = read_json(manifest), manifest.parent
         try:
             if self.manifest["format"] != FORMAT:
-                raise UserError(f"{manifest}: format {self.manifest['format']!r}, but this version reads {FORMAT}")
+                raise UserError(
+                    f"{manifest}: format {self.manifest['format']!r}, but this version reads {FORMAT}; "
+                    "make it again with scripts/prepare_data.py"
+                )
+            if not has_its_checksum(self.manifest):
+                raise UserError(
+                    f"{manifest}: damaged (its checksum is not that of its content); make it again with scripts/prepare_data.py"
+                )
             self.shards, self.dtype = self.manifest["shards"], np.dtype(self.manifest["dtype"])
             self.starts = np.cumsum([0, *(shard["tokens"] for shard in self.shards)])
             self._largest = max(shard["largest"] for shard in self.shards)
@@ -265,5 +289,14 @@ class ShardedTokens:
         if i not in self._open:
             if len(self._open) >= 256:  # files held open
                 self._open.clear()
-            self._open[i] = np.load(self.folder / self.shards[i]["file"], mmap_mode="r", allow_pickle=False)
+            path = self.folder / self.shards[i]["file"]
+            try:
+                array = np.load(path, mmap_mode="r", allow_pickle=False)
+            except (ValueError, EOFError, OSError, TypeError, SyntaxError, RecursionError, MemoryError) as error:
+                raise UserError(
+                    f"{path}: not a shard of tokens ({type(error).__name__}); run scripts/prepare_data.py again"
+                ) from None
+            if array.dtype != self.dtype or array.shape != (self.shards[i]["tokens"],):
+                raise UserError(f"{path}: holds {array.dtype} {array.shape}, not what the manifest says")
+            self._open[i] = array
         return self._open[i]

@@ -207,5 +207,10 @@ class TokenizerFolder:
 
 def special_in(text: str, tokens: tuple[str, ...]) -> str | None:
     """The first of some special tokens that is written out in a text, or None."""
-    found = re.search("|".join(map(re.escape, sorted(tokens, key=len, reverse=True))), text) if tokens else None
+    found = _finder(tokens).search(text) if tokens else None
     return found.group() if found else None
+
+
+@functools.lru_cache(maxsize=16)
+def _finder(tokens: tuple[str, ...]) -> re.Pattern[str]:
+    return re.compile("|".join(map(re.escape, sorted(tokens, key=len, reverse=True))))

@@ -174,12 +174,13 @@ def _check_parts(s: Settings) -> Iterator[Row]:
 
 def _check_documents(s: Settings) -> Iterator[Row]:
     """Several documents in a row of the batch: one at the very start that is its end alone, two ends together, one at the end."""
-    weights, separator = random_weights(s.cfg, s.seed), 1
+    weights, separator = random_weights(s.cfg, s.seed), (1, 2)
     ids, targets = random_batch(s.cfg, s.seed, s.batch, s.length)
-    ids[ids == separator] = 0
+    ids[np.isin(ids, separator)] = 0
     t = ids.shape[1]
     for row, places in enumerate(([0, t // 2], [t // 3, t // 3 + 1], [t - 1], [])[: len(ids)]):
-        ids[row, [i for i in places if i < t]] = separator
+        for number, i in enumerate(i for i in places if i < t):
+            ids[row, i] = separator[number % 2]
     exact = spec.loss_and_grads(weights, ids, targets, s.cfg, separator=separator)
     logits = {"logits": spec.forward(weights, ids, s.cfg, separator=separator)[0]}
     for item, fields in (("documents apart", {}), ("documents apart, remat", {"remat": "full"})):

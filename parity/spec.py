@@ -72,13 +72,13 @@ def attention_weights(q, k, window=None, documents=None):
 
 
 def documents_of(ids, separator):
-    """For every token (B, T) the number of its document and its position there. A document ends with the separator."""
+    """For every token (B, T) the number of its document and its position there. A document ends with the separator, or one of several."""
     documents, positions = np.zeros(ids.shape, int), np.zeros(ids.shape, int)
     for row, tokens in enumerate(ids):
         document = position = 0
         for i, token in enumerate(tokens):
             documents[row, i], positions[row, i] = document, position
-            document, position = (document + 1, 0) if token == separator else (document, position + 1)
+            document, position = (document + 1, 0) if token in np.atleast_1d(separator) else (document, position + 1)
     return documents, positions
 
 

@@ -42,7 +42,7 @@ class TorchSide:
         """float32 products in full precision."""
         return matmul_precision("bfloat16" if self.tf32 else self.dtype)
 
-    def variant(self, remat: str = "none", separator: int | None = None) -> "TorchSide":
+    def variant(self, remat: str = "none", separator: int | tuple[int, ...] | None = None) -> "TorchSide":
         """The same with another `remat` or `separator`."""
         other = TorchSide(self.cfg, self.dtype, str(self.device), self.attention)
         other.remat, other.separator = remat, separator

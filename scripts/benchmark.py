@@ -125,6 +125,8 @@ def check(args: argparse.Namespace) -> None:
         if getattr(args, name) and args.what not in ("train", "decode"):
             raise UserError(f"{args.what} takes no --{name}")
     check_peers(args, cfg)
+    if isinstance(train.document_separator, tuple):
+        raise UserError("--document-separator: one id is enough to measure with")
     if (train.document_separator or 0) >= cfg.vocab_size:
         raise UserError(f"--document-separator {train.document_separator}: the vocabulary has {cfg.vocab_size} ids")
     at_least_one(args, "groups", "steps", "warm_up", "prompt_length", "new_tokens")

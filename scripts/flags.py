@@ -16,9 +16,12 @@ from typing import Any
 from llm_common.budget import GIB, keep_freed_memory, memory_per_step
 from llm_common.config import ModelConfig, TrainConfig
 from llm_common.corpus import Corpus
-from llm_common.errors import UserError, import_side
+from llm_common.errors import UserError, import_side, read_small
 from llm_common.hosts import Hosts
 from llm_common.sharding import MeshConfig
+
+
+LARGEST_TOML = 1 << 20  # bytes
 
 
 def make_parser(doc: str | None) -> argparse.ArgumentParser:
@@ -71,9 +74,12 @@ def _read_toml(parser: argparse.ArgumentParser, path: Path) -> dict[str, Any]:
     if path.suffix == ".json":
         raise UserError(f"--config {path}: a TOML file is expected; a model's config.json goes to --model-config")
     try:
-        content = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError) as error:
-        raise UserError(f"{path}: not TOML ({error})") from None
+        content = tomllib.loads(read_small(path, most=LARGEST_TOML).decode("utf-8-sig"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError, ValueError) as error:
+        if isinstance(error, UserError):
+            raise
+        reason = "nested too deeply" if isinstance(error, RecursionError) else str(error)[:200]
+        raise UserError(f"{path}: not TOML ({reason})") from None
     actions = {action.dest: action for action in parser._actions if action.dest not in ("help", "config")}
     values: dict[str, Any] = {}
     for key, value in content.items():
@@ -98,6 +104,12 @@ def _toml_value(path: Path, action: argparse.Action, value: Any) -> Any:
         if not all(isinstance(x, str) for x in items):
             raise wrong
         return [action.type(x) if callable(action.type) else x for x in items]
+    if isinstance(value, list) and value and all(isinstance(x, int) and not isinstance(x, bool) for x in value):
+        value = ",".join(map(str, value))
+        try:
+            return action.type(value) if callable(action.type) else value
+        except (ValueError, TypeError):
+            raise wrong from None
     if isinstance(value, bool) or not isinstance(value, (str, int, float)):
         raise wrong
     try:
@@ -198,12 +210,14 @@ def only_the_first_prints(hosts: Hosts) -> None:
 
 
 def _parser_of(hint: Any) -> typing.Callable[[str], Any]:
-    if isinstance(hint, types.UnionType):  # float | None
-        (inner,) = (x for x in typing.get_args(hint) if x is not types.NoneType)
+    if isinstance(hint, types.UnionType):  # float | None, int | tuple[int, ...] | None
+        inner, *several = (x for x in typing.get_args(hint) if x is not types.NoneType)
 
         def parse(text: str) -> Any:
-            return None if text.lower() == "none" else inner(text)
+            if text.lower() == "none":
+                return None
+            return tuple(inner(part) for part in text.split(",")) if several and "," in text else inner(text)
 
-        parse.__name__ = f"{inner.__name__} or none"
+        parse.__name__ = f"{inner.__name__}{', several with commas between,' if several else ''} or none"
         return parse
     return hint

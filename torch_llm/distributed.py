@@ -166,7 +166,7 @@ def cut_model(
     compute_dtype: torch.dtype,
     device: torch.device | str,
     remat: str = "none",
-    separator: int | None = None,
+    separator: int | tuple[int, ...] | None = None,
 ) -> tuple[CausalLM, dict[str, nn.Parameter]]:
     """A model cut over a mesh, its weights in `dtype` still to be filled in, and this device's parts of them by canonical name."""
     with torch.device("meta"):

@@ -4,6 +4,7 @@ B batch, T positions.
 """
 
 import contextlib
+import math
 from collections.abc import Iterator
 from functools import partial
 
@@ -12,13 +13,14 @@ from torch import Tensor
 from torch.func import functional_call
 
 from llm_common.config import ModelConfig, TrainConfig
+from llm_common.errors import UserError
 from llm_common.evaluation import EvaluateLoss, Evaluation
 from llm_common.tensors import Tensors
 from torch_llm.attention import resolve_backend
 from torch_llm.checkpoint import from_canonical
 from torch_llm.loss import cross_entropy_sum
 from torch_llm.model import CausalLM, empty_model
-from torch_llm.train import cast, matmul_precision, select_device
+from torch_llm.train import cast, first_not_finite, matmul_precision, select_device
 
 
 def batch_loss(model: CausalLM, weights: dict[str, Tensor], inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
@@ -33,9 +35,12 @@ def evaluate(model: CausalLM, compute_dtype: str, evaluation: Evaluation) -> tup
     device, weights = model.model.norm.weight.device, cast(model, getattr(torch, compute_dtype))
     with matmul_precision(compute_dtype):
         for inputs, targets in evaluation.batches():
-            batch = (torch.tensor(x, device=device).long() for x in (inputs, targets))
-            loss, n = batch_loss(model, weights, *batch)
+            ids, labels = (torch.tensor(x, device=device).long() for x in (inputs, targets))
+            loss, n = batch_loss(model, weights, ids, labels)
             total, count = total + float(loss), count + int(n)
+            if not math.isfinite(total):
+                why = first_not_finite(model, ids, labels, getattr(torch, compute_dtype))
+                raise UserError(f"the loss is not finite: {why}")
     return total, count
 
 

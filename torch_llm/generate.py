@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from llm_common.config import ModelConfig, SamplingConfig
+from llm_common.errors import UserError
 from llm_common.tensors import FUSED, Tensors, bucket, check_prompts
 from torch_llm import random_bits
 from torch_llm.attention import resolve_backend
@@ -29,7 +30,7 @@ from torch_llm.kv_cache import KVCache
 from torch_llm.layers import Linear, upcast
 from torch_llm.model import CausalLM, empty_model
 from torch_llm.sampling import sample
-from torch_llm.train import matmul_precision, select_device, to_host_later
+from torch_llm.train import matmul_precision, select_device, to_host_later, watch_outputs
 
 CHUNK = 16  # tokens drawn between two looks of the host at the texts
 CAPTURED_PROMPTS = 2**14  # tokens of prompts up to which a GPU would wait for the host, step by step
@@ -66,16 +67,17 @@ def decode_step(
     sampling: SamplingConfig,
     lengths: Tensor | None = None,
 ) -> Tensor:
-    """Feed tokens (B, T) at the cache's next positions and draw the token that follows: ids (B,).
+    """Feed tokens (B, T) at the cache's next positions and draw the token that follows: ids (B,), -1 where the logits are not finite.
 
     lengths (B,): how many of the T tokens are each text's own, if they are padded.
     """
     t = tokens.shape[1]
     last = torch.full_like(cache.length, t - 1) if lengths is None else lengths - 1
     length = cache.length + last + 1
-    logits = model(tokens, cache, last)
+    logits = model(tokens.clamp(min=0), cache, last)
     cache.set_length(length)
-    return sample(logits[:, 0], sampling, key, numbers, cache.length)
+    drawn = sample(logits[:, 0], sampling, key, numbers, cache.length)
+    return torch.where(torch.isfinite(logits[:, 0].amax(-1)), drawn, -1)
 
 
 class CapturedSteps:
@@ -205,6 +207,8 @@ def generate_stream(
         for row, ids in enumerate(drawn.tolist()):
             for token in ids:
                 done[row] = done[row] or token in eos_ids
+                if token < 0 and not done[row]:
+                    raise UserError(why_not_finite(model, [*padded[row, : lengths[row]], *texts[row]]))
                 if not done[row]:
                     new[row].append(token)
                     texts[row].append(token)
@@ -212,6 +216,14 @@ def generate_stream(
         yield new
         if all(done) or total == max_new_tokens:
             return
+
+
+@torch.no_grad()
+def why_not_finite(model: CausalLM, ids: Sequence[int]) -> str:
+    """Which module's output is the first that is not finite for the ids of a text; for people."""
+    inputs = torch.tensor([[int(i) for i in ids]], device=model.model.norm.weight.device)
+    _, found = watch_outputs(model, lambda: model(inputs))
+    return f"the logits after {len(ids)} tokens are not finite: {found or 'only with a cache'}; try another --compute-dtype"
 
 
 def generate(

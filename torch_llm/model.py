@@ -57,7 +57,11 @@ class Transformer(nn.Module):
     """Embedding, L decoder layers and the final norm: token ids (B, T) to hidden states (B, T, D)."""
 
     def __init__(
-        self, cfg: ModelConfig, backend: str = "reference", remat: str = "none", separator: int | None = None
+        self,
+        cfg: ModelConfig,
+        backend: str = "reference",
+        remat: str = "none",
+        separator: int | tuple[int, ...] | None = None,
     ) -> None:
         super().__init__()
         self.cfg, self.backend, self.remat = cfg, backend, remat
@@ -103,7 +107,11 @@ class CausalLM(nn.Module):
     """
 
     def __init__(
-        self, cfg: ModelConfig, backend: str = "reference", remat: str = "none", separator: int | None = None
+        self,
+        cfg: ModelConfig,
+        backend: str = "reference",
+        remat: str = "none",
+        separator: int | tuple[int, ...] | None = None,
     ) -> None:
         super().__init__()
         self.cfg = cfg
@@ -137,7 +145,7 @@ def empty_model(
     dtype: torch.dtype,
     device: torch.device | str,
     remat: str = "none",
-    separator: int | None = None,
+    separator: int | tuple[int, ...] | None = None,
 ) -> CausalLM:
     """A model made directly on its device, its weights still to be filled in."""
     with torch.device("meta"):

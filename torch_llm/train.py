@@ -342,16 +342,13 @@ def to_host_later(x: Tensor) -> Callable[[], Tensor]:
     return wait
 
 
-@torch.no_grad()
-def first_not_finite(model: CausalLM, inputs: Tensor, targets: Tensor, compute_dtype: torch.dtype) -> str:
-    """Which tensor is the first that is not finite: a weight, else a module's output in the order in which they are computed,
-    else the loss, else a gradient in the order of the backward pass. For people; runs the model once more, uncompiled.
-    """
-    finite = lambda x: bool(torch.isfinite(x).all())
-    weights, names, found = cast(model, compute_dtype), list(tensor_shapes(model.cfg)), []
-    for name in names:
-        if not finite(weights[name]):
-            return f"the weight {name} is the first tensor that is not finite"
+def finite(x: Tensor) -> bool:
+    return bool(torch.isfinite(x).all())
+
+
+def watch_outputs(model: CausalLM, forward: Callable[[], Tensor]) -> tuple[Tensor, str]:
+    """What a forward pass gives, and which module's output is the first in it that is not finite, for people ("": none)."""
+    found: list[str] = []
 
     def look(name: str):
         def hook(module, args, out):
@@ -362,12 +359,25 @@ def first_not_finite(model: CausalLM, inputs: Tensor, targets: Tensor, compute_d
 
     hooks = [module.register_forward_hook(look(name)) for name, module in model.named_modules()]
     try:
-        logits = functional_call(model, weights, (inputs,))
+        logits = forward()
     finally:
         for hook in hooks:
             hook.remove()
+    return logits, f"the output of {found[0]} is the first tensor that is not finite" if found else ""
+
+
+@torch.no_grad()
+def first_not_finite(model: CausalLM, inputs: Tensor, targets: Tensor, compute_dtype: torch.dtype) -> str:
+    """Which tensor is the first that is not finite: a weight, else a module's output in the order in which they are computed,
+    else the loss, else a gradient in the order of the backward pass. For people; runs the model once more, uncompiled.
+    """
+    weights, names = cast(model, compute_dtype), list(tensor_shapes(model.cfg))
+    for name in names:
+        if not finite(weights[name]):
+            return f"the weight {name} is the first tensor that is not finite"
+    logits, found = watch_outputs(model, lambda: functional_call(model, weights, (inputs,)))
     if found:
-        return f"the output of {found[0]} is the first tensor that is not finite; all weights are finite"
+        return f"{found}; all weights are finite"
     if not finite(cross_entropy(logits, targets)):
         return "the loss is the first tensor that is not finite; all logits are finite"
     with torch.enable_grad():

@@ -131,8 +131,8 @@ def test_only_step_folders_are_checkpoints(tmp_path):
 def test_a_newer_format_is_refused(tmp_path):
     folder = save_checkpoint(tmp_path, CFG, make_state(1), {})
     state = json.loads((folder / "state.json").read_text())
-    (folder / "state.json").write_text(json.dumps({**state, "format": 2}))
-    with pytest.raises(UserError, match="format 2, but this version reads 1"):
+    (folder / "state.json").write_text(json.dumps({**state, "format": 3}))
+    with pytest.raises(UserError, match="format 3, but this version reads 2 and older"):
         load_checkpoint(folder)
 
 

@@ -25,7 +25,7 @@ from llm_common.checkpoint import (
     save_checkpoint,
 )
 from llm_common.config import OptimizerConfig, RunConfig, TrainConfig, preset
-from llm_common.errors import UserError
+from llm_common.errors import UserError, with_checksum
 from llm_common.evaluation import Evaluation
 from llm_common.run import Run
 from llm_common.run_log import RunLog, read_log
@@ -312,7 +312,7 @@ def test_a_state_file_that_lies_is_refused(tmp_path):
         ({**good, "files": {**good["files"], "config.json": 3}}, "'config.json' is not the entry"),
     ]
     for content, words in lies:
-        (folder / "state.json").write_text(json.dumps(content))
+        (folder / "state.json").write_text(json.dumps(with_checksum(content)))
         with pytest.raises(UserError, match=words):
             load_checkpoint(folder)
     (folder / "state.json").write_text("[" * 100_000)

@@ -1,0 +1,99 @@
+"""How documents become sequences of tokens: what stands before a text, and what ends a document, a turn and a generated text.
+
+One rule for every program. A document is the ids that the tokenizer puts before a text (a beginning of text, where the model has
+one), its own ids, and the id that ends a document. Data files carry the rule's number.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+from llm_common.errors import UserError
+from llm_common.hf_tokenizer import AnyTokenizer
+from llm_common.words import clean
+
+RULE = 2  # 1: nothing before a document, and a chat model's end of turn after it
+AUTO = "auto"  # the token is found from the tokenizer's files
+
+
+def resolve_token(tokenizer: AnyTokenizer, text: str, flag: str) -> int | None:
+    """The id of a token given as its text, as its id, or as "none". Raises UserError if there is no such token."""
+    if text.lower() == "none":
+        return None
+    found = tokenizer.token_id(text)
+    if found is None and text.isdecimal() and int(text) < tokenizer.vocab_size:
+        found = int(text)
+    if found is None:
+        known = ", ".join(list(tokenizer.special_tokens)[:12]) or "none"
+        raise UserError(f"{flag} {text}: the tokenizer has no such token; its special tokens: {known}")
+    return found
+
+
+class DocumentEncoder:
+    """Turns documents into ids: prefix, text, end.
+
+    end: the token that ends a document, by its text or id; "auto": the one that the tokenizer's files name; "none": none.
+    parse_special: whether special tokens written out in a text are those tokens; as a rule text is data, and they are text.
+    Raises UserError if the files name no end: documents would run together without a word.
+    """
+
+    def __init__(self, tokenizer: AnyTokenizer, end: str = AUTO, parse_special: bool = False) -> None:
+        self.tokenizer, self.parse_special = tokenizer, parse_special
+        self.prefix = list(tokenizer.prefix_ids)
+        self.end = tokenizer.end_of_text if end == AUTO else resolve_token(tokenizer, end, "--document-end")
+        if end == AUTO and self.end is None:
+            known = ", ".join(list(tokenizer.special_tokens)[:12])
+            raise UserError(
+                "the tokenizer names no token that ends a document: give one with --document-end TOKEN"
+                + (f" (it has {known})" if known else "")
+                + ", or --document-end none to let documents run into each other"
+            )
+        self.ends_inside = 0  # how often the end stood within a document, where it would cut it
+
+    def __call__(self, text: str) -> list[int]:
+        ids = self.tokenizer.encode(text, self.parse_special)
+        if self.end is None:
+            return self.prefix + ids
+        self.ends_inside += ids.count(self.end)
+        return [*self.prefix, *ids, self.end]
+
+    def describe(self) -> dict[str, Any]:
+        """What a data file records of how it was made."""
+        return {
+            "rule": RULE,
+            "tokenizer": self.tokenizer.fingerprint(),
+            "vocab_size": self.tokenizer.vocab_size,
+            "prefix": self.prefix,
+            "document_end": self.end,
+            "document_ends_inside": self.ends_inside,
+            "special_tokens_in_text": self.parse_special,
+        }
+
+
+def answer_encoder(
+    tokenizer: AnyTokenizer, end: str = AUTO, parse_special: bool = False
+) -> Callable[[str, str], tuple[list[int], list[int]]]:
+    """A function of a prompt and its answer: the ids of both, tokenized as one text, and divided where the answer begins.
+
+    A token that has characters of both belongs to the answer. end: the token that ends an answer, as for `DocumentEncoder`.
+    """
+    last = tokenizer.turn_end if end == AUTO else resolve_token(tokenizer, end, "--turn-end")
+    if end == AUTO and last is None:
+        raise UserError(
+            "the tokenizer names no token that ends an answer: give one with --turn-end TOKEN, or --turn-end none for a model "
+            "that never ends"
+        )
+    ends = [] if last is None else [last]
+
+    def encode(prompt: str, answer: str) -> tuple[list[int], list[int]]:
+        prompt, answer = clean(prompt), clean(answer)
+        head, tail = split_ids(tokenizer, prompt + answer, len(prompt), parse_special)
+        return tokenizer.prefix_ids + head, tail + ends
+
+    return encode
+
+
+def split_ids(tokenizer: AnyTokenizer, text: str, at: int, parse_special: bool = True) -> tuple[list[int], list[int]]:
+    """The ids of a text, those whose characters all lie before `at` apart from the others."""
+    ids, ends = tokenizer.encode_with_ends(text, parse_special)
+    n = next((i for i, end in enumerate(ends) if end > at), len(ids))
+    return ids[:n], ids[n:]
