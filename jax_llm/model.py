@@ -23,7 +23,7 @@ from jax_llm.documents import inside_documents
 from jax_llm.kv_cache import KVCache, LayerCache
 from jax_llm.layers import MLP, DType, Embedding, Linear, RMSNorm, upcast
 from jax_llm.rope import rotary_table
-from llm_common.config import ModelConfig, check_length
+from llm_common.config import ModelConfig, Separator, check_length
 from llm_common.tensors import init_constant, init_range, tensor_shapes
 
 Params = Any  # a tree of arrays
@@ -63,7 +63,7 @@ class Transformer(nn.Module):
     scan_layers: bool = False
     param_dtype: DType = jnp.float32
     remat: str = "none"
-    separator: int | tuple[int, ...] | None = None
+    separator: Separator = None
 
     def setup(self) -> None:
         cfg = self.cfg
@@ -126,7 +126,7 @@ class CausalLM(nn.Module):
     scan_layers: bool = False
     param_dtype: DType = jnp.float32
     remat: str = "none"
-    separator: int | tuple[int, ...] | None = None  # the id that ends a document, if none may see another
+    separator: Separator = None  # the id that ends a document, if none may see another
 
     def setup(self) -> None:
         self.model = Transformer(self.cfg, self.backend, self.scan_layers, self.param_dtype, self.remat, self.separator)

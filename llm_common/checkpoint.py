@@ -13,33 +13,33 @@ The folder is written under a temporary name and renamed when it is complete, so
 checkpoint as it was. There is no pickle anywhere. The folder is also one that transformers loads.
 """
 
-import hashlib
 import itertools
-import json
 import math
 import os
 import re
 import shutil
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from llm_common.config import ModelConfig, OptimizerConfig, TrainConfig
-from llm_common.data import Dataset
+from llm_common.config import ModelConfig
 from llm_common.errors import (
     Damaged,
     UserError,
-    canonical_json,
     has_its_checksum,
+    json_bytes,
     notice,
     read_json,
+    sha256_of,
     with_checksum,
 )
 from llm_common.hf_tokenizer import FILES, AnyTokenizer, companions, token_ids
 from llm_common.hosts import ONE_HOST, Hosts
+from llm_common.model_folder import CONFIG_FILE, check_model_folder, open_weights
+from llm_common.run_settings import COMPARED, check_resumable, differences, trained_ends
 from llm_common.tensor_files import (
     MODEL_FILE,
     TensorFiles,
@@ -53,17 +53,12 @@ from llm_common.tensor_files import (
 )
 from llm_common.tensors import ReadOnDemand, Tensors, check_tensors, tensor_shapes
 from llm_common.tokenizer import FILE_NAME
+from llm_common.tokenizer_folder import TokenizerFolder
 
 FORMAT = 2  # 1, which is read too, has no checksum of state.json itself
 READ_FORMATS = (1, 2)
 ASIDE = ".old"  # with a leading dot, the name of a checkpoint that is about to be replaced
-CONFIG_FILE, OPTIMIZER_FILE, STATE_FILE = "config.json", "optimizer.safetensors", "state.json"
-# Settings of TrainConfig that change no result, or only its rounding: a run may go on with others.
-COMPARED = ("train", "optimizer", "data", "initial")  # parts of the settings that make a run the run that it is
-MAY_CHANGE = (
-    *("attention_backend", "max_skipped_steps", "gradient_accumulation_steps", "loss_chunks"),
-    *("remat", "compile", "scan_layers", "deterministic"),
-)
+OPTIMIZER_FILE, STATE_FILE = "optimizer.safetensors", "state.json"
 
 
 @dataclass
@@ -164,7 +159,7 @@ def _write_tensors(
                 failed = error  # raised at the end: the other hosts still ask for what is cut over this one too
         if len(plan) > 1 and hosts.index == 0:
             index = folder / f"{file}.index.json"
-            _write(index, _json(shard_index(plan, sizes)))
+            _write(index, json_bytes(shard_index(plan, sizes)))
             entries[index.name] = _entry(index)
     if failed is not None:
         raise failed
@@ -185,7 +180,7 @@ def _write_rest(
     config = (
         cfg.to_hf() | ({} if tokenizer is None else token_ids(tokenizer, ends)) | {"dtype": dtype, "torch_dtype": dtype}
     )
-    small = {CONFIG_FILE: _json(config)} | (companions(tokenizer, ends) if tokenizer is not None else {})
+    small = {CONFIG_FILE: json_bytes(config)} | (companions(tokenizer, ends) if tokenizer is not None else {})
     for name, data in small.items():
         _write(folder / name, data)
         files[name] = _entry(folder / name)
@@ -196,15 +191,8 @@ def _write_rest(
         "files": dict(sorted(files.items())),
         "settings": settings,
     }
-    _write(folder / STATE_FILE, _json(with_checksum(content)))
+    _write(folder / STATE_FILE, json_bytes(with_checksum(content)))
     sync(folder)
-
-
-def trained_ends(settings: dict[str, Any]) -> list[int]:
-    """The ids that a run's data ended documents and answers with: generation must stop there."""
-    roles = settings.get("roles")
-    found = [roles.get(name) for name in ("turn_end", "document_end")] if isinstance(roles, dict) else []
-    return [x for x in found if isinstance(x, int) and not isinstance(x, bool)]
 
 
 def _commit(partial: Path, folder: Path, settings: dict[str, Any]) -> None:
@@ -281,91 +269,15 @@ def held_out_loss(folder: Path) -> float | None:
     return loss if isinstance(loss, (int, float)) and not isinstance(loss, bool) and math.isfinite(loss) else None
 
 
-def load_config(folder: Path) -> ModelConfig:
-    """The model config of a checkpoint or of a Hugging Face folder."""
-    return ModelConfig.from_file(folder / CONFIG_FILE)
-
-
 def load_weights(folder: Path) -> tuple[ModelConfig, TensorFiles]:
     """Config and weights alone, read when they are asked for: of a training checkpoint, whose sha256 are checked, those of its
     tokenizer among them, or of a Hugging Face folder, in one file or in shards. Raises UserError, which says what it is, for
     anything else.
     """
     if (folder / STATE_FILE).is_file():
-        return _open_weights(folder, _read_state(folder, optimizer=False)["files"])
+        return open_weights(folder, _read_state(folder, optimizer=False)["files"])
     check_model_folder(folder)
-    return _open_weights(folder)
-
-
-def check_model_folder(path: Path) -> None:
-    """Raise UserError for what is no folder with a config and safetensors, saying what it is and how to go on."""
-    what = _what_it_is(path)
-    if what is not None:
-        raise UserError(f"{path}: {what}")
-
-
-def _what_it_is(path: Path) -> str | None:
-    wanted = "a folder with config.json and model.safetensors is needed"
-    if not path.exists():
-        if re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)):
-            return (
-                f"no such folder. If it is the name of a model on the Hugging Face hub, fetch it first: "
-                f"hf download {path} --local-dir {path.name}, and give that folder"
-            )
-        return f"no such folder; {wanted}"
-    if path.is_file():
-        known = {
-            ".safetensors": "one file of weights; give the folder that it lies in, with its config.json",
-            ".gguf": "a GGUF file, of llama.cpp; transformers reads it (from_pretrained(folder, gguf_file=...)), then save_pretrained",
-            ".json": "a file; give the folder that it lies in",
-            ".npz": "an archive of arrays; save the weights as safetensors, under Hugging Face's names",
-        }
-        if path.suffix in (".bin", ".pt", ".pth", ".ckpt", ".pkl"):
-            return "a pickle, which can run code and is not read; save the model with transformers as safetensors"
-        return known.get(path.suffix, f"a file; {wanted}")
-    names = {entry.name for entry in path.iterdir()}
-    weights = MODEL_FILE in names or f"{MODEL_FILE}.index.json" in names
-    if "adapter_config.json" in names and not weights:
-        return (
-            "a PEFT adapter (LoRA), which changes another model's weights; merge it first: "
-            "AutoPeftModelForCausalLM.from_pretrained(folder).merge_and_unload().save_pretrained(merged)"
-        )
-    if ".metadata" in names or any(name.endswith(".distcp") for name in names):
-        return "a checkpoint of torch's DCP; scripts/convert_checkpoint.py --from-dcp makes one of this program of it"
-    if "_CHECKPOINT_METADATA" in names or "manifest.ocdbt" in names:
-        return "an Orbax checkpoint; scripts/convert_checkpoint.py --from-orbax makes one of this program of it"
-    if any(name.endswith(".gguf") for name in names) and not any(name.endswith(".safetensors") for name in names):
-        return "holds a GGUF file, of llama.cpp; transformers reads it (gguf_file=...), then save_pretrained"
-    if CONFIG_FILE not in names:
-        if "refs" in names and "snapshots" in names:
-            return f"a folder of the hub's cache; give the one inside it: {next((path / 'snapshots').glob('*'), path)}"
-        return f"has no {CONFIG_FILE}; {wanted}"
-    if not weights:
-        others = sorted(
-            name for name in names if name.endswith((".bin", ".pt", ".pth", ".h5", ".msgpack", ".safetensors"))
-        )
-        if others and others[0].endswith(".safetensors"):
-            return f"has {others[0]}, but neither {MODEL_FILE} nor its index; name the file of all weights {MODEL_FILE}"
-        if others:
-            return (
-                f"has {others[0]}, which can run code and is not read; save the model with transformers as safetensors"
-            )
-        return f"has a {CONFIG_FILE} but no weights; {wanted}"
-    return None
-
-
-def _open_weights(folder: Path, listed: Collection[str] | None = None) -> tuple[ModelConfig, TensorFiles]:
-    cfg = load_config(folder)
-    weights = open_model_files(folder, listed=listed)
-    for name in [name for name in weights if name.endswith("rotary_emb.inv_freq")]:
-        weights.without(name)  # old files hold this table, which follows from the config
-    if cfg.tie_word_embeddings and "lm_head.weight" in weights and "model.embed_tokens.weight" in weights:
-        head, embedding = weights["lm_head.weight"], weights["model.embed_tokens.weight"]
-        if not np.array_equal(head, embedding):
-            raise UserError(f"{folder}: lm_head.weight differs from the embedding, but the config ties the two")
-        weights.without("lm_head.weight")
-    check_tensors(cfg, weights, str(folder))
-    return cfg, weights
+    return open_weights(folder)
 
 
 def load_checkpoint(
@@ -377,7 +289,7 @@ def load_checkpoint(
     `cfg` given, of another model.
     """
     content = _read_state(folder, verify=verify)
-    saved_cfg, weights = _open_weights(folder, content["files"])
+    saved_cfg, weights = open_weights(folder, content["files"])
     if cfg is not None and cfg != saved_cfg:
         saved, asked = asdict(saved_cfg), asdict(cfg)
         differing = [
@@ -394,6 +306,12 @@ def load_checkpoint(
     mu, nu = moments
     state = TrainingState(weights, mu, nu, content["step"], content["adam_count"])
     return saved_cfg, state, content["settings"]
+
+
+def stops_of(folder: Path) -> list[int]:
+    """The ids at which text of a model is to end, as its folder says: the configs, and what its data ended with."""
+    found = TokenizerFolder(folder).ids_of("eos_token_id") + trained_ends(read_settings(folder))
+    return list(dict.fromkeys(found))
 
 
 def read_settings(folder: Path) -> dict[str, Any]:
@@ -448,60 +366,12 @@ def _read_state(folder: Path, optimizer: bool = True, verify: bool = True) -> di
         if path.is_symlink():
             raise Damaged(f"{path}: a link; a checkpoint holds its own files")
         check_plain_file(path)
-        if path.stat().st_size != expected["size"] or (verify and _sha256(path) != expected["sha256"]):
+        if path.stat().st_size != expected["size"] or (verify and sha256_of(path) != expected["sha256"]):
             raise Damaged(f"{path}: damaged (its sha256 is not the recorded one); use an earlier checkpoint")
     for name in (FILE_NAME, *FILES):
         if name not in files and (folder / name).exists():
             raise Damaged(f"{folder / name}: no file of this checkpoint, but one that would count; remove it")
     return content
-
-
-def run_settings(
-    train: TrainConfig, opt: OptimizerConfig, dataset: Dataset, tokenizer: AnyTokenizer | None = None
-) -> dict[str, Any]:
-    """What a checkpoint records of its run, as JSON. Raises UserError if the dataset was made for other settings."""
-    data = dataset.fingerprint()
-    for field in ("seq_len", "batch_size", "seed"):
-        if data.get(field, getattr(train, field)) != getattr(train, field):
-            raise UserError(
-                f"the dataset has {field} = {data[field]}, but TrainConfig.{field} = {getattr(train, field)}"
-            )
-    if tokenizer is not None:
-        data["tokenizer"] = tokenizer.fingerprint()
-    return {"train": asdict(train), "optimizer": asdict(opt), "data": data}
-
-
-def differences(saved: dict[str, Any], asked: dict[str, Any]) -> list[str]:
-    """The settings that make two runs different, each in words: the framework, what `MAY_CHANGE` lists, and how many steps there are
-    to be in all, do not.
-    """
-    found = []
-    for part in COMPARED:
-        before = saved.get(part)
-        for key, value in json.loads(canonical_json(asked.get(part, {}))).items():
-            old = before.get(key) if isinstance(before, dict) else None
-            if old != value and key not in MAY_CHANGE and key != "total_steps":
-                found.append(f"{part}.{key} = {old!r} here, {value!r} asked for")
-    return found
-
-
-def total_steps(settings: dict[str, Any]) -> Any:
-    """How many steps a run is to have, as its settings say."""
-    optimizer = settings.get("optimizer")
-    return optimizer.get("total_steps") if isinstance(optimizer, dict) else None
-
-
-def check_resumable(folder: Path, saved: dict[str, Any], asked: dict[str, Any]) -> None:
-    """Raise UserError, naming every differing field, unless a run may go on from the checkpoint `folder`.
-
-    What `differences` lists would silently be another run. More steps extend a run; fewer would not be what it was.
-    """
-    differing = differences(saved, asked)
-    old, new = (total_steps(x) for x in (saved, asked))
-    if isinstance(old, int) and isinstance(new, int) and new < old:
-        differing.append(f"optimizer.total_steps = {old} here, {new} asked for: a run may become longer, not shorter")
-    if differing:
-        raise UserError(f"{folder}: the run was started with other settings: {'; '.join(differing)}; use another --out")
 
 
 def load_resumable(
@@ -521,19 +391,10 @@ def load_resumable(
     return folder, state, saved_settings
 
 
-def _json(content: dict[str, Any]) -> bytes:
-    return (json.dumps(content, indent=2) + "\n").encode()
-
-
 def _entry(path: Path) -> dict[str, Any]:
-    return {"size": path.stat().st_size, "sha256": _sha256(path)}
+    return {"size": path.stat().st_size, "sha256": sha256_of(path)}
 
 
 def _write(path: Path, content: bytes) -> None:
     path.write_bytes(content)
     sync(path)
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -5,16 +5,17 @@ the environment: scripts do that. A wrong value raises `UserError` with the fiel
 """
 
 import dataclasses
-import math
 from pathlib import Path
 from typing import Any
 
+from llm_common.checks import check, from_dict, is_finite, is_int
 from llm_common.errors import UserError, read_json
 
 DTYPES = ("float32", "bfloat16", "float64")
 MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
 REMAT = ("none", "dots", "full")
 COMPILE = ("auto", "on", "off")
+Separator = int | tuple[int, ...] | None  # the id, or one of several, that ends a document, if none may see another
 ATTENTION_BACKENDS = ("auto", "reference", "fused", "splash")  # splash: a TPU's kernel, JAX only
 # Beyond every model that exists. A config of more is a mistake or malice, and is refused before anything is counted or allocated.
 LIMITS = {
@@ -30,37 +31,6 @@ LARGEST_HEAD = 1 << 14
 LARGEST_TABLE = 1 << 27  # numbers in the rotary table: 1 GiB in float64, a million positions of 128 channels
 
 
-def _check(ok: bool, config: Any, field: str, rule: str) -> None:
-    if not ok:
-        value = repr(getattr(config, field))
-        value = value if len(value) <= 200 else f"{value[:200]}..."
-        raise UserError(f"{type(config).__name__}.{field} = {value}: {rule}")
-
-
-def _is_int(value: Any, low: int) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= low
-
-
-def _is_finite(value: Any) -> bool:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        return False
-    try:
-        return math.isfinite(value)
-    except OverflowError:  # an integer that no float holds
-        return False
-
-
-def _from_dict(cls, values: dict[str, Any]):
-    known = {f.name for f in dataclasses.fields(cls)}
-    unknown = sorted(set(values) - known)
-    if unknown:
-        raise UserError(f"{cls.__name__}: unknown key {unknown[0]!r}; known keys: {', '.join(sorted(known))}")
-    missing = [f.name for f in dataclasses.fields(cls) if f.default is dataclasses.MISSING and f.name not in values]
-    if missing:
-        raise UserError(f"{cls.__name__}: missing key {missing[0]!r}")
-    return cls(**values)
-
-
 @dataclasses.dataclass(frozen=True)
 class RopeScaling:
     """Llama 3's stretching of the slow rotary frequencies; the names are those of Hugging Face's `rope_type: llama3`."""
@@ -73,11 +43,11 @@ class RopeScaling:
     def __post_init__(self) -> None:
         for field in ("factor", "low_freq_factor", "high_freq_factor"):
             value = getattr(self, field)
-            _check(_is_finite(value) and value > 0, self, field, "must be a positive number")
+            check(is_finite(value) and value > 0, self, field, "must be a positive number")
         low = self.low_freq_factor
-        _check(self.high_freq_factor > low, self, "high_freq_factor", f"must exceed low_freq_factor = {low}")
+        check(self.high_freq_factor > low, self, "high_freq_factor", f"must exceed low_freq_factor = {low}")
         length = self.original_max_position_embeddings
-        _check(_is_int(length, 1), self, "original_max_position_embeddings", "must be an integer of at least 1")
+        check(is_int(length, 1), self, "original_max_position_embeddings", "must be an integer of at least 1")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,50 +75,50 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         for field, limit in LIMITS.items():
-            _check(_is_int(getattr(self, field), 1), self, field, "must be an integer of at least 1")
-            _check(getattr(self, field) <= limit, self, field, f"must be at most {limit:,}")
-        _check(_is_int(self.head_dim, 0), self, "head_dim", "must be an even integer (0 means hidden_size / heads)")
+            check(is_int(getattr(self, field), 1), self, field, "must be an integer of at least 1")
+            check(getattr(self, field) <= limit, self, field, f"must be at most {limit:,}")
+        check(is_int(self.head_dim, 0), self, "head_dim", "must be an even integer (0 means hidden_size / heads)")
         if self.head_dim == 0:
             heads = self.num_attention_heads
-            _check(
+            check(
                 self.hidden_size % heads == 0,
                 self,
                 "hidden_size",
                 f"must be divisible by num_attention_heads = {heads}, or set head_dim",
             )
             object.__setattr__(self, "head_dim", self.hidden_size // heads)
-        _check(self.head_dim % 2 == 0, self, "head_dim", "must be even: RoPE rotates pairs")
-        _check(self.head_dim <= LARGEST_HEAD, self, "head_dim", f"must be at most {LARGEST_HEAD:,}")
-        _check(
+        check(self.head_dim % 2 == 0, self, "head_dim", "must be even: RoPE rotates pairs")
+        check(self.head_dim <= LARGEST_HEAD, self, "head_dim", f"must be at most {LARGEST_HEAD:,}")
+        check(
             self.max_position_embeddings * self.head_dim <= LARGEST_TABLE,
             self,
             "max_position_embeddings",
             f"the rotary table of so many positions would take more than {LARGEST_TABLE >> 27} GiB; lower it to the length "
             "that you use",
         )
-        _check(
+        check(
             self.num_attention_heads % self.num_key_value_heads == 0,
             self,
             "num_key_value_heads",
             f"must divide num_attention_heads = {self.num_attention_heads}",
         )
-        _check(_is_finite(self.rope_theta) and self.rope_theta > 0, self, "rope_theta", "must be a positive number")
-        _check(_is_finite(self.rms_norm_eps) and self.rms_norm_eps > 0, self, "rms_norm_eps", "must be positive")
-        _check(isinstance(self.tie_word_embeddings, bool), self, "tie_word_embeddings", "must be true or false")
-        _check(self.model_type in MODEL_TYPES, self, "model_type", f"must be one of {', '.join(MODEL_TYPES)}")
+        check(is_finite(self.rope_theta) and self.rope_theta > 0, self, "rope_theta", "must be a positive number")
+        check(is_finite(self.rms_norm_eps) and self.rms_norm_eps > 0, self, "rms_norm_eps", "must be positive")
+        check(isinstance(self.tie_word_embeddings, bool), self, "tie_word_embeddings", "must be true or false")
+        check(self.model_type in MODEL_TYPES, self, "model_type", f"must be one of {', '.join(MODEL_TYPES)}")
         scaling = self.rope_scaling
-        _check(
+        check(
             scaling is None or isinstance(scaling, RopeScaling), self, "rope_scaling", "must be a RopeScaling or None"
         )
         window = self.sliding_window
-        _check(window is None or _is_int(window, 1), self, "sliding_window", "must be an integer of at least 1 or None")
-        _check(
+        check(window is None or is_int(window, 1), self, "sliding_window", "must be an integer of at least 1 or None")
+        check(
             window is None or self.model_type == "mistral", self, "sliding_window", "only model_type 'mistral' has one"
         )
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "ModelConfig":
-        return _from_dict(cls, values)
+        return from_dict(cls, values)
 
     @property
     def qkv_bias(self) -> bool:
@@ -214,25 +184,25 @@ class OptimizerConfig:
     def __post_init__(self) -> None:
         for field in ("lr_max", "lr_min", "weight_decay"):
             value = getattr(self, field)
-            _check(_is_finite(value) and value >= 0, self, field, "must be a finite number of at least 0")
-        _check(self.lr_min <= self.lr_max, self, "lr_min", f"must not exceed lr_max = {self.lr_max}")
-        _check(_is_int(self.warmup_steps, 0), self, "warmup_steps", "must be an integer of at least 0")
-        _check(
-            _is_int(self.total_steps, 1) and self.total_steps > self.warmup_steps,
+            check(is_finite(value) and value >= 0, self, field, "must be a finite number of at least 0")
+        check(self.lr_min <= self.lr_max, self, "lr_min", f"must not exceed lr_max = {self.lr_max}")
+        check(is_int(self.warmup_steps, 0), self, "warmup_steps", "must be an integer of at least 0")
+        check(
+            is_int(self.total_steps, 1) and self.total_steps > self.warmup_steps,
             self,
             "total_steps",
             f"must be an integer larger than warmup_steps = {self.warmup_steps}",
         )
         for field in ("beta1", "beta2"):
             value = getattr(self, field)
-            _check(_is_finite(value) and 0 <= value < 1, self, field, "must lie in [0, 1)")
-        _check(_is_finite(self.eps) and self.eps > 0, self, "eps", "must be positive")
+            check(is_finite(value) and 0 <= value < 1, self, field, "must lie in [0, 1)")
+        check(is_finite(self.eps) and self.eps > 0, self, "eps", "must be positive")
         norm = self.max_grad_norm
-        _check(norm is None or (_is_finite(norm) and norm > 0), self, "max_grad_norm", "must be positive or None")
+        check(norm is None or (is_finite(norm) and norm > 0), self, "max_grad_norm", "must be positive or None")
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "OptimizerConfig":
-        return _from_dict(cls, values)
+        return from_dict(cls, values)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -248,7 +218,7 @@ class TrainConfig:
     gradient_accumulation_steps: int = 1  # micro-batches that a batch is cut into: the same gradient in less memory
     loss_chunks: int = 1  # parts that the logits are made in, never all at once: less memory for about 1 % of the time
     # the id, or one of several, after which attention and positions begin anew; None: they do not
-    document_separator: int | tuple[int, ...] | None = None
+    document_separator: Separator = None
     remat: str = (
         "none"  # what the backward pass computes again: nothing, all but matrix products ("dots"), or all ("full")
     )
@@ -257,26 +227,26 @@ class TrainConfig:
     deterministic: bool = False  # on a GPU: the same bits in every run, slower; a CPU gives them anyway
 
     def __post_init__(self) -> None:
-        _check(_is_int(self.seed, 0) and self.seed < 2**32, self, "seed", "must be an integer in [0, 2^32)")
+        check(is_int(self.seed, 0) and self.seed < 2**32, self, "seed", "must be an integer in [0, 2^32)")
         for field in ("batch_size", "seq_len", "max_skipped_steps", "gradient_accumulation_steps", "loss_chunks"):
-            _check(_is_int(getattr(self, field), 1), self, field, "must be an integer of at least 1")
+            check(is_int(getattr(self, field), 1), self, field, "must be an integer of at least 1")
         batch, steps = self.batch_size, self.gradient_accumulation_steps
-        _check(batch % steps == 0, self, "gradient_accumulation_steps", f"must divide batch_size = {batch}")
-        _check(self.seq_len % self.loss_chunks == 0, self, "loss_chunks", f"must divide seq_len = {self.seq_len}")
+        check(batch % steps == 0, self, "gradient_accumulation_steps", f"must divide batch_size = {batch}")
+        check(self.seq_len % self.loss_chunks == 0, self, "loss_chunks", f"must divide seq_len = {self.seq_len}")
         separators = self.document_separator
         if isinstance(separators, (list, tuple)):  # JSON and TOML have lists; one id has one form
             separators = tuple(dict.fromkeys(separators))
             object.__setattr__(self, "document_separator", separators[0] if len(separators) == 1 else separators)
         for separator in separators if isinstance(separators, tuple) else [separators]:
             known = separator is None and separators is None
-            _check(known or _is_int(separator, 0), self, "document_separator", "must be token ids or None")
-        _check(separators != (), self, "document_separator", "must be token ids or None")
+            check(known or is_int(separator, 0), self, "document_separator", "must be token ids or None")
+        check(separators != (), self, "document_separator", "must be token ids or None")
         for field, known in (("remat", REMAT), ("compile", COMPILE)):
-            _check(getattr(self, field) in known, self, field, f"must be one of {', '.join(known)}")
+            check(getattr(self, field) in known, self, field, f"must be one of {', '.join(known)}")
         for field in ("scan_layers", "deterministic"):
-            _check(isinstance(getattr(self, field), bool), self, field, "must be true or false")
-        _check(self.compute_dtype in DTYPES, self, "compute_dtype", f"must be one of {', '.join(DTYPES)}")
-        _check(
+            check(isinstance(getattr(self, field), bool), self, field, "must be true or false")
+        check(self.compute_dtype in DTYPES, self, "compute_dtype", f"must be one of {', '.join(DTYPES)}")
+        check(
             self.attention_backend in ATTENTION_BACKENDS,
             self,
             "attention_backend",
@@ -285,7 +255,7 @@ class TrainConfig:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "TrainConfig":
-        return _from_dict(cls, values)
+        return from_dict(cls, values)
 
     @property
     def master_dtype(self) -> str:
@@ -308,17 +278,15 @@ class RunConfig:
     def __post_init__(self) -> None:
         for field in ("save_every", "eval_every", "eval_batches"):
             value = getattr(self, field)
-            _check(value is None or _is_int(value, 1), self, field, "must be an integer of at least 1 or none")
+            check(value is None or is_int(value, 1), self, field, "must be an integer of at least 1 or none")
         minutes = self.save_minutes
-        _check(
-            minutes is None or (_is_finite(minutes) and minutes > 0), self, "save_minutes", "must be positive or none"
-        )
+        check(minutes is None or (is_finite(minutes) and minutes > 0), self, "save_minutes", "must be positive or none")
         for field, low in (("keep_last", 0), ("keep_best", 0), ("log_every", 1)):
-            _check(_is_int(getattr(self, field), low), self, field, f"must be an integer of at least {low}")
+            check(is_int(getattr(self, field), low), self, field, f"must be an integer of at least {low}")
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "RunConfig":
-        return _from_dict(cls, values)
+        return from_dict(cls, values)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -332,20 +300,20 @@ class SamplingConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        _check(
-            _is_finite(self.temperature) and (self.temperature == 0 or self.temperature >= 1e-6),
+        check(
+            is_finite(self.temperature) and (self.temperature == 0 or self.temperature >= 1e-6),
             self,
             "temperature",
             "must be 0 (greedy) or a finite number of at least 1e-6",
         )
-        _check(_is_int(self.top_k, 0), self, "top_k", "must be an integer of at least 0 (0 is off)")
-        _check(_is_finite(self.top_p) and 0 < self.top_p <= 1, self, "top_p", "must lie in (0, 1] (1 is off)")
-        _check(_is_finite(self.min_p) and 0 <= self.min_p < 1, self, "min_p", "must lie in [0, 1) (0 is off)")
-        _check(_is_int(self.seed, 0) and self.seed < 2**32, self, "seed", "must be an integer in [0, 2^32)")
+        check(is_int(self.top_k, 0), self, "top_k", "must be an integer of at least 0 (0 is off)")
+        check(is_finite(self.top_p) and 0 < self.top_p <= 1, self, "top_p", "must lie in (0, 1] (1 is off)")
+        check(is_finite(self.min_p) and 0 <= self.min_p < 1, self, "min_p", "must lie in [0, 1) (0 is off)")
+        check(is_int(self.seed, 0) and self.seed < 2**32, self, "seed", "must be an integer in [0, 2^32)")
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "SamplingConfig":
-        return _from_dict(cls, values)
+        return from_dict(cls, values)
 
 
 def check_length(cfg: ModelConfig, length: int, what: str) -> None:

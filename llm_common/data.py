@@ -7,7 +7,6 @@ frameworks see the same batches, resuming is one integer, and any number of host
 import concurrent.futures
 import hashlib
 import io
-import json
 import operator
 from collections.abc import Iterable
 from pathlib import Path
@@ -16,7 +15,15 @@ from typing import Any, Protocol
 import numpy as np
 
 from llm_common import random_bits
-from llm_common.errors import UserError, has_its_checksum, read_json, with_checksum, write_whole
+from llm_common.errors import (
+    UserError,
+    has_its_checksum,
+    json_bytes,
+    read_json,
+    sha256_of,
+    with_checksum,
+    write_whole,
+)
 from llm_common.hf_tokenizer import AnyTokenizer
 from llm_common.sequences import RULE, DocumentEncoder
 from llm_common.shards import ShardedTokens, find_manifest, id_dtype
@@ -26,13 +33,14 @@ NOT_AN_ARRAY = (ValueError, EOFError, OSError, TypeError, SyntaxError, Recursion
 ORDER = 0x6F726465  # folded into the seed's key for the order of the windows: initial weights have keys of their own
 
 
-def write_tokens(path: Path, documents: Iterable[str], encoder: DocumentEncoder) -> dict[str, Any]:
+def write_tokens(path: Path, documents: Iterable[str], encoder: DocumentEncoder | AnyTokenizer) -> dict[str, Any]:
     """Encode documents to a `.npy` file with a `.json` beside it. Returns the description that the `.json` holds.
 
-    The smallest unsigned dtype that fits the vocabulary is used.
+    encoder: or the tokenizer of one with its defaults. The smallest unsigned dtype that fits the vocabulary is used.
     """
     if path.suffix != ".npy":
         raise UserError(f"{path}: a token file must end in .npy")
+    encoder = encoder if isinstance(encoder, DocumentEncoder) else DocumentEncoder(encoder)
     dtype, n_documents, n_bytes = id_dtype(encoder.tokenizer), 0, 0
     parts: list[np.ndarray] = []
     for document in documents:
@@ -58,7 +66,7 @@ def write_described(path: Path, content: bytes, description: dict[str, Any]) -> 
     described = with_checksum(
         {**description, "file": path.name, "size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
     )
-    write_whole(waiting, (json.dumps(described, indent=2) + "\n").encode())
+    write_whole(waiting, json_bytes(described))
     write_whole(path, content)
     waiting.replace(where)
     return described
@@ -98,15 +106,10 @@ def read_description(path: Path) -> dict[str, Any]:
         if content.get("file") != path.name:
             raise UserError(f"{place}: describes {content.get('file')!r}, not {path.name}; give the two other names")
         found = found or content
-        if path.stat().st_size == content["size"] and _sha256(path) == content["sha256"]:
+        if path.stat().st_size == content["size"] and sha256_of(path) == content["sha256"]:
             return content
     assert found is not None
     raise UserError(f"{path}: damaged (its sha256 is not the one that {where.name} says); {again}")
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def check_data(path: Path | str, tokenizer: AnyTokenizer | None = None) -> dict[str, Any]:

@@ -63,6 +63,17 @@ def parse_json(content: bytes, where: str, **options: Any) -> Any:
         raise UserError(f"{where}: cannot be read as JSON ({reason})") from None
 
 
+def json_bytes(content: Any) -> bytes:
+    """A JSON file for people."""
+    return (json.dumps(content, indent=2) + "\n").encode()
+
+
+def sha256_of(path: Path) -> str:
+    """The sha256 of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def canonical_json(content: Any) -> bytes:
     """The one form of some JSON, for a hash of it: keys sorted, no spaces, ASCII."""
     return json.dumps(content, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()

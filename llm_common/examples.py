@@ -18,10 +18,9 @@ from llm_common.corpus import read_records
 from llm_common.data import NOT_AN_ARRAY, Order, TokenDataset, host_rows, write_described
 from llm_common.errors import UserError
 from llm_common.hf_tokenizer import AnyTokenizer
-from llm_common.sequences import AUTO, RULE, answer_encoder, split_ids
+from llm_common.sequences import AUTO, RULE, answer_encoder, encode_conversation, resolve_token
 from llm_common.shards import id_dtype
 from llm_common.tensors import check_token_ids
-from llm_common.tokenizer_folder import special_in
 from llm_common.words import clean
 
 Example = tuple[list[int], list[int]]  # the ids of the prompt and of the answer
@@ -62,10 +61,7 @@ class ExampleReader:
             return self._plain(prompt, answer)
         whole, at = self._conversation(prompt, answer)
         self.shortened += answer.strip() not in whole[at:]
-        if self.parse_special or special_in(prompt + "\n" + answer, tuple(self.tokenizer.special_tokens)) is None:
-            head, tail = split_ids(self.tokenizer, whole, at)
-        else:
-            head, tail = self._with_special_as_text(prompt, answer)
+        head, tail = encode_conversation(self.tokenizer, self._conversation, (prompt, answer), self.parse_special)
         self.endless += not any(i in self._ending for i in tail)
         return head, tail
 
@@ -89,42 +85,10 @@ class ExampleReader:
             (i for i, letters in enumerate(zip(whole, start, other, strict=False)) if len(set(letters)) > 1), 0
         )
 
-    def _with_special_as_text(self, prompt: str, answer: str) -> Example:
-        """An example whose texts have special tokens written out, which stay text: only the template's own become ids.
-
-        The texts go into the template with a mark in each such token; where it is cut for the template's tokens they come back.
-        Raises UserError for a tokenizer that gives a text other ids when it is cut there.
-        """
-        tokens = tuple(self.tokenizer.special_tokens)
-        mark = next(c for c in map(chr, range(0xE000, 0xF8FF)) if c not in prompt + answer)
-
-        def replaced(text: str, by: Callable[[str], str]) -> str:
-            while (found := special_in(text, tokens)) is not None:
-                text = text.replace(found, by(found))
-            return text
-
-        def in_pieces(text: str) -> list[int]:
-            ids = []
-            while text:
-                found = special_in(text, tokens)
-                before, _, text = text.partition(found) if found is not None else (text, "", "")
-                ids += self.tokenizer.encode(before.replace(mark, ""), parse_special=False)
-                ids += [] if found is None else [self.tokenizer.special_tokens[found]]
-            return ids
-
-        without, _ = self._conversation(*(replaced(text, lambda found: "") for text in (prompt, answer)))
-        if min(map(len, tokens)) < 2 or in_pieces(without) != self.tokenizer.encode(without):
-            raise UserError(
-                f"{special_in(prompt + chr(10) + answer, tokens)!r} stands in a text and is a special token, which this tokenizer "
-                "cannot take as text; remove it, or pass --special-tokens-in-text to make it the token"
-            )
-        guarded = (replaced(text, lambda found: found[0] + mark + found[1:]) for text in (prompt, answer))
-        whole, at = self._conversation(*guarded)
-        return in_pieces(whole[:at]), in_pieces(whole[at:])
-
     def describe(self) -> dict[str, Any]:
         """What a data file records of how it was made."""
-        end = self.tokenizer.turn_end if self.chat or self.turn_end == AUTO else None
+        given = self.turn_end != AUTO
+        end = resolve_token(self.tokenizer, self.turn_end, "--turn-end") if given else self.tokenizer.turn_end
         return {
             "rule": RULE,
             "tokenizer": self.tokenizer.fingerprint(),

@@ -3,14 +3,24 @@
 import json
 import os
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
 
 from llm_common.config import ModelConfig
-from llm_common.errors import UserError
+from llm_common.errors import UserError, json_bytes
 from llm_common.hf_tokenizer import AnyTokenizer, companions, token_ids
-from llm_common.tensor_files import INDEX_FILE, MODEL_FILE, SHARD_BYTES, TensorFiles, plan_shards, shard_index, sync
+from llm_common.tensor_files import (
+    INDEX_FILE,
+    MODEL_FILE,
+    SHARD_BYTES,
+    TensorFiles,
+    check_finite,
+    plan_shards,
+    shard_index,
+    sync,
+)
 from llm_common.tensors import Tensors, check_tensors, tensor_shapes
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -25,10 +35,12 @@ def export(
     tokenizer: AnyTokenizer | None = None,
     dtype: str = "float32",
     shard_bytes: int = SHARD_BYTES,
+    stops: Iterable[int] = (),
 ) -> list[str]:
     """Write config.json, the weights and the tokenizer's files to a new folder; returns their names.
 
-    Written under a temporary name and renamed when complete. Raises UserError if the disk cannot take it.
+    stops: ids at which generation is to end beside the tokenizer's own. Written under a temporary name and renamed when complete.
+    Raises UserError for weights that are not finite, or are not in this dtype, and if the disk cannot take them.
     """
     check_tensors(cfg, weights, "weights")
     partial = folder.with_name(f".{folder.name}.partial")
@@ -39,13 +51,16 @@ def export(
         partial.mkdir(parents=True)
         for file, shard in plan.items():
             _write_shard(partial / file, {name: tensor_shapes(cfg)[name] for name in shard}, weights, dtype)
-        files = {} if tokenizer is None else companions(tokenizer)
+        stops = list(stops)
+        files = {} if tokenizer is None else companions(tokenizer, stops)
         config = (
-            cfg.to_hf() | ({} if tokenizer is None else token_ids(tokenizer)) | {"dtype": dtype, "torch_dtype": dtype}
+            cfg.to_hf()
+            | ({} if tokenizer is None else token_ids(tokenizer, stops))
+            | {"dtype": dtype, "torch_dtype": dtype}
         )
-        files = {"config.json": _json(config), **files}
+        files = {"config.json": json_bytes(config), **files}
         if len(plan) > 1:
-            files[INDEX_FILE] = _json(shard_index(plan, sizes))
+            files[INDEX_FILE] = json_bytes(shard_index(plan, sizes))
         for name, data in files.items():
             (partial / name).write_bytes(data)
         for path in partial.iterdir():
@@ -54,6 +69,9 @@ def export(
     except OSError as error:
         shutil.rmtree(partial, ignore_errors=True)
         raise UserError(f"{folder}: cannot be written ({error})") from None
+    except UserError:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
     return list(plan) + sorted(files)
 
 
@@ -73,18 +91,30 @@ def _write_shard(path: Path, shapes: dict[str, tuple[int, ...]], weights: Tensor
     with path.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for name in shapes:
-            file.write(_bytes(weights[name], dtype))
+            tensor = weights[name]
+            check_finite(name, tensor)
+            file.write(_bytes(name, tensor, dtype))
     TensorFiles(path)
 
 
-def _json(content: dict) -> bytes:
-    return (json.dumps(content, indent=2) + "\n").encode()
-
-
-def _bytes(x: np.ndarray, dtype: str) -> bytes:
-    """A tensor in a dtype, rounded to nearest even, little-endian."""
+def _bytes(name: str, x: np.ndarray, dtype: str) -> bytes:
+    """A tensor in a dtype, rounded to nearest even, little-endian. Raises UserError for a number that it cannot hold."""
     if dtype != "bfloat16":
-        return np.ascontiguousarray(x, np.dtype(dtype)).tobytes()
-    bits = np.ascontiguousarray(x, np.float32).view(np.uint32)
+        with np.errstate(over="ignore"):
+            stored = np.ascontiguousarray(x, np.dtype(dtype))
+        _check_range(name, x, np.isfinite(stored), dtype)
+        return stored.tobytes()
+    with np.errstate(over="ignore"):
+        bits = np.ascontiguousarray(x, np.float32).view(np.uint32)
     rounded = (bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)
-    return np.where(np.isnan(x), np.uint32(0x7FC0), rounded).astype(np.uint16).tobytes()
+    _check_range(name, x, (rounded & np.uint32(0x7F80)) != np.uint32(0x7F80), dtype)
+    return rounded.astype(np.uint16).tobytes()
+
+
+def _check_range(name: str, x: np.ndarray, holds: np.ndarray, dtype: str) -> None:
+    if not holds.all():
+        at = np.unravel_index(int((~holds).argmax()), x.shape)
+        raise UserError(
+            f"tensor {name!r}: {x[at]:g} at {[int(i) for i in at]} is not in the range of {dtype}, where it would be infinite; "
+            f"export as {'bfloat16 or ' if dtype == 'float16' else ''}float32"
+        )

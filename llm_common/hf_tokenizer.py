@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from llm_common.errors import UserError, parse_json, require_package
+from llm_common.errors import UserError, json_bytes, parse_json, require_package
 from llm_common.hf_files import SPELLINGS, read_hf_folder, to_hf_files
 from llm_common.tokenizer import FILE_NAME, Tokenizer
 from llm_common.tokenizer_folder import FILES, TokenizerFolder
@@ -349,7 +349,7 @@ def companions(tokenizer: AnyTokenizer, stops: Iterable[int] = ()) -> dict[str, 
     if tokenizer.folder is not None:
         return tokenizer.folder.files_with_stops(every)
     generation = {"bos_token_id": tokenizer.end_of_text, "eos_token_id": every[0] if len(every) == 1 else every}
-    files = {"generation_config.json": (json.dumps(generation, indent=2) + "\n").encode()} if every else {}
+    files = {"generation_config.json": json_bytes(generation)} if every else {}
     return {FILE_NAME: tokenizer.to_json().encode("utf-8"), **to_hf_files(tokenizer), **files}
 
 

@@ -18,14 +18,14 @@ from pathlib import Path
 from typing import Any
 
 from llm_common.checkpoint import (
+    STATE_FILE,
     TrainingState,
+    check_model_folder,
     latest_checkpoint,
     load_checkpoint,
     load_resumable,
     prune_checkpoints,
-    run_settings,
     save_checkpoint,
-    total_steps,
 )
 from llm_common.config import ModelConfig, OptimizerConfig, RunConfig, TrainConfig
 from llm_common.data import Dataset
@@ -34,6 +34,7 @@ from llm_common.evaluation import EvaluateLoss, Evaluation, Stopped
 from llm_common.hf_tokenizer import AnyTokenizer
 from llm_common.hosts import ONE_HOST, Hosts, text_hash
 from llm_common.run_log import RunLog, TensorBoard
+from llm_common.run_settings import run_settings, total_steps
 from llm_common.tensor_files import TensorFiles
 
 LOCK_FILE, LOG_FILE = ".lock", "log.jsonl"
@@ -323,5 +324,13 @@ def fingerprint(weights: TensorFiles) -> str:
 
 
 def newest(path: Path) -> Path:
-    """The newest checkpoint of a run's folder, or the path itself if it is a checkpoint or a model folder already."""
-    return latest_checkpoint(path) or path
+    """The newest checkpoint of a run's folder, or the path itself if it is a checkpoint or a model folder already.
+
+    Raises UserError, which says what it is, for what is none of them.
+    """
+    found = latest_checkpoint(path)
+    if found is None and path.is_dir() and (path / LOG_FILE).is_file() and not (path / "config.json").exists():
+        raise UserError(f"{path}: a run that has saved no checkpoint yet")
+    if found is None and not (path / STATE_FILE).is_file():
+        check_model_folder(path)
+    return found or path

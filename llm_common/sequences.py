@@ -4,11 +4,12 @@ One rule for every program. A document is the ids that the tokenizer puts before
 one), its own ids, and the id that ends a document. Data files carry the rule's number.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from llm_common.errors import UserError
 from llm_common.hf_tokenizer import AnyTokenizer
+from llm_common.tokenizer_folder import special_in
 from llm_common.words import clean
 
 RULE = 2  # 1: nothing before a document, and a chat model's end of turn after it
@@ -97,3 +98,42 @@ def split_ids(tokenizer: AnyTokenizer, text: str, at: int, parse_special: bool =
     ids, ends = tokenizer.encode_with_ends(text, parse_special)
     n = next((i for i, end in enumerate(ends) if end > at), len(ids))
     return ids[:n], ids[n:]
+
+
+def encode_conversation(
+    tokenizer: AnyTokenizer, render: Callable[..., tuple[str, int]], texts: Sequence[str], parse_special: bool = False
+) -> tuple[list[int], list[int]]:
+    """The ids of what `render(*texts)` writes, a conversation and a place in it, before and from that place.
+
+    The whole is tokenized, as transformers does it. A special token that one of the texts has written out stays text, unless
+    `parse_special`: the texts are then rendered with a mark in each such token, which goes when only the template's own tokens
+    have become ids. Raises UserError for a tokenizer that gives a text other ids when it is cut there.
+    """
+    tokens = tuple(tokenizer.special_tokens)
+    met = next((found for text in texts if (found := special_in(text, tokens)) is not None), None)
+    if parse_special or met is None:
+        return split_ids(tokenizer, *render(*texts))
+    mark = next(c for c in map(chr, range(0xE000, 0xF8FF)) if not any(c in text for text in texts))
+
+    def replaced(text: str, by: Callable[[str], str]) -> str:
+        while (found := special_in(text, tokens)) is not None:
+            text = text.replace(found, by(found))
+        return text
+
+    def in_pieces(text: str) -> list[int]:
+        ids = []
+        while text:
+            found = special_in(text, tokens)
+            before, _, text = text.partition(found) if found is not None else (text, "", "")
+            ids += tokenizer.encode(before.replace(mark, ""), parse_special=False)
+            ids += [] if found is None else [tokenizer.special_tokens[found]]
+        return ids
+
+    without, _ = render(*(replaced(text, lambda found: "") for text in texts))
+    if min(map(len, tokens)) < 2 or in_pieces(without) != tokenizer.encode(without):
+        raise UserError(
+            f"{met!r} stands in a text and is a special token, which this tokenizer cannot take as text here; remove it, or pass "
+            "--special-tokens-in-text to make it the token"
+        )
+    whole, at = render(*(replaced(text, lambda found: found[0] + mark + found[1:]) for text in texts))
+    return in_pieces(whole[:at]), in_pieces(whole[at:])

@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from llm_common.errors import UserError, has_its_checksum, read_json, with_checksum, write_whole
+from llm_common.errors import UserError, has_its_checksum, read_json, sha256_of, with_checksum, write_whole
 from llm_common.hf_tokenizer import AnyTokenizer, open_tokenizer
 from llm_common.processes import end_with_parent
 from llm_common.sequences import AUTO, DocumentEncoder
@@ -210,11 +210,7 @@ def _damage(path: Path, shard: dict[str, Any], whole: bool = False) -> str | Non
     size = path.stat().st_size
     if size != shard["size"]:
         return f"{size:,} bytes, of {shard['size']:,}"
-    if whole:
-        with path.open("rb") as file:
-            if hashlib.file_digest(file, "sha256").hexdigest() != shard["sha256"]:
-                return "another sha256 than the manifest says"
-    return None
+    return "another sha256 than the manifest says" if whole and sha256_of(path) != shard["sha256"] else None
 
 
 def find_manifest(path: Path) -> Path | None:

@@ -10,46 +10,35 @@ Sources: Sennrich et al. 2016, https://arxiv.org/abs/1508.07909; the byte-level 
 """
 
 import concurrent.futures
-import functools
 import hashlib
-import heapq
-import importlib.util
-import itertools
 import json
 import os
 import unicodedata
-from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 
+from llm_common.bpe_words import GONE, WordEncoder
 from llm_common.errors import UserError, notice, parse_json, read_small, write_whole
 from llm_common.tokenizer_folder import TokenizerFolder
 from llm_common.words import (
     BLOCK,
     PATTERNS,
-    Words,
     blocks,
     clean,
     special_finder,
     stream_blocks,
-    without_possessive,
-    write_out,
 )
 
 END_OF_TEXT = "<|endoftext|>"
 FORMAT = 1
 FILE_NAME = "bpe.json"
-NEVER = 1 << 60  # the rank of a pair that is not merged
-LONG = 256  # bytes of a word from which looking for the smallest rank in all of it takes too long
-REMEMBERED = 1 << 17  # words, of at most 64 characters
 WORTHWHILE = 1 << 20  # characters that a tokenizer has encoded before tiktoken is made ready for more
-GONE = -1
 
 
-class Tokenizer:
+class Tokenizer(WordEncoder):
     """Byte-level BPE. Ids: 0 to 255 the bytes, then the merges in order, then the special tokens.
 
     `vocab` (id -> bytes) may be given to use a foreign numbering, such as GPT-2's own files. ignore_merges: a word that is a
@@ -97,16 +86,8 @@ class Tokenizer:
         if self._lacks_bytes and folder is None:
             missing = self._byte_ids.index(GONE)
             raise UserError(f"vocabulary lacks the single byte {missing:#04x}: some text could not be encoded")
-        self._rank: dict[tuple[int, int], int] = {}
-        self._merged: list[int] = []  # by rank
-        for rank, (a, b) in enumerate(self.merges):
-            if a not in self._id or b not in self._id or a + b not in self._id:
-                raise UserError(f"merge {rank} of {a!r} and {b!r}: not all of it is in the vocabulary")
-            self._rank[self._id[a], self._id[b]] = rank
-            self._merged.append(self._id[a + b])
-        self._words = Words(PATTERNS[pattern])
+        self._prepare_words()
         self._finders = {True: special_finder(self.added), False: special_finder(self.added_tokens)}
-        self._known_words = _KnownWords(self._encode_word)
         self._encoded = 0  # characters so far
 
     def _take(self, tokens: Iterable[str]) -> dict[str, int]:
@@ -246,92 +227,6 @@ class Tokenizer:
             ids += self._tiktoken.encode_ordinary(block) if len(block) <= 2 * BLOCK else self._encode_plain(block)
         return ids
 
-    def _encode_plain(self, text: str) -> list[int]:
-        return list(itertools.chain.from_iterable(map(self._known_words.__getitem__, self._words(text))))
-
-    def _encode_word(self, word: str) -> list[int]:
-        token = word.encode("utf-8")
-        if self.ignore_merges and token in self._plain:
-            return [self._plain[token]]
-        ids = list(map(self._byte_ids.__getitem__, token))
-        if self._lacks_bytes:
-            ids = [i for i in ids if i != GONE]
-        return self._merge_short(ids) if len(ids) < LONG else self._merge_long(ids)
-
-    def _merge_short(self, ids: list[int]) -> list[int]:
-        """Replay the merges: the pair of the smallest rank, the leftmost of several, until there is none."""
-        rank_of, merged = self._rank.get, self._merged
-        ranks = list(map(rank_of, itertools.pairwise(ids), itertools.repeat(NEVER)))
-        while ranks and (rank := min(ranks)) != NEVER:
-            i = ranks.index(rank)
-            ids[i] = joined = merged[rank]
-            del ids[i + 1], ranks[i]
-            if i < len(ranks):
-                ranks[i] = rank_of((joined, ids[i + 1]), NEVER)
-            if i:
-                ranks[i - 1] = rank_of((ids[i - 1], joined), NEVER)
-        return ids
-
-    def _merge_long(self, ids: list[int]) -> list[int]:
-        """The same in a time that grows with the length alone: a linked list, and for every rank the places where it is."""
-        rank_of, merged, n = self._rank.get, self._merged, len(ids)
-        following, previous = list(range(1, n + 1)), list(range(-1, n - 1))
-        ranks = [*map(rank_of, itertools.pairwise(ids), itertools.repeat(NEVER)), NEVER]
-        places: defaultdict[int, list[int]] = defaultdict(list)
-        for i, rank in enumerate(ranks):
-            places[rank].append(i)
-        places.pop(NEVER)
-        waiting = sorted(places)  # a heap
-        while waiting:
-            rank = heapq.heappop(waiting)
-            todo, joined, smallest = sorted(places.pop(rank)), merged[rank], NEVER
-            for at, i in enumerate(todo):
-                if ranks[i] != rank:
-                    continue  # one of the two was merged with another neighbour meanwhile
-                j = following[i]
-                k, p = following[j], previous[i]
-                ids[i], ids[j], following[i], ranks[j] = joined, GONE, k, NEVER
-                ranks[i] = new = rank_of((joined, ids[k]), NEVER) if k < n else NEVER
-                if k < n:
-                    previous[k] = i
-                if new != NEVER:
-                    if new not in places:
-                        heapq.heappush(waiting, new)
-                    places[new].append(i)
-                    smallest = min(smallest, new)
-                if p >= 0:
-                    ranks[p] = new = rank_of((ids[p], joined), NEVER)
-                    if new != NEVER:
-                        if new not in places:
-                            heapq.heappush(waiting, new)
-                        places[new].append(p)
-                        smallest = min(smallest, new)
-                if smallest < rank:  # it goes first; merges that were learned never have it, foreign ones may
-                    if rank not in places:
-                        heapq.heappush(waiting, rank)
-                    places[rank] += todo[at + 1 :]
-                    break
-        return [i for i in ids if i != GONE]
-
-    @functools.cached_property
-    def _tiktoken(self) -> Any:
-        """tiktoken's encoder with our merges and pattern, or None: not installed, or it would not give the same ids."""
-        ids = [self._id[a + b] for a, b in self.merges]
-        if not self.merges or self.ignore_merges or self._lacks_bytes or importlib.util.find_spec("tiktoken") is None:
-            return None
-        # tiktoken knows no merges, only tokens: it joins two whenever they make a token, the one with the smallest id first.
-        # That is the same if ids rise with the merges and every token's bytes, merged by themselves, make that token: then
-        # wherever they stand side by side uncut, the merges inside go the same way.
-        if any(a >= b for a, b in itertools.pairwise(ids)):
-            return None
-        if any(self._merge_short([self._byte_ids[b] for b in self.vocab[i]]) != [i] for i in ids):
-            return None
-        import tiktoken
-
-        tokens = {bytes([b]): i for b, i in enumerate(self._byte_ids)} | {self.vocab[i]: i for i in ids}
-        pattern = write_out(without_possessive(PATTERNS[self.pattern]))
-        return tiktoken.Encoding(self.pattern, pat_str=pattern, mergeable_ranks=tokens, special_tokens={})
-
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
         """The bytes of some ids; a prefix of a text may end in the middle of a character."""
         try:
@@ -408,22 +303,6 @@ class Tokenizer:
             if isinstance(error, UserError):
                 raise
             raise UserError(f"{path}: not a tokenizer file ({type(error).__name__}: {error})") from error
-
-
-class _KnownWords(dict[str, tuple[int, ...]]):
-    """Word -> ids, found out when it is asked for the first time."""
-
-    def __init__(self, encode: Callable[[str], list[int]]) -> None:
-        super().__init__()
-        self._encode = encode
-
-    def __missing__(self, word: str) -> tuple[int, ...]:
-        ids = tuple(self._encode(word))
-        if len(word) <= 64:  # longer ones are rare and would only fill the memory
-            if len(self) >= REMEMBERED:
-                self.clear()
-            self[word] = ids
-        return ids
 
 
 def _place_before(end: int, normal: str, text: str) -> int:

@@ -7,13 +7,12 @@ that one name is no answer to all three questions.
 
 import functools
 import importlib.util
-import json
 import re
 from pathlib import Path
 from typing import Any
 
 from llm_common.chat_template import render_chat
-from llm_common.errors import UserError, parse_json, read_small
+from llm_common.errors import UserError, json_bytes, parse_json, read_small
 
 # What belongs to a model beside its weights and goes with it into checkpoints and exports.
 FILES = (
@@ -202,7 +201,7 @@ class TokenizerFolder:
         generation = {**self._generation, "eos_token_id": stops[0] if len(stops) == 1 else stops} if stops else None
         if generation is None or generation == self._generation:
             return self.files
-        return {**self.files, "generation_config.json": (json.dumps(generation, indent=2) + "\n").encode()}
+        return {**self.files, "generation_config.json": json_bytes(generation)}
 
 
 def special_in(text: str, tokens: tuple[str, ...]) -> str | None:

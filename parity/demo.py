@@ -11,12 +11,13 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from llm_common.bpe_trainer import train_bpe
-from llm_common.checkpoint import load_checkpoint, run_settings, save_checkpoint
+from llm_common.checkpoint import load_checkpoint, save_checkpoint
 from llm_common.config import OptimizerConfig, SamplingConfig, TrainConfig, preset
 from llm_common.corpus import documents
 from llm_common.data import TokenDataset, unigram_entropy, write_tokens
 from llm_common.errors import import_side
 from llm_common.run import Run
+from llm_common.run_settings import run_settings
 from llm_common.tokenizer import FILE_NAME, Tokenizer
 from parity.cases import start_state
 from parity.compare import JAX, TORCH, Row

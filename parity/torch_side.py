@@ -12,7 +12,7 @@ import torch
 
 import torch_llm.train
 from llm_common.checkpoint import TrainingState
-from llm_common.config import ModelConfig, OptimizerConfig, SamplingConfig, TrainConfig
+from llm_common.config import ModelConfig, OptimizerConfig, SamplingConfig, Separator, TrainConfig
 from llm_common.evaluation import Evaluation
 from llm_common.tensors import decays
 from parity.compare import Tensors
@@ -42,7 +42,7 @@ class TorchSide:
         """float32 products in full precision."""
         return matmul_precision("bfloat16" if self.tf32 else self.dtype)
 
-    def variant(self, remat: str = "none", separator: int | tuple[int, ...] | None = None) -> "TorchSide":
+    def variant(self, remat: str = "none", separator: Separator = None) -> "TorchSide":
         """The same with another `remat` or `separator`."""
         other = TorchSide(self.cfg, self.dtype, str(self.device), self.attention)
         other.remat, other.separator = remat, separator

@@ -4,26 +4,43 @@
     python scripts/evaluate.py --framework torch --checkpoint my_llama/ --text book.txt --seq-len 512
     python scripts/evaluate.py --framework torch --checkpoint runs/first --text book.txt --json
 
-The tokens are cut into windows of --seq-len, one after the other; every token of a text is predicted once, the first of each
-document from the end-of-text token before it.
+--data: held-out tokens or examples of prepare_data.py. What decides their loss is what the run was trained with (the length of a
+window, the document mask, the dtype, how many batches), unless a flag says otherwise: the loss is the one in log.jsonl.
+
+--text: every token of a document is predicted once, the first from what the tokenizer puts before a text, in windows of the model's
+positions. These are the windows of lm-eval's rolling likelihood, and so are the perplexities. lm-eval 0.4.13 puts a beginning of
+text (<s>) twice before a text and predicts one of the two, unless it is told add_bos_token=False; --count-prefix does that too.
 """
 
+import argparse
+import dataclasses
 import json
 from pathlib import Path
+from typing import Any
 
-import numpy as np
-from flags import add_mesh_flags, join, make_parser, only_the_first_prints, prepare_environment
+from flags import (
+    add_mesh_flags,
+    add_special_flag,
+    add_text_flags,
+    at_least_one,
+    join,
+    make_parser,
+    only_the_first_prints,
+    prepare_environment,
+)
 
-from llm_common.checkpoint import load_weights
-from llm_common.config import ATTENTION_BACKENDS, DTYPES, TrainConfig, check_length
-from llm_common.corpus import documents
-from llm_common.data import TokenDataset, check_tokenizer
+from llm_common.checkpoint import load_weights, read_settings
+from llm_common.config import ATTENTION_BACKENDS, DTYPES, ModelConfig, TrainConfig, check_length
+from llm_common.corpus import Corpus
+from llm_common.data import check_data, open_tokens
 from llm_common.errors import UserError, import_side, run_main
-from llm_common.evaluation import Evaluation
+from llm_common.evaluation import DocumentEvaluation, Evaluation, open_held_out
 from llm_common.hf_tokenizer import AnyTokenizer, load_tokenizer, open_tokenizer
 from llm_common.run import newest
 from llm_common.sharding import MeshConfig, check_sharded
 from llm_common.tokenizer import check_vocabulary
+
+MOST_TOKENS = 8192  # of a batch, as long as a flag does not say how many texts it has
 
 
 def main() -> None:
@@ -33,50 +50,57 @@ def main() -> None:
         "--checkpoint", type=Path, required=True, help="a run, one checkpoint, or a Hugging Face folder"
     )
     source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--text", type=Path, help="a UTF-8 file, or a folder with .txt and .md")
-    source.add_argument("--data", type=Path, help="a token file of prepare_data.py")
+    source.add_argument("--text", type=Path, help="a file of text, JSONL, JSON or CSV, or a folder with some")
+    source.add_argument("--data", type=Path, help="tokens (.npy, shards) or examples (.npz) of prepare_data.py")
     parser.add_argument("--tokenizer", type=Path, help="default: the one saved with the checkpoint")
-    parser.add_argument("--seq-len", type=int, help="default: the model's positions, at most 1024")
-    parser.add_argument("--batch-size", type=int, default=8)
-    parser.add_argument("--batches", type=int, help="evaluate only the first so many batches")
+    parser.add_argument("--seq-len", type=int, help="default: the run's for --data, the model's positions for --text")
+    parser.add_argument(
+        "--batch-size", type=int, help=f"default: the run's for --data, about {MOST_TOKENS} tokens for --text"
+    )
+    parser.add_argument(
+        "--batches", type=batches, help="only the first so many batches, or 'all' (default: as the run did)"
+    )
     parser.add_argument("--device", default="auto", help="auto, cpu, gpu or tpu")
     add_mesh_flags(parser)
-    parser.add_argument("--compute-dtype", choices=DTYPES, default="float32")
+    parser.add_argument("--compute-dtype", choices=DTYPES, help="default: the run's, else float32")
     parser.add_argument("--attention-backend", choices=ATTENTION_BACKENDS, default="auto")
+    text = parser.add_argument_group("text")
+    add_text_flags(text)
+    add_special_flag(text, default=False)
+    text.add_argument("--count-prefix", action="store_true", help="predict the beginning of text, too, from itself")
     parser.add_argument("--json", action="store_true", help="one line of JSON")
     args = parser.parse_args()
+    at_least_one(args, "seq_len", "batch_size")
+    if isinstance(args.batches, int):
+        at_least_one(args, "batches")
 
     prepare_environment(None)
     side = import_side(args.framework, "evaluate")
     folder = newest(args.checkpoint)
     cfg, weights = load_weights(folder)
+    if args.seq_len is not None:
+        check_length(cfg, args.seq_len, "--seq-len")
     tokenizer = open_tokenizer(args.tokenizer) if args.tokenizer else load_tokenizer(folder)
-    if tokenizer is None and args.text:
-        raise UserError(f"{folder} has no tokenizer: give one with --tokenizer")
-    seq_len = args.seq_len or min(1024, cfg.max_position_embeddings)
-    train = TrainConfig(
-        seq_len=seq_len,
-        batch_size=args.batch_size,
-        compute_dtype=args.compute_dtype,
-        attention_backend=args.attention_backend,
+    saved = read_settings(folder)
+    train = (
+        TrainConfig.from_dict(saved["train"]) if "train" in saved else TrainConfig(seq_len=cfg.max_position_embeddings)
     )
-    check_length(cfg, seq_len, "--seq-len")
+    if args.compute_dtype is not None:
+        train = dataclasses.replace(train, compute_dtype=args.compute_dtype)
+    evaluation = open_data(args, cfg, saved, train, tokenizer) if args.data else open_text(args, cfg, tokenizer, folder)
+    train = dataclasses.replace(
+        train,
+        seq_len=evaluation.seq_len,
+        batch_size=evaluation.batch_size,
+        attention_backend=args.attention_backend,
+        gradient_accumulation_steps=1,
+        loss_chunks=1,
+        # a text has one document in each row
+        document_separator=train.document_separator if args.data else None,
+    )
     mesh = None if args.mesh is None else MeshConfig.parse(args.mesh)
     if mesh is not None:
         check_sharded(mesh, cfg, train)
-    if args.batches is not None and args.batches < 1:
-        raise UserError(f"--batches {args.batches}: must be at least 1")
-    if args.data:
-        if tokenizer is not None:
-            check_tokenizer(args.data, tokenizer)
-        tokens = TokenDataset(args.data, 1, 1, 0).tokens
-    else:
-        assert tokenizer is not None
-        check_vocabulary(tokenizer, cfg.vocab_size)
-        tokens = text_tokens(args.text, tokenizer)
-    lengths = None if tokenizer is None else tokenizer.byte_lengths()
-    evaluation = Evaluation(tokens, seq_len, args.batch_size, lengths, args.batches)
-    evaluation.check(cfg.vocab_size, str(args.data or args.text))
     hosts = join(args.framework, args, mesh)
     only_the_first_prints(hosts)
     if mesh is None:
@@ -85,6 +109,52 @@ def main() -> None:
         opened = import_side(args.framework, "distributed").evaluator(cfg, weights, train, mesh, hosts.device)
     with opened as evaluate:
         result = evaluation.summary(*evaluate(evaluation))
+    show(args, folder, train, evaluation, result)
+
+
+def batches(text: str) -> int | str:
+    return text if text == "all" else int(text)
+
+
+def open_data(
+    args: argparse.Namespace,
+    cfg: ModelConfig,
+    saved: dict[str, Any],
+    train: TrainConfig,
+    tokenizer: AnyTokenizer | None,
+) -> Evaluation:
+    """Held-out data, cut as the run did it."""
+    check_data(args.data, tokenizer)
+    of_run = "train" in saved
+    most = saved.get("eval_batches") if args.batches is None else None if args.batches == "all" else args.batches
+    lengths = None if tokenizer is None else tokenizer.byte_lengths()
+    length = args.seq_len or (train.seq_len if of_run else None)
+    return open_held_out(
+        args.data, open_tokens, length, args.batch_size or (train.batch_size if of_run else 8), lengths, most, cfg
+    )
+
+
+def open_text(args: argparse.Namespace, cfg: ModelConfig, tokenizer: AnyTokenizer | None, folder: Path) -> Evaluation:
+    """A text's documents, as lm-eval would read them."""
+    if tokenizer is None:
+        raise UserError(f"{folder} has no tokenizer: give one with --tokenizer")
+    check_vocabulary(tokenizer, cfg.vocab_size)
+    texts = list(Corpus([args.text], args.field, args.replace_invalid, as_text=args.as_text).documents())
+    context = tokenizer.context_ids
+    first = context if args.count_prefix and tokenizer.prefix_ids else []
+    documents = [first + tokenizer.encode(text, args.special_tokens_in_text) for text in texts]
+    length = args.seq_len or cfg.max_position_embeddings
+    rows = args.batch_size or max(1, MOST_TOKENS // min(length, max(map(len, documents))))
+    n_bytes = sum(len(text.encode("utf-8", "replace")) for text in texts)
+    most = None if args.batches == "all" else args.batches
+    evaluation = DocumentEvaluation(documents, context, length, rows, n_bytes, most)
+    evaluation.check(cfg.vocab_size, str(args.text))
+    return evaluation
+
+
+def show(
+    args: argparse.Namespace, folder: Path, train: TrainConfig, evaluation: Evaluation, result: dict[str, Any]
+) -> None:
     if args.json:
         print(json.dumps({"checkpoint": str(folder), "framework": args.framework, **result}))
         return
@@ -93,15 +163,8 @@ def main() -> None:
     )
     if "bits_per_byte" in result:
         print(f"{result['bits_per_byte']:.6f} bits per byte, {result['bytes']:,} bytes")
-
-
-def text_tokens(path: Path, tokenizer: AnyTokenizer) -> np.ndarray:
-    """The ids of some documents, with an end of text, if the tokenizer has one, before each."""
-    separator = [] if tokenizer.end_of_text is None else [tokenizer.end_of_text]
-    ids: list[int] = []
-    for document in documents(path):
-        ids += separator + tokenizer.encode(document)
-    return np.array(ids, np.int32)
+    mask = "" if train.document_separator is None else ", no document sees another"
+    print(f"windows of at most {evaluation.seq_len} tokens, {train.compute_dtype}{mask}")
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from flags import make_parser
 
-from llm_common.checkpoint import load_weights
+from llm_common.checkpoint import load_weights, stops_of
 from llm_common.errors import UserError, run_main
 from llm_common.export import DTYPES, export
 from llm_common.hf_tokenizer import load_tokenizer
@@ -32,7 +32,8 @@ def main() -> None:
         raise UserError(f"--shard-gib {args.shard_gib}: must be positive")
     folder = newest(args.checkpoint)
     cfg, weights = load_weights(folder)
-    names = export(args.out, cfg, weights, load_tokenizer(folder), args.dtype, int(args.shard_gib * 2**30))
+    tokenizer, stops = load_tokenizer(folder), stops_of(folder)
+    names = export(args.out, cfg, weights, tokenizer, args.dtype, int(args.shard_gib * 2**30), stops)
     print(f"{args.out}: {', '.join(names)}")
 
 

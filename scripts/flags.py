@@ -20,7 +20,6 @@ from llm_common.errors import UserError, import_side, read_small
 from llm_common.hosts import Hosts
 from llm_common.sharding import MeshConfig
 
-
 LARGEST_TOML = 1 << 20  # bytes
 
 
@@ -163,10 +162,28 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def add_text_flags(parser: Any) -> None:
+    """How files become texts."""
+    parser.add_argument(
+        "--field", default="text", help="the field of JSONL, JSON or CSV that has the text (default: text)"
+    )
+    parser.add_argument("--replace-invalid", action="store_true", help="bytes that are not UTF-8 become U+FFFD")
+    parser.add_argument("--as-text", action="store_true", help="files are text, whatever their names and contents say")
+
+
+def add_special_flag(parser: Any, **options: Any) -> None:
+    """What special tokens written out in a text are."""
+    parser.add_argument(
+        "--special-tokens-in-text",
+        action=argparse.BooleanOptionalAction,
+        help="whether special tokens that a text has written out are those tokens, or text like any other",
+        **options,
+    )
+
+
 def add_corpus_flags(parser: argparse.ArgumentParser, processes_do: str) -> None:
     """How text is read, beside the flag that names the files; processes_do: what --processes are for."""
-    parser.add_argument("--field", default="text", help="the field of JSONL that holds the text (default: text)")
-    parser.add_argument("--replace-invalid", action="store_true", help="bytes that are not UTF-8 become U+FFFD")
+    add_text_flags(parser)
     parser.add_argument("--processes", type=int, help=f"that {processes_do} (default: as many as there are cores)")
 
 
@@ -181,7 +198,7 @@ def open_corpus(
         read += n
         show(what, read, corpus.size)
 
-    corpus = Corpus(paths, args.field, args.replace_invalid, on_bytes)
+    corpus = Corpus(paths, args.field, args.replace_invalid, on_bytes, args.as_text)
     return corpus
 
 

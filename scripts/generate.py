@@ -9,6 +9,10 @@ A text is decided by its prompt, its number among the --texts of that prompt, th
 may stand beside each other without changing one another's text. The same seed draws the same text in both frameworks, unless a
 draw lies within the margin of rounding: --framework both shows the first token where they part, and its margin.
 A prompt and --max-new-tokens together must fit the model's positions: what does not is refused, never cut.
+
+A text ends at any of the ids that the model's configs, its tokenizer and the data of its run end texts with, and at --stop-token.
+Special tokens written out in a --prompt are those tokens; within --chat, where the prompt is data, they are text, unless
+--special-tokens-in-text. Many prompts are worked on in batches, each printed when it is done.
 """
 
 import argparse
@@ -17,17 +21,30 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from flags import add_flags, add_mesh_flags, from_flags, join, make_parser, only_the_first_prints, prepare_environment
+from flags import (
+    add_flags,
+    add_mesh_flags,
+    add_special_flag,
+    at_least_one,
+    from_flags,
+    join,
+    make_parser,
+    only_the_first_prints,
+    prepare_environment,
+)
 
-from llm_common.checkpoint import load_weights
+from llm_common.budget import GIB, decode_bytes
+from llm_common.checkpoint import load_weights, stops_of
 from llm_common.config import COMPILE, DTYPES, ModelConfig, SamplingConfig
-from llm_common.errors import UserError, import_side, run_main
-from llm_common.hf_tokenizer import AnyTokenizer, HfTokenizer, load_tokenizer, open_tokenizer
+from llm_common.errors import UserError, import_side, is_out_of_memory, run_main
+from llm_common.hf_tokenizer import AnyTokenizer, load_tokenizer, open_tokenizer
 from llm_common.run import newest
+from llm_common.sequences import encode_conversation, resolve_token
 from llm_common.sharding import MeshConfig, check_mesh
 from llm_common.tensors import check_prompts
 from llm_common.text_stream import TextStream
 from llm_common.tokenizer import check_vocabulary
+from llm_common.words import clean
 
 
 def main() -> None:
@@ -39,11 +56,20 @@ def main() -> None:
     parser.add_argument("--tokenizer", type=Path, help="default: the one saved with the checkpoint")
     parser.add_argument("--prompt", action="append", help="may be repeated")
     parser.add_argument("--prompts-file", type=Path, help="more prompts, one a line")
+    parser.add_argument("--batch-size", type=int, help="texts at once (default: what a GiB of cache holds, at most 64)")
+    add_special_flag(parser, default=None)
     parser.add_argument("--chat", action="store_true", help="put each prompt into the tokenizer's chat template")
     parser.add_argument("--max-new-tokens", type=int, default=100)
     parser.add_argument("--texts", type=int, default=1, help="how many continuations of each prompt")
     parser.add_argument(
         "--stop", action="append", default=[], help="text that ends a text and is not in it; may be repeated"
+    )
+    parser.add_argument(
+        "--stop-token",
+        action="append",
+        default=[],
+        metavar="TOKEN",
+        help="a token, or its id, that ends a text; may be repeated",
     )
     parser.add_argument("--ignore-eos", action="store_true", help="go on after an end of text")
     parser.add_argument("--device", default="auto", help="auto, cpu, gpu or tpu")
@@ -60,8 +86,8 @@ def main() -> None:
 
     prepare_environment(None)
     sampling = from_flags(SamplingConfig, args)
-    if args.texts < 1:
-        raise UserError(f"--texts {args.texts}: must be at least 1")
+    at_least_one(args, "texts", "batch_size", "max_new_tokens")
+    args.stop = [clean(text) for text in args.stop]
     if "" in args.stop:
         raise UserError("--stop is empty: give at least one character")
     sides = {name: import_side(name, "generate") for name in ("jax", "torch") if args.framework in (name, "both")}
@@ -72,9 +98,11 @@ def main() -> None:
         raise UserError(f"{folder} has no tokenizer: give one with --tokenizer")
     check_vocabulary(tokenizer, cfg.vocab_size)
     prompts = read_prompts(args)
-    encoded = [encode(tokenizer, prompt, args.chat) for prompt in prompts]
+    encoded = [encode(tokenizer, prompt, args) for prompt in prompts]
     check_prompts(encoded, cfg, args.max_new_tokens)
+    stops = () if args.ignore_eos else all_stops(tokenizer, folder, args)
     rows = [(prompt, ids, n) for prompt, ids in zip(prompts, encoded, strict=True) for n in range(args.texts)]
+    most = args.batch_size or batch_size(cfg, max(map(len, encoded)) + args.max_new_tokens, args.compute_dtype)
     mesh = None if args.mesh is None else MeshConfig.parse(args.mesh)
     if mesh is not None:
         if args.framework == "both":
@@ -82,7 +110,7 @@ def main() -> None:
         check_mesh(mesh, cfg)
     hosts = join(args.framework, args, mesh)
     only_the_first_prints(hosts)
-    results = {}
+    results: dict[str, list[list[int]]] = {}
     for name, side in sides.items():
         if mesh is None:
             settings = {"compile": args.compile} if name == "torch" else {}
@@ -90,7 +118,11 @@ def main() -> None:
         else:
             opened = import_side(name, "distributed").generator(cfg, weights, mesh, hosts.device, args.compute_dtype)
         with opened as stream:
-            results[name] = write_texts(stream, rows, tokenizer, sampling, args, show=args.framework != "both")
+            results[name] = []
+            while (done := len(results[name])) < len(rows):
+                results[name] += write_texts(
+                    stream, rows[done : done + most], done, tokenizer, sampling, stops, args, alone=len(rows) == 1
+                )
     if args.framework == "both":
         compare(cfg, weights, tokenizer, rows, results, sampling, args)
 
@@ -101,30 +133,49 @@ def read_prompts(args: argparse.Namespace) -> list[str]:
         if not args.prompts_file.is_file():
             raise UserError(f"--prompts-file {args.prompts_file}: no such file")
         try:
-            prompts += [line for line in args.prompts_file.read_text(encoding="utf-8").splitlines() if line]
+            text = args.prompts_file.read_bytes().decode("utf-8-sig")
         except UnicodeDecodeError as error:
             raise UserError(f"{args.prompts_file}: not UTF-8 at byte {error.start}") from None
+        # a newline ends a prompt, and nothing else does: a prompt may hold other separators
+        prompts += [line for line in text.replace("\r\n", "\n").split("\n") if line]
     if not prompts:
         raise UserError("no prompt: give --prompt or --prompts-file")
-    return prompts
+    return [clean(prompt) for prompt in prompts]
 
 
-def encode(tokenizer: AnyTokenizer, prompt: str, chat: bool) -> list[int]:
-    if chat:
-        if not isinstance(tokenizer, HfTokenizer):
-            raise UserError("--chat needs the tokenizer of a Hugging Face folder with a chat template")
-        return tokenizer.encode(tokenizer.chat([{"role": "user", "content": prompt}], add_generation_prompt=True))
-    ids = tokenizer.encode_prompt(prompt)
+def encode(tokenizer: AnyTokenizer, prompt: str, args: argparse.Namespace) -> list[int]:
+    if args.chat:
+        render = lambda text: (tokenizer.chat([{"role": "user", "content": text}], add_generation_prompt=True), 0)
+        head, tail = encode_conversation(tokenizer, render, [prompt], bool(args.special_tokens_in_text))
+        return head + tail
+    ids = tokenizer.encode_prompt(prompt, args.special_tokens_in_text is not False)
     if not ids:
         raise UserError("--prompt is empty: give at least one character")
     return ids
 
 
-def write_texts(stream, rows, tokenizer, sampling, args: argparse.Namespace, show: bool) -> list[list[int]]:
-    """Print the texts, a single one as it grows, and return their ids."""
+def all_stops(tokenizer: AnyTokenizer, folder: Path, args: argparse.Namespace) -> tuple[int, ...]:
+    """Every id that ends a text: the tokenizer's, the configs', those of the run's data, a turn's in a chat, and those given."""
+    given = [resolve_token(tokenizer, token, "--stop-token") for token in args.stop_token]
+    turn = [tokenizer.turn_end] if args.chat else []
+    found = [*tokenizer.eos_ids, *stops_of(folder), *turn, *given]
+    return tuple(dict.fromkeys(i for i in found if i is not None))
+
+
+def batch_size(cfg: ModelConfig, positions: int, compute_dtype: str) -> int:
+    """How many texts of so many positions are worked on at once, so that their cache stays below a GiB."""
+    one = decode_bytes(cfg, 1, positions, compute_dtype) - decode_bytes(cfg, 0, positions, compute_dtype)
+    return max(1, min(64, int(GIB // one)))
+
+
+def write_texts(
+    stream, rows, first: int, tokenizer, sampling, stops, args: argparse.Namespace, alone: bool
+) -> list[list[int]]:
+    """Print a batch of texts, a single one as it grows, and return their ids. first: the number of the first one."""
     texts = [TextStream(tokenizer, args.stop, prompt_ids) for _, prompt_ids, _ in rows]
     ids: list[list[int]] = [[] for _ in rows]
-    live = show and len(rows) == 1
+    show = args.framework != "both"
+    live = show and alone
 
     def finished(row: int, so_far: list[int]) -> bool:
         out = texts[row].feed(so_far[-1:])
@@ -138,21 +189,33 @@ def write_texts(stream, rows, tokenizer, sampling, args: argparse.Namespace, sho
         [prompt_ids for _, prompt_ids, _ in rows],
         args.max_new_tokens,
         sampling,
-        () if args.ignore_eos else tokenizer.eos_ids,
+        stops,
         [number for _, _, number in rows],
         finished,
         chunk=1 if live and sys.stdout.isatty() and args.mesh is None else 16,
     )
-    for new in pieces:
-        for row, more in enumerate(new):
-            ids[row] += more
+    try:
+        for new in pieces:
+            for row, more in enumerate(new):
+                ids[row] += more
+    except UserError:
+        if live:
+            print()  # what was drawn stays on its own line
+        raise
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        raise UserError(
+            f"memory ran out with {len(rows)} texts at once, after {first} texts: take --batch-size {max(1, len(rows) // 4)}, "
+            "or fewer --max-new-tokens"
+        ) from None
     for row, (prompt, _, number) in enumerate(rows):
         rest = texts[row].feed([], last=True)
         if live:
             print(rest)
         elif show:
-            print(f"--- prompt {row // args.texts}, text {number}")
-            print((prompt if not args.chat else "") + texts[row].text)
+            print(f"--- prompt {(first + row) // args.texts}, text {number}")
+            print((prompt if not args.chat else "") + texts[row].text, flush=True)
     return ids
 
 

@@ -3,10 +3,11 @@
 python scripts/inspect_data.py --data data/tokens.npy --tokenizer data/bpe.json
 python scripts/inspect_data.py --data data/web/ --tokenizer data/bpe.json --check --out runs/data.png
 
---check reads every shard and compares its sha256 with the manifest. --out draws the lengths of the documents and the frequencies of the
-tokens; it needs matplotlib.
+Of examples (.npz) it shows prompts and answers apart. --check says that every byte is as it was written; data that is not is refused
+anyway. --out draws the lengths of the documents and the frequencies of the tokens; it needs matplotlib.
 """
 
+import argparse
 from pathlib import Path
 
 import numpy as np
@@ -14,10 +15,10 @@ from flags import at_least_one, make_parser
 from rich.console import Console
 from rich.table import Table
 
-from llm_common.data import check_tokenizer, entropy, open_tokens
+from llm_common.data import check_data, entropy, open_tokens
 from llm_common.errors import UserError, require_package, run_main
+from llm_common.examples import load_examples
 from llm_common.hf_tokenizer import AnyTokenizer, open_tokenizer
-from llm_common.progress import reading_bar
 from llm_common.shards import ShardedTokens
 
 PIECE = 1 << 24  # ids read at once
@@ -25,7 +26,9 @@ PIECE = 1 << 24  # ids read at once
 
 def main() -> None:
     parser = make_parser(__doc__)
-    parser.add_argument("--data", type=Path, default=Path("data/tokens.npy"), help="a .npy file or a folder of shards")
+    parser.add_argument(
+        "--data", type=Path, default=Path("data/tokens.npy"), help="a .npy or .npz file or a folder of shards"
+    )
     parser.add_argument("--tokenizer", type=Path, default=Path("data/bpe.json"), help="bpe.json or a folder")
     parser.add_argument("--samples", type=int, default=3, help="pieces of text that are shown")
     parser.add_argument("--sample-length", type=int, default=60, help="tokens of each")
@@ -37,18 +40,20 @@ def main() -> None:
     at_least_one(args, "samples", "sample_length", "top")
     if args.out is not None:
         require_package("matplotlib", "parity")
-    console, tokenizer, tokens = Console(), open_tokenizer(args.tokenizer), open_tokens(args.data)
-    check_tokenizer(args.data, tokenizer)
+    console, tokenizer = Console(), open_tokenizer(args.tokenizer)
+    description = check_data(args.data, tokenizer)
+    if args.check:
+        shards = description.get("shards")
+        what = f"{len(shards)} shards are" if shards is not None else f"{args.data} is"
+        console.print(f"{what} as {'the manifest' if shards is not None else 'its description'} says", markup=False)
+    if args.data.suffix == ".npz":
+        inspect_examples(console, args, tokenizer)
+        return
+    tokens = open_tokens(args.data)
     if not len(tokens):
         raise UserError(f"{args.data}: no tokens")
-    if args.check:
-        if not isinstance(tokens, ShardedTokens):
-            raise UserError(f"--check: {args.data} has no manifest; only shards do")
-        with reading_bar(console) as show:
-            done = iter(range(1, 1 + len(tokens.shards)))
-            tokens.check(lambda name: show(name, next(done), len(tokens.shards)))
-        console.print(f"{len(tokens.shards)} shards are as the manifest says")
-    counts, lengths = read(tokens, tokenizer)
+    end = description.get("document_end")
+    counts, lengths = read(tokens, end)
     if len(counts) > tokenizer.vocab_size:
         raise UserError(
             f"{args.data}: id {len(counts) - 1} is not in the tokenizer's vocabulary of {tokenizer.vocab_size}"
@@ -64,7 +69,36 @@ def main() -> None:
         console.print(f"{args.out}: lengths of documents, frequencies of tokens", markup=False)
 
 
-def read(tokens: np.ndarray | ShardedTokens, tokenizer: AnyTokenizer) -> tuple[np.ndarray, np.ndarray]:
+def inspect_examples(console: Console, args: argparse.Namespace, tokenizer: AnyTokenizer) -> None:
+    tokens, starts, answers = load_examples(args.data)
+    lengths, counts = np.diff(starts), np.bincount(tokens)
+    if len(counts) > tokenizer.vocab_size:
+        raise UserError(
+            f"{args.data}: id {len(counts) - 1} is not in the tokenizer's vocabulary of {tokenizer.vocab_size}"
+        )
+    learned = starts[1:] - answers
+    table = Table(show_header=False, box=None, pad_edge=False)
+    for name, values in (("examples", lengths), ("prompts", lengths - learned), ("answers", learned)):
+        low, middle, high = np.quantile(values, (0.05, 0.5, 0.95))
+        table.add_row(
+            name,
+            f"{middle:,.0f} tokens (median), {low:,.0f} to {high:,.0f} (9 in 10), {values.max():,} at most, "
+            f"{int(values.sum()):,} in all",
+        )
+    console.print(f"{len(lengths):,} example{'s' if len(lengths) > 1 else ''}, of which only the answers are learned")
+    console.print(table)
+    show_frequent(console, tokenizer, counts, args.top)
+    rng = np.random.default_rng(args.seed)
+    for i in sorted(rng.choice(len(lengths), min(args.samples, len(lengths)), replace=False).tolist()):
+        console.rule(f"example {i}", align="left")
+        for name, ids in (("prompt", tokens[starts[i] : answers[i]]), ("answer", tokens[answers[i] : starts[i + 1]])):
+            console.print(f"{name}: {tokenizer.decode(ids.tolist())!r}", markup=False, highlight=False)
+    if args.out is not None:
+        draw(args.out, counts, lengths)
+        console.print(f"{args.out}: lengths of examples, frequencies of tokens", markup=False)
+
+
+def read(tokens: np.ndarray | ShardedTokens, document_end: int | None) -> tuple[np.ndarray, np.ndarray]:
     """How often each id occurs, and the documents' lengths in tokens, their end included; one length if nothing ends them."""
     counts, ends = np.zeros(0, np.int64), [np.zeros(0, np.int64)]
     for start in range(0, len(tokens), PIECE):
@@ -72,8 +106,8 @@ def read(tokens: np.ndarray | ShardedTokens, tokenizer: AnyTokenizer) -> tuple[n
         found = np.bincount(ids, minlength=len(counts))
         found[: len(counts)] += counts
         counts = found
-        if tokenizer.end_of_text is not None:
-            ends.append(start + 1 + np.flatnonzero(ids == tokenizer.end_of_text))
+        if document_end is not None:
+            ends.append(start + 1 + np.flatnonzero(ids == document_end))
     at = np.unique(np.concatenate([*ends, np.array([len(tokens)])]))  # the last may end without a token for it
     return counts, np.diff(at, prepend=0)
 
@@ -105,6 +139,10 @@ def report(
     ):
         table.add_row(*row)
     console.print(table)
+    show_frequent(console, tokenizer, counts, top)
+
+
+def show_frequent(console: Console, tokenizer: AnyTokenizer, counts: np.ndarray, top: int) -> None:
     frequent = Table("id", "token", "times", "share", title="most frequent tokens", title_justify="left")
     for i in np.argsort(-counts, kind="stable")[:top].tolist():
         frequent.add_row(

@@ -6,24 +6,34 @@ python scripts/prepare_data.py --tokenizer data/bpe.json --out data/web/ --data 
 python scripts/prepare_data.py --tokenizer my_llama/ --out data/questions.npz --data questions.jsonl \\
     --prompt-field question --answer-field answer --chat --max-length 512
 
-Data: UTF-8 text in which <|endoftext|> separates documents, or JSONL, either of them also as .gz; a folder stands for its .txt,
-.md and .jsonl files. --out FILE.npy writes one file. --out FOLDER/ writes shards with a manifest, on all cores; after a kill the
-same command goes on where it stopped.
+Data: UTF-8 text in which <|endoftext|> separates documents; JSONL, JSON or CSV, of which --field is the text; any of them also as
+.gz; a folder stands for all such files in it. --out FILE.npy writes one file. --out FOLDER/ writes shards with a manifest, on all
+cores; after a kill the same command goes on where it stopped.
+
+A document becomes the tokens that the tokenizer puts before a text (<s>, <|begin_of_text|>, or none), its own, and the token that
+ends a document. An answer ends with the token that ends a turn, which chat models have apart from it; both are found in the
+tokenizer's files, or given. Special tokens written out in the text are text, unless --special-tokens-in-text.
 """
 
-from collections.abc import Iterable
+import argparse
+import itertools
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
-from flags import add_corpus_flags, at_least_one, cores, make_parser, open_corpus
+from flags import add_corpus_flags, add_special_flag, at_least_one, cores, make_parser, open_corpus
 from rich.console import Console
 
 from llm_common.data import unigram_entropy, write_tokens
-from llm_common.errors import UserError, run_main
-from llm_common.examples import read_examples, write_examples
+from llm_common.errors import UserError, notice, run_main
+from llm_common.examples import ExampleReader, read_pairs, write_examples
 from llm_common.hf_tokenizer import AnyTokenizer, open_tokenizer
 from llm_common.progress import reading_bar
+from llm_common.sequences import AUTO, DocumentEncoder
 from llm_common.shards import PART, is_held_out, prepare
+
+T = TypeVar("T")
 
 
 def main() -> None:
@@ -40,10 +50,20 @@ def main() -> None:
     parser.add_argument(
         "--validation", type=float, default=0.0, help="share of the documents to hold out, by their hash"
     )
-    examples = parser.add_argument_group("examples for fine-tuning, out of a JSONL file")
+    parser.add_argument(
+        "--document-end",
+        default=AUTO,
+        metavar="TOKEN",
+        help="what ends a document: a token, its id, none (default: auto)",
+    )
+    add_special_flag(parser, default=False)
+    examples = parser.add_argument_group("examples for fine-tuning, out of a JSONL, JSON or CSV file")
     examples.add_argument("--prompt-field", help="the field with the prompt, which is not learned")
     examples.add_argument("--answer-field", help="the field with the answer, which is")
     examples.add_argument("--chat", action="store_true", help="in the tokenizer's chat template")
+    examples.add_argument(
+        "--turn-end", default=AUTO, metavar="TOKEN", help="what ends an answer: a token, its id, none (default: auto)"
+    )
     examples.add_argument("--max-length", type=int, help="leave out examples of more tokens")
     args = parser.parse_args()
     if not 0 <= args.validation < 1:
@@ -52,38 +72,34 @@ def main() -> None:
         raise UserError(f"--max-length {args.max_length}: must be at least 2")
     tokenizer = open_tokenizer(args.tokenizer)
     if args.prompt_field or args.answer_field:
-        if not (args.prompt_field and args.answer_field and args.data):
-            raise UserError("examples need --prompt-field, --answer-field and --data with a JSONL file")
-        if len(args.data) > 1:
-            raise UserError("--data: examples are read from one JSONL file")
-        found = read_examples(args.data[0], args.prompt_field, args.answer_field, tokenizer, args.chat)
-        info = write_examples(args.out, found, tokenizer, args.max_length)
-        print(
-            f"{args.out}: {info['examples']:,} examples, {info['tokens']:,} tokens, the longest {info['longest']}; "
-            f"{info['left_out']} left out"
-        )
+        prepare_examples(args, tokenizer)
         return
+    for name in ("chat", "max_length"):
+        if getattr(args, name):
+            raise UserError(f"--{name.replace('_', '-')} is for examples: give --prompt-field and --answer-field")
     at_least_one(args, "processes", "part_size")
+    encoder = DocumentEncoder(tokenizer, args.document_end, args.special_tokens_in_text)
     with reading_bar(Console()) as show:
         corpus = open_corpus(args.data, args, show, "encoding")
         if not args.out.suffix:
             processes = args.processes or cores()
             manifests = prepare(
-                corpus.documents(), args.out, args.tokenizer, args.validation, processes, args.part_size
+                corpus.documents(),
+                args.out,
+                args.tokenizer,
+                args.validation,
+                processes,
+                args.part_size,
+                args.document_end,
+                args.special_tokens_in_text,
             )
         elif args.validation == 0:
-            write(args.out, corpus.documents(), tokenizer)
+            write(args.out, corpus.documents(), encoder)
             return
         else:
-            kept, held_out = [], []
-            for document in corpus.documents():
-                (held_out if is_held_out(document, args.validation) else kept).append(document)
-            if not kept or not held_out:
-                raise UserError(
-                    f"--validation {args.validation} of {len(kept) + len(held_out)} documents leaves one side empty"
-                )
-            write(args.out, kept, tokenizer)
-            write(args.out.with_name(f"{args.out.stem}-validation.npy"), held_out, tokenizer)
+            kept, held_out = divide(corpus.documents(), args.validation, lambda document: document)
+            write(args.out, kept, encoder)
+            write(args.out.with_name(f"{args.out.stem}-validation.npy"), held_out, encoder)
             return
     for side, m in manifests.items():
         print(
@@ -92,13 +108,55 @@ def main() -> None:
         )
 
 
-def write(path: Path, texts: Iterable[str], tokenizer: AnyTokenizer) -> None:
-    info = write_tokens(path, texts, tokenizer)
+def divide(items: Iterable[T], share: float, text: Callable[[T], str]) -> tuple[list[T], list[T]]:
+    """What is kept and what is held out, by the hash of each one's text. Raises UserError if one of them would be empty."""
+    kept, held_out = [], []
+    for item in items:
+        (held_out if is_held_out(text(item), share) else kept).append(item)
+    if not kept or not held_out:
+        raise UserError(f"--validation {share} of {len(kept) + len(held_out)} leaves one side empty")
+    return kept, held_out
+
+
+def prepare_examples(args: argparse.Namespace, tokenizer: AnyTokenizer) -> None:
+    if not (args.prompt_field and args.answer_field and args.data):
+        raise UserError("examples need --prompt-field, --answer-field and --data with a JSONL, JSON or CSV file")
+    if len(args.data) > 1:
+        raise UserError("--data: examples are read from one file")
+    pairs = read_pairs(args.data[0], args.prompt_field, args.answer_field)
+    sides = {args.out: pairs}
+    if args.validation:
+        kept, held_out = divide(pairs, args.validation, lambda pair: "\n".join(pair))
+        sides = {args.out: kept, args.out.with_name(f"{args.out.stem}-validation.npz"): held_out}
+    for path, found in sides.items():
+        reader = ExampleReader(tokenizer, args.chat, args.turn_end, args.special_tokens_in_text)
+        info = write_examples(path, itertools.starmap(reader, found), reader, args.max_length)
+        print(
+            f"{path}: {info['examples']:,} example{'s' if info['examples'] > 1 else ''}, {info['tokens']:,} tokens, the longest "
+            f"{info['longest']}; {info['left_out']} left out"
+        )
+        if reader.shortened:
+            notice(
+                f"of {reader.shortened:,} answers the chat template left something out, or wrote it otherwise; it is not learned"
+            )
+        if reader.endless:
+            notice(
+                f"after {reader.endless:,} answers no special token comes: a model that learns them does not learn to stop"
+            )
+
+
+def write(path: Path, texts: Iterable[str], encoder: DocumentEncoder) -> None:
+    info = write_tokens(path, texts, encoder)
     entropy = unigram_entropy(np.load(path, mmap_mode="r"))
     print(
         f"{path}: {info['tokens']:,} tokens of {info['documents']:,} documents, "
         f"{info['bytes'] / info['tokens']:.2f} bytes a token, unigram entropy {entropy:.3f} nats"
     )
+    if info["document_ends_inside"]:
+        notice(
+            f"{info['document_ends_inside']:,} times the token that ends a document stands inside one: train.py --document-mask "
+            "refuses this file; give another --document-end"
+        )
 
 
 if __name__ == "__main__":

@@ -9,8 +9,9 @@
     python scripts/train.py --framework jax --out runs/many --mesh data=2,fsdp=4
     torchrun --nproc-per-node 8 scripts/train.py --framework torch --out runs/many --mesh data=2,fsdp=4
 
-The same command again goes on from the newest checkpoint in --out; so does the other framework. Ctrl-C (or SIGTERM) saves and
-ends after the step; a second one ends at once. The exit code is 0 when the run ended or was stopped in this way.
+The same command again goes on from the newest checkpoint in --out; so does the other framework. A larger --total-steps extends a
+run: the learning rate follows the new total from there on, the moments are kept. Ctrl-C (or SIGTERM) saves after the step, before
+anything else, and ends; a second one ends at once. The exit code is 0 when the run ended or was stopped in this way.
 """
 
 import argparse
@@ -35,13 +36,13 @@ from rich.console import Console
 from llm_common.budget import GIB, flops_per_step, memory_advice, memory_per_step, peak_flops
 from llm_common.checkpoint import load_weights
 from llm_common.config import PRESETS, ModelConfig, OptimizerConfig, RunConfig, TrainConfig, check_length, preset
-from llm_common.data import TokenDataset, check_tokenizer
-from llm_common.errors import UserError, import_side, is_out_of_memory, run_main
-from llm_common.evaluation import Evaluation
+from llm_common.data import TokenDataset, check_data, open_tokens
+from llm_common.errors import UserError, import_side, is_out_of_memory, notice, run_main
+from llm_common.evaluation import Evaluation, open_held_out
 from llm_common.examples import open_dataset
 from llm_common.hf_tokenizer import AnyTokenizer, open_tokenizer
 from llm_common.progress import TrainingProgress
-from llm_common.run import LOG_FILE, Run
+from llm_common.run import LOG_FILE, Run, newest
 from llm_common.sharding import ONE_DEVICE, MeshConfig, check_sharded
 from llm_common.shards import find_manifest
 from llm_common.tensor_files import TensorFiles
@@ -58,10 +59,12 @@ def make_train_parser() -> argparse.ArgumentParser:
     model.add_argument("--init-from", type=Path, metavar="FOLDER", help="weights to start from: a Hugging Face folder")
     data = parser.add_argument_group("data")
     data.add_argument("--data", type=Path, default=Path("data/tokens.npy"), help="of prepare_data.py, .npy or .npz")
-    data.add_argument("--eval-data", type=Path, help="held-out tokens (default: the -validation file beside --data)")
+    data.add_argument("--eval-data", type=Path, help="held-out data (default: the -validation file beside --data)")
     data.add_argument("--tokenizer", type=Path, help="bpe.json or a folder; is saved with each checkpoint")
     data.add_argument(
-        "--document-mask", action="store_true", help="no document sees another: --document-separator is the end of text"
+        "--document-mask",
+        action="store_true",
+        help="no document sees another: --document-separator is what the data end documents with",
     )
     machine = parser.add_argument_group("machine")
     machine.add_argument("--device", default="auto", help="auto, cpu, gpu or tpu")
@@ -84,19 +87,18 @@ def main() -> None:
     keep_memory_of_a_small_step(args.device, cfg, train)
     mesh = None if args.mesh is None else MeshConfig.parse(args.mesh)
     tokenizer = open_tokenizer(args.tokenizer or args.init_from or Path("data/bpe.json"))
-    if args.document_mask:
-        if tokenizer.end_of_text is None:
-            raise UserError(
-                "--document-mask: the tokenizer has no token that ends a text; name one's id with --document-separator"
-            )
-        train = dataclasses.replace(train, document_separator=tokenizer.end_of_text)
     if mesh is not None:
         check_sharded(mesh, cfg, train)
     check_vocabulary(tokenizer, cfg.vocab_size)
     hosts = join(args.framework, args, mesh)
     side = import_side(args.framework, "train")
     description = side.describe(cfg, train, hosts.device)  # before the data, which may take long: is the device there?
-    check_tokenizer(args.data, tokenizer)
+    data = check_data(args.data, tokenizer)
+    if args.document_mask and train.document_separator is None:
+        train = dataclasses.replace(train, document_separator=separator_of(args.data, data))
+        if mesh is not None:
+            check_sharded(mesh, cfg, train)
+        description = side.describe(cfg, train, hosts.device)
     dataset = open_dataset(args.data, train.seq_len, train.batch_size, train.seed, cfg.vocab_size)
     evaluation = open_evaluation(args, cfg, train, config, tokenizer)
     console = Console(highlight=False, soft_wrap=True, quiet=hosts.index > 0)
@@ -106,7 +108,7 @@ def main() -> None:
     size = (
         f"{len(dataset.tokens):,} tokens of data"
         if isinstance(dataset, TokenDataset)
-        else f"{len(dataset.answers):,} examples"
+        else f"{len(dataset.answers):,} example{'s' if len(dataset.answers) > 1 else ''}"
     )
     held_out = "nothing held out" if evaluation is None else f"{evaluation.n_targets:,} held-out tokens"
     console.print(f"{cfg.num_parameters():,} parameters, {size}, {held_out}; log: {args.out / LOG_FILE}", markup=False)
@@ -137,6 +139,7 @@ def main() -> None:
         initial=initial,
         on_event=progress,
         hosts=hosts,
+        roles={name: data.get(name) for name in ("document_end", "turn_end")},
     )
     trainer = import_side(args.framework, "run")
     if train.deterministic and mesh is None:
@@ -163,8 +166,25 @@ def choose_model(args: argparse.Namespace) -> tuple[ModelConfig, TensorFiles | N
     if len(given) > 1:
         raise UserError(f"{' and '.join('--' + name.replace('_', '-') for name in given)}: give one of them")
     if args.init_from is not None:
+        args.init_from = newest(args.init_from)
         return load_weights(args.init_from)
     return (ModelConfig.from_file(args.model_config) if args.model_config else preset(args.preset or "demo")), None
+
+
+def separator_of(path: Path, data: dict[str, Any]) -> int | None:
+    """The id that ends a document in a file of tokens; None for examples, which are rows of their own and hide nothing."""
+    if path.suffix == ".npz":
+        notice("--document-mask: every example is a sequence of its own, in which the answer sees its question")
+        return None
+    if data.get("document_end") is None:
+        raise UserError(f"--document-mask: {path} ends no document with a token; prepare it with --document-end TOKEN")
+    if data.get("document_ends_inside"):
+        raise UserError(
+            f"--document-mask: in {path} the token that ends a document, {data['document_end']}, stands "
+            f"{data['document_ends_inside']:,} times inside one, where it would hide its beginning; prepare it with another "
+            "--document-end, or name what separates with --document-separator"
+        )
+    return data["document_end"]
 
 
 def open_evaluation(
@@ -173,13 +193,14 @@ def open_evaluation(
     path = args.eval_data
     if path is None:
         manifest = find_manifest(args.data)
-        path = args.data.with_name(f"{args.data.stem}-validation.npy")
+        path = args.data.with_name(f"{args.data.stem}-validation{args.data.suffix}")
         path = path if manifest is None else manifest.parent.with_name("validation")
         if not path.exists():
             return None
-    check_tokenizer(path, tokenizer)
-    tokens = TokenDataset(path, 1, 1, 0, cfg.vocab_size).tokens
-    return Evaluation(tokens, train.seq_len, train.batch_size, tokenizer.byte_lengths(), config.eval_batches)
+    check_data(path, tokenizer)
+    return open_held_out(
+        path, open_tokens, train.seq_len, train.batch_size, tokenizer.byte_lengths(), config.eval_batches, cfg
+    )
 
 
 def check_memory(

@@ -28,7 +28,7 @@ from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 from torch.distributed.tensor.parallel import loss_parallel
 
 from llm_common.checkpoint import TrainingState
-from llm_common.config import ModelConfig, OptimizerConfig, TrainConfig
+from llm_common.config import ModelConfig, OptimizerConfig, Separator, TrainConfig
 from llm_common.data import Dataset
 from llm_common.evaluation import EvaluateLoss, Evaluation
 from llm_common.sharding import AXES, MeshConfig, axis_cut_by, check_devices, check_mesh, check_sharded, shard_of
@@ -166,7 +166,7 @@ def cut_model(
     compute_dtype: torch.dtype,
     device: torch.device | str,
     remat: str = "none",
-    separator: int | tuple[int, ...] | None = None,
+    separator: Separator = None,
 ) -> tuple[CausalLM, dict[str, nn.Parameter]]:
     """A model cut over a mesh, its weights in `dtype` still to be filled in, and this device's parts of them by canonical name."""
     with torch.device("meta"):

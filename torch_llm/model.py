@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
-from llm_common.config import ModelConfig, check_length
+from llm_common.config import ModelConfig, Separator, check_length
 from llm_common.tensors import init_constant, init_range, tensor_shapes
 from torch_llm import random_bits
 from torch_llm.attention import Attention, Mask, causal_mask, in_blocks, takes_blocks
@@ -57,11 +57,7 @@ class Transformer(nn.Module):
     """Embedding, L decoder layers and the final norm: token ids (B, T) to hidden states (B, T, D)."""
 
     def __init__(
-        self,
-        cfg: ModelConfig,
-        backend: str = "reference",
-        remat: str = "none",
-        separator: int | tuple[int, ...] | None = None,
+        self, cfg: ModelConfig, backend: str = "reference", remat: str = "none", separator: Separator = None
     ) -> None:
         super().__init__()
         self.cfg, self.backend, self.remat = cfg, backend, remat
@@ -107,11 +103,7 @@ class CausalLM(nn.Module):
     """
 
     def __init__(
-        self,
-        cfg: ModelConfig,
-        backend: str = "reference",
-        remat: str = "none",
-        separator: int | tuple[int, ...] | None = None,
+        self, cfg: ModelConfig, backend: str = "reference", remat: str = "none", separator: Separator = None
     ) -> None:
         super().__init__()
         self.cfg = cfg
@@ -145,7 +137,7 @@ def empty_model(
     dtype: torch.dtype,
     device: torch.device | str,
     remat: str = "none",
-    separator: int | tuple[int, ...] | None = None,
+    separator: Separator = None,
 ) -> CausalLM:
     """A model made directly on its device, its weights still to be filled in."""
     with torch.device("meta"):

@@ -7,17 +7,11 @@ import numpy as np
 import pytest
 
 from llm_common import checkpoint
-from llm_common.checkpoint import (
-    TrainingState,
-    check_resumable,
-    latest_checkpoint,
-    load_checkpoint,
-    load_weights,
-    save_checkpoint,
-)
+from llm_common.checkpoint import TrainingState, latest_checkpoint, load_checkpoint, load_weights, save_checkpoint
 from llm_common.config import preset
 from llm_common.errors import UserError
 from llm_common.hf_tokenizer import load_tokenizer
+from llm_common.run_settings import check_resumable
 from llm_common.tensor_files import write_tensors
 from llm_common.tensors import tensor_shapes
 from llm_common.tokenizer import Tokenizer

@@ -8,8 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llm_common.corpus import Corpus, _lines, _split
+from llm_common.corpus import Corpus, _split
 from llm_common.errors import UserError
+from llm_common.records import lines_of
 from llm_common.tokenizer import END_OF_TEXT
 
 
@@ -23,7 +24,7 @@ def pieces(text, size):
 def test_documents_and_lines_do_not_depend_on_the_pieces(parts, size):
     text = "".join(parts)
     assert list(_split(pieces(text, size))) == text.split(END_OF_TEXT)
-    assert list(_lines(pieces(text, size))) == text.split("\n")
+    assert list(lines_of(pieces(text, size))) == text.split("\n")
 
 
 def test_every_kind_of_file(tmp_path):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from llm_common.corpus import documents, python_documentation
-from llm_common.data import Order, Prefetch, TokenDataset, check_tokenizer, unigram_entropy, write_tokens
+from llm_common.data import Order, Prefetch, TokenDataset, check_data, unigram_entropy, write_tokens
 from llm_common.errors import UserError
 from llm_common.run_log import RunLog, read_log
 from llm_common.tokenizer import Tokenizer
@@ -91,9 +91,9 @@ def test_the_fingerprint_sees_every_token_and_setting(path, tmp_path):
 
 def test_a_token_file_of_another_tokenizer_is_refused(tmp_path):
     write_tokens(tmp_path / "t.npy", ["abc"], Tokenizer([]))
-    check_tokenizer(tmp_path / "t.npy", Tokenizer([]))
+    check_data(tmp_path / "t.npy", Tokenizer([]))
     with pytest.raises(UserError, match="made by another tokenizer"):
-        check_tokenizer(tmp_path / "t.npy", Tokenizer([(b"a", b"b")]))
+        check_data(tmp_path / "t.npy", Tokenizer([(b"a", b"b")]))
     with pytest.raises(UserError, match="must end in .npy"):
         write_tokens(tmp_path / "t.bin", ["abc"], Tokenizer([]))
 

@@ -14,7 +14,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from llm_common import checkpoint
 from llm_common.checkpoint import (
     TrainingState,
     checkpoints,
@@ -25,7 +24,7 @@ from llm_common.checkpoint import (
     save_checkpoint,
 )
 from llm_common.config import OptimizerConfig, RunConfig, TrainConfig, preset
-from llm_common.errors import UserError, with_checksum
+from llm_common.errors import UserError, sha256_of, with_checksum
 from llm_common.evaluation import Evaluation
 from llm_common.run import Run
 from llm_common.run_log import RunLog, read_log
@@ -298,7 +297,7 @@ def test_a_state_file_that_lies_is_refused(tmp_path):
     good = json.loads((folder / "state.json").read_text())
     outside = tmp_path / "outside"
     outside.write_bytes(b"x")
-    entry = {"size": 1, "sha256": checkpoint._sha256(outside)}
+    entry = {"size": 1, "sha256": sha256_of(outside)}
     lies = [
         ({**good, "step": -1}, "damaged"),
         ({**good, "step": "1"}, "damaged"),

@@ -13,7 +13,7 @@ import pytest
 
 from llm_common.bpe_trainer import train_bpe
 from llm_common.corpus import python_documentation
-from llm_common.data import TokenDataset, check_tokenizer, open_tokens, write_tokens
+from llm_common.data import TokenDataset, check_data, open_tokens, write_tokens
 from llm_common.errors import UserError
 from llm_common.shards import MANIFEST, ShardedTokens, is_held_out, prepare
 
@@ -64,9 +64,9 @@ def test_shards_hold_what_one_file_holds(shards, tokenizer_path, tmp_path):
     for step in range(30):
         for a, b in zip(one.batch(step), many.batch(step), strict=True):
             np.testing.assert_array_equal(a, b)
-    check_tokenizer(shards, tokenizer)
+    check_data(shards, tokenizer)
     with pytest.raises(UserError, match="another tokenizer"):
-        check_tokenizer(shards, train_bpe(DOCUMENTS, 300))
+        check_data(shards, train_bpe(DOCUMENTS, 300))
 
 
 def test_any_number_of_processes_writes_the_same(shards, tokenizer_path, tmp_path):
@@ -128,7 +128,7 @@ def test_a_killed_process_goes_on(shards, tokenizer_path, tmp_path):
         (lambda path: path.write_bytes(path.read_bytes()[:-7] + b"\0" * 7), "00001.npy: another sha256"),
         (lambda path: path.with_name(MANIFEST).write_text("{}"), "not a manifest"),
         (lambda path: path.with_name(MANIFEST).write_text("{"), "cannot be read as JSON"),
-        (lambda path: path.with_name(MANIFEST).write_text('{"format": 9}'), "format 9, but this version reads 1"),
+        (lambda path: path.with_name(MANIFEST).write_text('{"format": 9}'), "format 9, but this version reads 2"),
     ],
 )
 def test_what_is_damaged_is_named(tokenizer_path, tmp_path, break_it, message):
