@@ -118,6 +118,11 @@ def _remove_leftovers(path: Path) -> None:
                 left.unlink()
 
 
+def first_line(error: Exception) -> str:
+    """What an exception of a library says first."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
+
+
 def require_framework(name: str) -> None:
     """Raise UserError unless the packages behind `name` ("jax" or "torch") are installed."""
     for package in {"jax": ("jax", "flax", "optax"), "torch": ("torch",)}[name]:

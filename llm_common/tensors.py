@@ -6,6 +6,7 @@ its weights inside (JAX: layers stacked on a leading axis) never leaves that fra
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -105,6 +106,17 @@ def check_tensors(cfg: ModelConfig, tensors: Tensors, source: str) -> None:
             raise UserError(
                 f"{source}: tensor {name!r} has shape {tuple(tensor.shape)}, but the config needs {shapes[name]}"
             )
+
+
+def check_like(
+    path: Path, found: dict[str, tuple[tuple[int, ...], str]], like: dict[str, tuple[tuple[int, ...], str]]
+) -> None:
+    """Raise UserError unless a folder has exactly the tensors of another checkpoint, by name, shape and dtype."""
+    for name in sorted(set(found) ^ set(like)):
+        raise UserError(f"{path}: tensor {name!r} is {'missing' if name in like else 'not of this model'}")
+    for name, (shape, dtype) in like.items():
+        if found[name] != (shape, dtype):
+            raise UserError(f"{path}: tensor {name!r} is {found[name][1]} {found[name][0]}, not {dtype} {shape}")
 
 
 def check_token_ids(ids: np.ndarray, vocab_size: int, what: str) -> None:

@@ -6,22 +6,36 @@
     python scripts/convert_checkpoint.py --from-dcp exported/dcp --like runs/first/step-00001000 --to runs/again
 
 Both hold a flat tree of canonical tensors, `weights.<name>`, `mu.<name>` and `nu.<name>`, and the counters `step` and `adam_count`. The
-other settings of a run, and its tokenizer, are taken from the folder given as --like.
+other settings of a run, and its tokenizer, are taken from the folder given as --like. Beside what is written lies checksums.json; a
+folder that has it is compared with it, of one that others wrote everything is checked that the format itself can tell.
+No pickle is executed: DCP's `.metadata`, which is one, is read by a reader that knows its few names.
 """
 
 import shutil
-import warnings
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from flags import make_parser
 
 from llm_common.checkpoint import STATE_FILE, TrainingState, load_checkpoint, save_checkpoint
-from llm_common.errors import UserError, require_framework, require_package, run_main
-from llm_common.hf_tokenizer import open_tokenizer
+from llm_common.config import ModelConfig
+from llm_common.errors import (
+    UserError,
+    has_its_checksum,
+    import_side,
+    json_bytes,
+    notice,
+    read_json,
+    run_main,
+    sha256_of,
+    with_checksum,
+    write_whole,
+)
+from llm_common.hf_tokenizer import load_tokenizer
+from llm_common.tensor_files import check_finite
 from llm_common.tensors import check_tensors, tensor_shapes
 
+CHECKSUMS = "checksums.json"
 PARTS, COUNTERS = ("weights", "mu", "nu"), ("step", "adam_count")
 
 
@@ -47,18 +61,47 @@ def main() -> None:
     like = args.folder or args.like
     cfg, state, settings = load_checkpoint(like)
     if args.folder is None:
-        read = read_orbax if args.from_orbax else read_dcp
-        state = to_state(cfg, read(args.from_orbax or args.from_dcp, flat(state)))
+        source, framework = (args.from_orbax, "jax") if args.from_orbax else (args.from_dcp, "torch")
+        if not source.is_dir():
+            raise UserError(f"{source}: no such folder")
+        side = import_side(framework, "foreign_checkpoint")
+        check_files(source)
+        state = to_state(cfg, str(source), side.read(source, flat(state)))
     if args.to is not None:
-        tokenizer = open_tokenizer(like) if any(like.glob("tokenizer*.json")) else None
+        tokenizer = load_tokenizer(like)
         print(save_checkpoint(out, cfg, state, settings, tokenizer))
         return
     partial = out.with_name(f".{out.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.parent.mkdir(parents=True, exist_ok=True)
-    (write_orbax if args.to_orbax else write_dcp)(partial, flat(state))
+    import_side("jax" if args.to_orbax else "torch", "foreign_checkpoint").write(partial, flat(state))
+    write_whole(partial / CHECKSUMS, json_bytes(with_checksum({"files": file_hashes(partial)})))
     partial.rename(out)
     print(f"{out}: {3 * len(state.weights)} tensors of {like / STATE_FILE}, step {state.step}")
+
+
+def file_hashes(folder: Path) -> dict[str, str]:
+    """The sha256 of every file in a folder, by its path there."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != CHECKSUMS)
+    return {path.relative_to(folder).as_posix(): sha256_of(path) for path in files}
+
+
+def check_files(folder: Path) -> None:
+    """Compare a folder with its checksums. Raises UserError, naming the file, if one is not as it was written."""
+    if not (folder / CHECKSUMS).is_file():
+        notice(f"{folder} has no {CHECKSUMS}: it is checked as far as its own format goes")
+        return
+    content = read_json(folder / CHECKSUMS)
+    if not isinstance(content, dict) or not has_its_checksum(content) or not isinstance(content.get("files"), dict):
+        raise UserError(f"{folder / CHECKSUMS}: damaged; convert the checkpoint again")
+    found = file_hashes(folder)
+    for name in sorted(set(found) | set(content["files"])):
+        if name not in found:
+            raise UserError(f"{folder / name}: missing; convert the checkpoint again")
+        if found[name] != content["files"].get(name):
+            raise UserError(
+                f"{folder / name}: damaged (its sha256 is not the recorded one); convert the checkpoint again"
+            )
 
 
 def flat(state: TrainingState) -> dict[str, np.ndarray]:
@@ -67,63 +110,20 @@ def flat(state: TrainingState) -> dict[str, np.ndarray]:
     return tree | {name: np.array(getattr(state, name), np.int64) for name in COUNTERS}
 
 
-def to_state(cfg: Any, tree: dict[str, np.ndarray]) -> TrainingState:
-    """The inverse of `flat`. Raises UserError for a tensor that is missing or has another shape."""
+def to_state(cfg: ModelConfig, source: str, tree: dict[str, np.ndarray]) -> TrainingState:
+    """The inverse of `flat`. Raises UserError for a tensor that is missing, has another shape, or cannot be what it is called."""
     parts = []
     for part in PARTS:
         tensors = {name: tree[f"{part}.{name}"] for name in tensor_shapes(cfg) if f"{part}.{name}" in tree}
-        check_tensors(cfg, tensors, part)
+        check_tensors(cfg, tensors, f"{source}, {part}")
+        for name, tensor in tensors.items():
+            check_finite(f"{part}.{name}", tensor)
         parts.append(tensors)
-    return TrainingState(*parts, *(int(tree[name]) for name in COUNTERS))
-
-
-def write_orbax(path: Path, tree: dict[str, np.ndarray]) -> None:
-    require_package("orbax", "jax")
-    import orbax.checkpoint as ocp
-
-    with ocp.StandardCheckpointer() as checkpointer:
-        checkpointer.save(path.resolve(), tree)
-
-
-def read_orbax(path: Path, like: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    require_package("orbax", "jax")
-    import orbax.checkpoint as ocp
-
-    if not path.is_dir():
-        raise UserError(f"{path}: no such folder")
-    try:
-        with ocp.PyTreeCheckpointer() as checkpointer:
-            restored = checkpointer.restore(path.resolve())
-    except (ValueError, KeyError, FileNotFoundError) as error:
-        raise UserError(f"{path}: not an Orbax checkpoint of these tensors ({str(error).splitlines()[0]})") from None
-    return {name: np.asarray(x) for name, x in restored.items()}
-
-
-def write_dcp(path: Path, tree: dict[str, np.ndarray]) -> None:
-    require_framework("torch")
-    import torch
-    from torch.distributed.checkpoint.state_dict_saver import save
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # that it is one process, which is what we ask for
-        save({name: torch.from_numpy(x) for name, x in tree.items()}, checkpoint_id=path, no_dist=True)
-
-
-def read_dcp(path: Path, like: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    require_framework("torch")
-    import torch
-    from torch.distributed.checkpoint.state_dict_loader import load
-
-    if not path.is_dir():
-        raise UserError(f"{path}: no such folder")
-    tensors = {name: torch.empty(x.shape, dtype=torch.from_numpy(x[..., None]).dtype) for name, x in like.items()}
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)
-            load(tensors, checkpoint_id=path, no_dist=True)
-    except Exception as error:
-        raise UserError(f"{path}: not a DCP checkpoint of these tensors ({str(error).splitlines()[0]})") from None
-    return {name: x.numpy() for name, x in tensors.items()}
+    step, adam_count = (int(tree[name]) for name in COUNTERS)
+    if not 0 <= adam_count <= step:
+        raise UserError(f"{source}: step {step} with {adam_count} updates: that cannot be")
+    weights, mu, nu = parts
+    return TrainingState(weights, mu, nu, step, adam_count)
 
 
 if __name__ == "__main__":
