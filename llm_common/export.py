@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from llm_common.config import ModelConfig
-from llm_common.errors import UserError, json_bytes
+from llm_common.errors import UserError, json_bytes, notice
 from llm_common.hf_tokenizer import AnyTokenizer, companions, token_ids
 from llm_common.tensor_files import (
     INDEX_FILE,
@@ -22,6 +22,7 @@ from llm_common.tensor_files import (
     sync,
 )
 from llm_common.tensors import Tensors, check_tensors, tensor_shapes
+from llm_common.tokenizer import Tokenizer
 
 DTYPES = ("float32", "bfloat16", "float16")
 STORED = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
@@ -43,6 +44,12 @@ def export(
     Raises UserError for weights that are not finite, or are not in this dtype, and if the disk cannot take them.
     """
     check_tensors(cfg, weights, "weights")
+    own = isinstance(tokenizer, Tokenizer) and tokenizer.folder is None
+    if own and cfg.model_type == "qwen2" and (tokenizer.pattern, tokenizer.normalization) != ("qwen2", "NFC"):
+        notice(
+            f"{folder}: transformers cuts text for every qwen2 model as Qwen2 does, and gives other ids than this tokenizer; "
+            "bpe.json in the folder is right"
+        )
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     sizes = {name: int(np.prod(shape)) * SIZES[dtype] for name, shape in tensor_shapes(cfg).items()}

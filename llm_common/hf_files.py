@@ -16,7 +16,8 @@ from llm_common.words import PATTERNS, without_possessive
 
 _CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
 _REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-SPELLINGS = {_CONTRACTIONS + r"\p{N}{1,3}" + _REST: "llama3", _CONTRACTIONS + r"\p{N}" + _REST: "qwen2"}
+QWEN2_PATTERN = _CONTRACTIONS + r"\p{N}" + _REST
+SPELLINGS = {_CONTRACTIONS + r"\p{N}{1,3}" + _REST: "llama3", QWEN2_PATTERN: "qwen2"}
 USE_LIBRARY = "install the tokenizers package, which reads every kind"
 
 
@@ -128,7 +129,7 @@ def _read_vocab_and_merges(found: TokenizerFolder, path: Path, numbers: dict[str
     """vocab.json and merges.txt say nothing of how words are cut; the class does, which tokenizer_config.json or the model names."""
     if "merges.txt" not in found.files:
         raise UserError(f"{path.with_name('merges.txt')}: no such file; it belongs to vocab.json")
-    name = found.class_name or ("Qwen2Tokenizer" if found.model_type.startswith("qwen") else "GPT2Tokenizer")
+    name = found.class_name or "GPT2Tokenizer"
     if name not in _CLASSES:
         raise UserError(
             f"{path}: belongs to a {name}, which cuts words in a way that only a tokenizer.json says; "
@@ -172,11 +173,14 @@ def _read_tokenizer_json(found: TokenizerFolder, path: Path, content: dict[str, 
     for text in found.named.values():
         if text in model["vocab"]:
             added.setdefault(text, {"id": model["vocab"][text], "special": True})
-    pattern = _pattern(path, content.get("pre_tokenizer"))
+    ignore = bool(model.get("ignore_merges"))
+    if found.class_name in _CLASSES and not found.config.get("add_prefix_space"):  # as transformers has it
+        (pattern, normalizer), ignore = _CLASSES[found.class_name], False
+    else:
+        pattern = _pattern(path, content.get("pre_tokenizer"))
     merges = _merges(path, model["merges"])
     vocab = {text: i for text, i in model["vocab"].items() if added.get(text, {}).get("id") != i}
     prefix = _prefix(path, content.get("post_processor"))
-    ignore = bool(model.get("ignore_merges"))
     return _tokenizer(found, path, merges, added, pattern, vocab, normalizer, prefix, ignore)
 
 

@@ -3,39 +3,22 @@
 `HfTokenizer` has the methods that training and generation use of `Tokenizer`, so either can stand for the other.
 """
 
-import contextlib
 import hashlib
 import importlib.util
 import json
-import os
-import subprocess
-import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
 
 from llm_common.errors import UserError, json_bytes, parse_json, require_package
-from llm_common.hf_files import SPELLINGS, read_hf_folder, to_hf_files
+from llm_common.hf_files import read_hf_folder, to_hf_files
 from llm_common.tokenizer import FILE_NAME, Tokenizer
 from llm_common.tokenizer_folder import FILES, TokenizerFolder
+from llm_common.tokenizers_library import cut_as_class, probe, quiet, unless_panic
 from llm_common.words import clean
 
-PROBE_SECONDS = 1.8  # for a pre-tokenizer that nobody knows, to cut texts made to be hard
-# Steps of a tokenizer whose time is known; a Split with an unknown pattern is tried first.
-_HARMLESS = frozenset(
-    [
-        "ByteLevel",
-        "Digits",
-        "Metaspace",
-        "Punctuation",
-        "Whitespace",
-        "WhitespaceSplit",
-        "UnicodeScripts",
-        "BertPreTokenizer",
-    ]
-)
 T = TypeVar("T")
 
 
@@ -59,18 +42,18 @@ class HfTokenizer:
         content = parse_json(self.files[path.name], str(path))
         if not isinstance(content, dict) or not isinstance(content.get("model"), dict):
             raise UserError(f"{path}: not a tokenizer (no object with a model)")
-        self._probed = _probe(path, content)
-        with _quiet(self._probed):
+        self._probed = probe(path, content)
+        with quiet(self._probed):
             try:
                 self._tokenizer = tokenizers.Tokenizer.from_str(self.files[path.name].decode("utf-8-sig"))
             except Exception as error:  # the library raises plain exceptions
                 raise UserError(f"{path}: not a tokenizer ({str(error)[:300]})") from None
             except BaseException as error:
-                raise _unless_panic(error, f"{path}: not a tokenizer") from None
+                raise unless_panic(error, f"{path}: not a tokenizer") from None
         self._tokenizer.no_padding()
         self._tokenizer.no_truncation()
-        if self.folder.class_name == "LlamaTokenizer" and not _is_byte_level(content):
-            self._as_llama(content)
+        if content["model"].get("type", "BPE") == "BPE":
+            cut_as_class(self._tokenizer, self.folder, content)
         self._add_tokens()
         self._added = dict(self._tokenizer.get_added_tokens_decoder())
         self.folder.vocabulary_tokens = tuple(token.content for token in self._added.values())
@@ -81,20 +64,6 @@ class HfTokenizer:
             found = self.folder.ids_of(f"{name}_id")[:1] or self._ids([self.folder.special(name)])
             self.token_ids |= {f"{name}_id": found[0]} if found else {}
         self.prefix_ids = self._prefix()
-
-    def _as_llama(self, content: dict[str, Any]) -> None:
-        """What transformers' LlamaTokenizer does to a file of this class: its own way with spaces, whatever the file says."""
-        from tokenizers import decoders, pre_tokenizers
-
-        if content["model"].get("type", "BPE") != "BPE":
-            return
-        prefix_space = self.folder.config.get("add_prefix_space")
-        prefix_space = True if prefix_space is None else bool(prefix_space)
-        scheme = ("always" if self.folder.config.get("legacy", False) else "first") if prefix_space else "never"
-        self._tokenizer.normalizer = None  # pyright: ignore[reportAttributeAccessIssue]
-        self._tokenizer.pre_tokenizer = pre_tokenizers.Metaspace("▁", prepend_scheme=scheme, split=False)  # pyright: ignore
-        steps: list[Any] = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
-        self._tokenizer.decoder = decoders.Sequence(steps + ([decoders.Strip(" ", 1, 0)] if prefix_space else []))  # pyright: ignore
 
     def _add_tokens(self) -> None:
         """Add the tokens that other files than tokenizer.json name, as transformers does."""
@@ -190,7 +159,7 @@ class HfTokenizer:
 
     def _library(self, call: Callable[[], T]) -> T:
         """What a call of the library gives; its panics, which are no Exception, become errors."""
-        with _quiet(self._probed):
+        with quiet(self._probed):
             try:
                 return call()
             except Exception as error:
@@ -198,7 +167,7 @@ class HfTokenizer:
                     f"{self.folder.path / 'tokenizer.json'}: cannot encode this text ({str(error)[:200]})"
                 ) from None
             except BaseException as error:
-                raise _unless_panic(error, f"{self.folder.path / 'tokenizer.json'}: cannot encode this text") from None
+                raise unless_panic(error, f"{self.folder.path / 'tokenizer.json'}: cannot encode this text") from None
 
     def encode_prompt(self, text: str, parse_special: bool = True) -> list[int]:
         """Ids of a text that is to be continued, with the tokens that the model expects before it, as transformers gives them."""
@@ -243,69 +212,6 @@ class HfTokenizer:
     def chat(self, messages: list[dict[str, str]], add_generation_prompt: bool) -> str:
         """Messages of {"role", "content"} in the model's chat template. Raises UserError if it has none or it fails."""
         return self.folder.chat(messages, add_generation_prompt)
-
-
-def _is_byte_level(content: dict[str, Any]) -> bool:
-    steps = content.get("pre_tokenizer") or {}
-    steps = steps.get("pretokenizers", [steps]) if isinstance(steps, dict) else []
-    return any(isinstance(step, dict) and step.get("type") == "ByteLevel" for step in steps)
-
-
-def _probe(path: Path, content: dict[str, Any]) -> bool:
-    """Whether a tokenizer has patterns that nobody knows; they are tried first. Raises UserError if they take too long."""
-    steps: list[Any] = []
-    for key, inner in (("normalizer", "normalizers"), ("pre_tokenizer", "pretokenizers")):
-        step = content.get(key)
-        found = step.get(inner, [step]) if isinstance(step, dict) else []
-        steps += found if isinstance(found, list) else [found]
-    patterns = [step.get("pattern") for step in steps if isinstance(step, dict) and step.get("type") not in _HARMLESS]
-    expressions = [x.get("Regex") for x in patterns if isinstance(x, dict) and "Regex" in x]
-    if all(x in SPELLINGS for x in expressions):
-        return False
-    model = {"type": "BPE", "vocab": {}, "merges": []}
-    bare = json.dumps({"version": "1.0", "added_tokens": [], "model": model} | {
-        key: content.get(key) for key in ("normalizer", "pre_tokenizer")
-    })  # fmt: skip
-    program = Path(__file__).with_name("pattern_probe.py")
-    try:
-        result = subprocess.run(
-            [sys.executable, "-P", str(program)],
-            input=bare.encode(),
-            capture_output=True,
-            timeout=PROBE_SECONDS,
-            check=False,
-        )
-    except subprocess.TimeoutExpired:
-        raise UserError(
-            f"{path}: its pre-tokenizer takes too long for texts of 40 letters; its pattern is not used"
-        ) from None
-    if result.returncode:
-        words = result.stderr.decode("utf-8", "replace").strip().splitlines() or [""]
-        reason = next((line for line in words if "retry-limit" in line), words[-1])[:200]
-        raise UserError(f"{path}: its normalizer or pre-tokenizer cannot be used ({reason})")
-    return True
-
-
-@contextlib.contextmanager
-def _quiet(active: bool) -> Iterator[None]:
-    """While this is open, if it is active, nothing reaches stderr: a panic of the library writes pages there before it is caught."""
-    if not active:
-        yield
-        return
-    sys.stderr.flush()
-    kept, nothing = os.dup(2), os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nothing, 2)
-    try:
-        yield
-    finally:
-        os.dup2(kept, 2)
-        os.close(kept)
-        os.close(nothing)
-
-
-def _unless_panic(error: BaseException, what: str) -> BaseException:
-    """The error to raise for something that is no Exception: a panic becomes a UserError, Ctrl-C stays what it is."""
-    return UserError(f"{what} ({str(error)[:200]})") if type(error).__name__ == "PanicException" else error
 
 
 AnyTokenizer = Tokenizer | HfTokenizer

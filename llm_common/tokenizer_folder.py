@@ -83,8 +83,7 @@ class TokenizerFolder:
         model = folder / "config.json"
         content = parse_json(read_small(model), str(model)) if model.is_file() else {}
         self._model: dict[str, Any] = content if isinstance(content, dict) else {}
-        name = self.config.get("tokenizer_class") or self._model.get("tokenizer_class")
-        self.class_name = name.removesuffix("Fast") if isinstance(name, str) else ""
+        self.class_name = self._class()
 
     def _object(self, name: str) -> dict[str, Any]:
         content = parse_json(self.files[name], str(self.path / name)) if name in self.files else {}
@@ -92,11 +91,19 @@ class TokenizerFolder:
             raise UserError(f"{self.path / name}: expected an object with keys")
         return content
 
-    @property
-    def model_type(self) -> str:
-        """The family that config.json names, or ""."""
-        found = self._model.get("model_type")
-        return found if isinstance(found, str) else ""
+    def _class(self) -> str:
+        """The class that transformers 5 takes for this folder, or "" where it takes the files as they are.
+
+        Classes bring their own way of cutting text, whatever tokenizer.json says.
+        """
+        name = self.config.get("tokenizer_class") or self._model.get("tokenizer_class")
+        name = name.removesuffix("Fast") if isinstance(name, str) else ""
+        family = self._model.get("model_type")
+        if family == "qwen2":  # whatever the files name
+            return "Qwen2Tokenizer"
+        if family == "qwen3":
+            return name or "Qwen2Tokenizer"
+        return "" if family == "mistral" else name
 
     def special(self, name: str) -> str | None:
         """The text of "bos_token", "eos_token" and so on, or None if the tokenizer has none."""
