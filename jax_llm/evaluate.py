@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from jax_llm.checkpoint import from_canonical
+from jax_llm.checkpoint import from_canonical, to_host
 from jax_llm.loss import cross_entropy_sum
 from jax_llm.model import CausalLM, Params
 from jax_llm.train import cast, first_not_finite, make_model, matmul_precision, select_device, x64
@@ -27,9 +27,9 @@ from llm_common.tensors import Tensors
 def batch_loss(
     params: Params, inputs: Array, targets: Array, *, model: CausalLM, compute_dtype: str
 ) -> tuple[Array, Array]:
-    """Sum of the losses in nats and number of counted targets, for inputs and targets (B, T)."""
+    """Of each row: sum of the losses in nats and number of counted targets, (B,) each, for inputs and targets (B, T)."""
     logits, _ = model.apply({"params": cast(params, compute_dtype)}, inputs)
-    return cross_entropy_sum(logits, targets)
+    return jax.vmap(cross_entropy_sum)(logits, targets)
 
 
 def evaluate(
@@ -39,7 +39,7 @@ def evaluate(
     evaluation: Evaluation,
     put: Callable[[np.ndarray], Array] = jnp.array,
 ) -> tuple[float, int]:
-    """Sum of the losses in nats over all held-out tokens, added up in float64, and how many tokens those are.
+    """Sum of the losses in nats over all held-out tokens, rows added up in float64, and how many tokens those are.
 
     put: brings a batch's inputs or targets (B, T) to the device, or to the devices of a mesh.
     """
@@ -48,7 +48,7 @@ def evaluate(
         for inputs, targets in evaluation.batches():
             batch = put(inputs), put(targets)
             loss, n = batch_loss(params, *batch, model=model, compute_dtype=compute_dtype)
-            total, count = total + float(loss), count + int(n)
+            total, count = total + float(to_host(loss).astype(np.float64).sum()), count + int(to_host(n).sum())
             if not math.isfinite(total):
                 why = first_not_finite(model, cast(params, compute_dtype), *batch)
                 raise UserError(f"the loss is not finite: {why}")

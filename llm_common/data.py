@@ -74,7 +74,7 @@ def write_described(path: Path, content: bytes, description: dict[str, Any]) -> 
 
 def _description_path(path: Path) -> tuple[Path, Path]:
     """Where the description of a data file is, and where it waits while the file is written."""
-    where = path.with_suffix(".json")
+    where = path.with_name(f"{path.name}.json")  # not tokens.json, which may be the very text that tokens.npy is made of
     return where, where.with_name(f".{where.name}.next")
 
 
@@ -88,7 +88,8 @@ def read_description(path: Path) -> dict[str, Any]:
         raise UserError(f"{path}: no such file of data; make one with scripts/prepare_data.py")
     where, waiting = _description_path(path)
     if not where.is_file() and not waiting.is_file():
-        raise UserError(f"{path}: no {where.name} beside it says which tokenizer and which rule made it; {again}")
+        old = f" (rule 1 had {path.with_suffix('.json').name})" if path.with_suffix(".json").is_file() else ""
+        raise UserError(f"{path}: no {where.name} beside it says which tokenizer and which rule made it{old}; {again}")
     found = None
     for place in (where, waiting):
         if not place.is_file():

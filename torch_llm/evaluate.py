@@ -24,20 +24,22 @@ from torch_llm.train import cast, first_not_finite, matmul_precision, select_dev
 
 
 def batch_loss(model: CausalLM, weights: dict[str, Tensor], inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Sum of the losses in nats and number of counted targets, for inputs and targets (B, T)."""
-    return cross_entropy_sum(functional_call(model, weights, (inputs,)), targets)
+    """Of each row: sum of the losses in nats and number of counted targets, (B,) each, for inputs and targets (B, T)."""
+    logits = functional_call(model, weights, (inputs,))
+    losses, counts = zip(*(cross_entropy_sum(*row) for row in zip(logits, targets, strict=True)), strict=True)
+    return torch.stack(losses), torch.stack(counts)
 
 
 @torch.no_grad()
 def evaluate(model: CausalLM, compute_dtype: str, evaluation: Evaluation) -> tuple[float, int]:
-    """Sum of the losses in nats over all held-out tokens, added up in float64, and how many tokens those are."""
+    """Sum of the losses in nats over all held-out tokens, rows added up in float64, and how many tokens those are."""
     total, count = 0.0, 0
     device, weights = model.model.norm.weight.device, cast(model, getattr(torch, compute_dtype))
     with matmul_precision(compute_dtype):
         for inputs, targets in evaluation.batches():
             ids, labels = (torch.tensor(x, device=device).long() for x in (inputs, targets))
             loss, n = batch_loss(model, weights, ids, labels)
-            total, count = total + float(loss), count + int(n)
+            total, count = total + float(loss.double().sum()), count + int(n.sum())
             if not math.isfinite(total):
                 why = first_not_finite(model, ids, labels, getattr(torch, compute_dtype))
                 raise UserError(f"the loss is not finite: {why}")

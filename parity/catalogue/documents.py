@@ -49,3 +49,17 @@ both(
     ),
     **APART,
 )
+jax(
+    "of several separators the first alone counts",
+    "documents:inside_documents",
+    "for x in separators]",
+    "for x in separators[:1]]",
+    **APART,
+)
+torch(
+    "of several separators the last alone counts",
+    "documents:inside_documents",
+    "for x in separators]",
+    "for x in separators[-1:]]",
+    **APART,
+)

@@ -227,16 +227,16 @@ shared(
 jax(
     "mean of the batches' means",
     "evaluate:evaluate",
-    "total, count = total + float(loss), count + int(n)",
-    "total, count = total + float(loss) / int(n), count + 1",
+    "total, count = total + float(to_host(loss).astype(np.float64).sum()), count + int(to_host(n).sum())",
+    "total, count = total + float(to_host(loss).sum()) / int(to_host(n).sum()), count + 1",
     place="tokens",
     **EVALUATION,
 )
 torch(
     "sum in the last batch alone",
     "evaluate:evaluate",
-    "total, count = total + float(loss), count + int(n)",
-    "total, count = float(loss), count + int(n)",
+    "total, count = total + float(loss.double().sum()), count + int(n.sum())",
+    "total, count = float(loss.double().sum()), count + int(n.sum())",
     place="loss",
     **EVALUATION,
 )
