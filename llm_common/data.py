@@ -74,7 +74,9 @@ def write_described(path: Path, content: bytes, description: dict[str, Any]) -> 
 
 def _description_path(path: Path) -> tuple[Path, Path]:
     """Where the description of a data file is, and where it waits while the file is written."""
-    where = path.with_name(f"{path.name}.json")  # not tokens.json, which may be the very text that tokens.npy is made of
+    where = path.with_name(
+        f"{path.name}.json"
+    )  # not tokens.json, which may be the very text that tokens.npy is made of
     return where, where.with_name(f".{where.name}.next")
 
 

@@ -44,8 +44,8 @@ def export(
     Raises UserError for weights that are not finite, or are not in this dtype, and if the disk cannot take them.
     """
     check_tensors(cfg, weights, "weights")
-    own = isinstance(tokenizer, Tokenizer) and tokenizer.folder is None
-    if own and cfg.model_type == "qwen2" and (tokenizer.pattern, tokenizer.normalization) != ("qwen2", "NFC"):
+    own = tokenizer if isinstance(tokenizer, Tokenizer) and tokenizer.folder is None else None
+    if own is not None and cfg.model_type == "qwen2" and (own.pattern, own.normalization) != ("qwen2", "NFC"):
         notice(
             f"{folder}: transformers cuts text for every qwen2 model as Qwen2 does, and gives other ids than this tokenizer; "
             "bpe.json in the folder is right"

@@ -19,12 +19,13 @@ import os
 import runpy
 import sys
 import time
+import traceback
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from llm_common.budget import keep_freed_memory
 from llm_common.config import DTYPES, PRESETS, ModelConfig, preset
-from llm_common.errors import UserError, require_framework, run_main
+from llm_common.errors import UserError, first_line, require_framework, run_main
 
 OUT = Path("runs/parity")
 
@@ -191,7 +192,16 @@ def _pair(args: argparse.Namespace) -> bool:
 
     if not args.script.is_file():
         raise UserError(f"{args.script}: no such script; it is a Python file that makes a parity.pair.Pair")
-    names = runpy.run_path(str(args.script))
+    if args.script.suffix != ".py":
+        raise UserError(
+            f"{args.script}: not a Python file, which is what makes a parity.pair.Pair; see examples/mlp.py"
+        )
+    try:
+        names = runpy.run_path(str(args.script))
+    except UserError:
+        raise
+    except Exception as error:  # whatever a script raises; its own line is where to look
+        raise UserError(f"{_place_in(args.script, error)}: {type(error).__name__}: {first_line(error)}") from None
     pairs = {name: value for name, value in names.items() if isinstance(value, Pair)}
     if not pairs:
         raise UserError(f"{args.script}: makes no parity.pair.Pair; see examples/mlp.py")
@@ -201,6 +211,14 @@ def _pair(args: argparse.Namespace) -> bool:
         comparison.write(args.out if len(pairs) == 1 else args.out / name)
         ok &= comparison.ok
     return ok
+
+
+def _place_in(script: Path, error: Exception) -> str:
+    """The script and the line of it that an exception came from."""
+    if isinstance(error, SyntaxError) and error.lineno is not None:
+        return f"{script}, line {error.lineno}"
+    frames = [x for x in traceback.extract_tb(error.__traceback__) if Path(x.filename).name == script.name]
+    return f"{script}, line {frames[-1].lineno}" if frames else str(script)
 
 
 def _report(args: argparse.Namespace) -> bool:

@@ -17,7 +17,7 @@ import numpy as np
 from flags import make_parser
 
 from llm_common.config import ModelConfig
-from llm_common.errors import UserError, run_main
+from llm_common.errors import UserError, first_line, run_main
 from llm_common.export import export
 from llm_common.hf_tokenizer import HfTokenizer
 
@@ -60,7 +60,11 @@ def find_gguf() -> Path:
 
 def convert(path: Path, out: Path) -> list[str]:
     """Write a GGUF file of a tied Llama as a Hugging Face folder; returns the names of its files."""
-    import gguf  # pyright: ignore[reportMissingImports]
+    try:
+        import gguf  # pyright: ignore[reportMissingImports]
+    except ImportError as error:  # installed with --no-deps, it may lack what it needs
+        missing = {"yaml": "pyyaml"}.get(error.name or "", error.name or "gguf")
+        raise UserError(f"gguf cannot be imported ({first_line(error)}); run: pip install {missing}") from None
 
     reader = gguf.GGUFReader(path)
     field: dict[str, Any] = {key: value.contents() for key, value in reader.fields.items()}
