@@ -103,11 +103,10 @@ def render_chat(
     Raises UserError, in one line, for whatever goes wrong in the template, and for one that takes too long or too much.
     """
     plain = [{key: x for key, x in message.items() if x is not None} for message in messages]
-    for message in plain:
+    for i, message in enumerate(plain):
         reasoning = next((message[key] for key in REASONING if key in message), None)
         if reasoning is not None:
-            message.setdefault("thinking", reasoning)
-            message["reasoning_content"] = reasoning
+            plain[i] = {"thinking": reasoning, **message, "reasoning_content": reasoning}
     context = {
         "messages": plain,
         "tools": None,

@@ -63,6 +63,8 @@ def write_described(path: Path, content: bytes, description: dict[str, Any]) -> 
     place, where `read_description` finds it.
     """
     where, waiting = _description_path(path)
+    if waiting.is_file() and path.is_file() and sha256_of(path).encode() in waiting.read_bytes():
+        waiting.replace(where)  # an earlier write was killed at its very end
     described = with_checksum(
         {**description, "file": path.name, "size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
     )

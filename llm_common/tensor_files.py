@@ -111,6 +111,9 @@ class TensorFiles(Mapping[str, np.ndarray]):
         wide <<= 16
         return wide.view(np.float32)
 
+    def __contains__(self, name: object) -> bool:
+        return name in self.entries  # a Mapping's own way would read the tensor
+
     def __iter__(self) -> Iterator[str]:
         return iter(self.entries)
 

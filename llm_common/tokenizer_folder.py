@@ -123,9 +123,9 @@ class TokenizerFolder:
     def added(self) -> dict[str, dict[str, Any]]:
         """Tokens that these files add to the vocabulary's: text -> {"id", "special", ...}. Those of tokenizer.json are not among them."""
         found: dict[str, dict[str, Any]] = {}
-        listed = self._object("added_tokens.json")
-        for text, number in listed.items():
-            found[text] = {"id": number, "special": text in self.named.values()}
+        special = {*self.named.values(), *self._more_special()}
+        for text, number in self._object("added_tokens.json").items():
+            found[text] = {"id": number, "special": text in special}
         decoder = self.config.get("added_tokens_decoder") or {}
         if not isinstance(decoder, dict):
             raise UserError(f"{self.path / 'tokenizer_config.json'}: added_tokens_decoder must be an object")
@@ -136,6 +136,18 @@ class TokenizerFolder:
         for text, token in found.items():
             if not text or not isinstance(token["id"], int) or isinstance(token["id"], bool) or token["id"] < 0:
                 raise UserError(f"{self.path}: the added token {text!r} has no id that can be one")
+        return found
+
+    def _more_special(self) -> list[str]:
+        """Special tokens without a name of their own."""
+        found: list[str] = []
+        for source in (self.config, self._map):
+            for key in ("additional_special_tokens", "extra_special_tokens"):
+                tokens = source.get(key) or []
+                tokens = tokens.values() if isinstance(tokens, dict) else tokens if isinstance(tokens, list) else []
+                found += [
+                    text for x in tokens if isinstance(text := x.get("content") if isinstance(x, dict) else x, str)
+                ]
         return found
 
     # --- roles
