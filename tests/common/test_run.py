@@ -322,3 +322,123 @@ def test_a_state_file_that_lies_is_refused(tmp_path):
     (folder / "optimizer.safetensors").symlink_to(tmp_path / "o")
     with pytest.raises(UserError, match=r"optimizer.safetensors: a link"):
         load_checkpoint(folder)
+
+
+def test_a_stop_saves_before_anything_else(tmp_path):
+    """No held-out loss is computed once somebody waits for the end; what is not known is never a best one, and stays."""
+    losses = [3.0, 2.0]
+    run, rows = make_run(tmp_path, losses=losses, config=RunConfig(save_every=2, keep_last=1, keep_best=1))
+    drive(run, losses=losses, at=lambda step: os.kill(os.getpid(), signal.SIGTERM) if step == 5 else None)
+    assert [row["event"] for row in rows if "event" in row] == [
+        "evaluation",
+        "save",
+        "evaluation",
+        "save",
+        "save",
+        "stop",
+    ]
+    assert steps_of(tmp_path) == [4, 5]
+    assert [held_out_loss(folder) for folder in checkpoints(tmp_path)] == [2.0, None]
+    more = [5.0, 1.5, 4.0]
+    run, _ = make_run(tmp_path, losses=more, config=RunConfig(save_every=2, keep_last=1, keep_best=1))
+    drive(run, losses=more)
+    assert steps_of(tmp_path) == [8, 10]  # the best one and the newest
+
+
+def steps_of(folder: Path) -> list[int]:
+    return [int(path.name[5:]) for path in checkpoints(folder)]
+
+
+def test_a_stop_ends_an_evaluation_that_is_under_way(tmp_path):
+    """Thirty seconds are all that a preemption gives: held-out batches that are left are left."""
+    run, rows = make_run(tmp_path, losses=[1.0], config=RunConfig(eval_every=3))
+    seen = []
+
+    def evaluate(evaluation):
+        for i, _ in enumerate(evaluation.batches()):
+            seen.append(i)
+            if len(seen) == 1:
+                os.kill(os.getpid(), signal.SIGTERM)
+        raise AssertionError("every batch was evaluated")
+
+    evaluation = Evaluation(np.arange(400), 4, 2)
+    run.evaluation = evaluation
+    with run:
+        run.resume()
+        for step in range(1, 10):
+            metrics = {"loss": 1.0, "grad_norm": 1.0, "lr": 0.1, "skipped": False}
+            if run.after_step(step, metrics, lambda: make_state(3), evaluate):
+                break
+        run.finish(step, lambda: make_state(3), evaluate)
+    assert (step, seen) == (3, [0])
+    assert [row["event"] for row in rows if "event" in row] == ["save", "stop"]
+
+
+def test_a_stop_is_said_at_once(tmp_path, capfd):
+    drive(make_run(tmp_path)[0], at=lambda step: os.kill(os.getpid(), signal.SIGINT) if step == 4 else None)
+    assert "stopping after step 4, which is saved first; a second signal ends at once" in capfd.readouterr().err
+
+
+def test_a_held_out_loss_that_is_no_number_is_not_known(tmp_path, capsys):
+    def evaluate(evaluation):
+        raise UserError("the loss is not finite: the output of norm is the first tensor that is not finite")
+
+    run, _ = make_run(tmp_path, losses=[1.0])
+    with run:
+        run.resume()
+        run.after_step(1, {"loss": 1.0, "grad_norm": 1.0, "lr": 0.1, "skipped": False}, lambda: make_state(1), evaluate)
+        folder = run.finish(1, lambda: make_state(1), evaluate)
+    assert held_out_loss(folder) is None
+    assert "step 1: no held-out loss (the loss is not finite: the output of norm" in capsys.readouterr().err
+
+
+def test_a_run_is_extended(tmp_path):
+    """More steps in all: the state stays, the segments are recorded, and it is said in a line."""
+    drive(make_run(tmp_path)[0])
+    run, rows = make_run(tmp_path, opt=OptimizerConfig(total_steps=14))
+    folder = drive(run, until=14)
+    assert rows[1] == {"event": "extend", "step": 10, "from": 10, "total_steps": 14}
+    segments = [{"from_step": 0, "total_steps": 10}, {"from_step": 10, "total_steps": 14}]
+    assert json.loads((folder / "state.json").read_text())["settings"]["segments"] == segments
+    assert steps(tmp_path) == list(range(1, 15))
+    run, rows = make_run(tmp_path, opt=OptimizerConfig(total_steps=14))
+    drive(run, until=14)  # nothing left to do
+    assert [row["event"] for row in rows] == ["resume", "end"]
+    with pytest.raises(UserError, match="may become longer, not shorter"):
+        drive(make_run(tmp_path)[0])
+    run, _ = make_run(tmp_path, opt=OptimizerConfig(total_steps=20))
+    folder = drive(run, until=16)  # ended before its end, and extended again
+    run, _ = make_run(tmp_path, opt=OptimizerConfig(total_steps=30))
+    folder = drive(run, until=17)
+    found = json.loads((folder / "state.json").read_text())["settings"]["segments"]
+    assert [(x["from_step"], x["total_steps"]) for x in found] == [(0, 10), (10, 14), (14, 20), (16, 30)]
+
+
+def test_a_folder_deleted_meanwhile_is_made_again(tmp_path, capsys):
+    folder = tmp_path / "run"
+
+    def at(step):
+        if step == 5:
+            shutil.rmtree(folder)
+
+    drive(make_run(folder, config=RunConfig(save_every=3))[0], at=at)
+    assert latest_checkpoint(folder).name == "step-00000010"
+    load_checkpoint(latest_checkpoint(folder))
+    assert "was deleted while this run trained: it is made again" in capsys.readouterr().err
+    assert steps(folder)[-1] == 10
+
+
+def test_a_folder_replaced_meanwhile_is_not_written_into(tmp_path, capsys):
+    folder = tmp_path / "run"
+
+    def at(step):
+        if step == 5:
+            folder.rename(tmp_path / "moved")
+            folder.mkdir()
+            (folder / "thesis.tex").write_text("mine")
+
+    drive(make_run(folder, config=RunConfig(save_every=3))[0], at=at)
+    assert names(folder) == ["thesis.tex"]
+    assert latest_checkpoint(tmp_path / "run-rescued-1").name == "step-00000010"
+    assert latest_checkpoint(tmp_path / "moved").name == "step-00000003"
+    assert "was replaced by another folder while this run trained: it goes on in" in capsys.readouterr().err
