@@ -1,5 +1,6 @@
 """Reading text: files, folders, JSONL, gzip; documents across the borders of pieces; what is damaged says where."""
 
+import codecs
 import gzip
 import json
 import os
@@ -8,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llm_common.corpus import Corpus, _split
+from llm_common.corpus import Corpus, _split, read_records
 from llm_common.errors import UserError
 from llm_common.records import lines_of
 from llm_common.tokenizer import END_OF_TEXT
@@ -74,3 +75,83 @@ def test_a_folder_without_permission(tmp_path):
     (tmp_path / "closed").mkdir(mode=0o000)
     with pytest.raises(UserError, match="closed: no permission"):
         Corpus([tmp_path])
+
+
+RECORDS = [{"text": "a\u2028b", "n": 1}, {"text": 'c, "d"\ne', "n": 2}]
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("a.json", json.dumps(RECORDS)),
+        ("a.json", json.dumps(RECORDS, indent=2)),
+        ("a.json", "\n".join(map(json.dumps, RECORDS))),
+        ("a.json", " ".join(json.dumps(x, indent=1) for x in RECORDS)),
+        ("a.json", json.dumps([x["text"] for x in RECORDS])),
+        ("a.JSON", json.dumps(RECORDS)),
+        ("a.ndjson", "\n".join(map(json.dumps, RECORDS))),
+        ("a.jsonl", "\r\n".join(map(json.dumps, RECORDS))),
+        ("a.csv", 'n,text\n1,a\u2028b\n2,"c, ""d""\ne"\n'),
+        ("a.csv", 'n;text\n1;a\u2028b\n2;"c, ""d""\ne"\n'),
+        ("a.tsv", 'n\ttext\n1\ta\u2028b\n2\t"c, ""d""\ne"\n'),
+    ],
+)
+@pytest.mark.parametrize("mark", [b"", codecs.BOM_UTF8])
+@pytest.mark.parametrize("packed", [False, True])
+def test_records_are_read_from_every_form_they_come_in(name, content, mark, packed, tmp_path):
+    content = mark + content.encode()
+    path = tmp_path / (name + ".gz" if packed else name)
+    path.write_bytes(gzip.compress(content) if packed else content)
+    expected = [x["text"] for x in RECORDS]
+    assert list(Corpus([path]).documents()) == expected
+    assert list(Corpus([tmp_path]).documents()) == expected
+    assert ["".join(x) for x in Corpus([path]).stretches()] == expected
+    found = [record.get("text") if isinstance(record, dict) else record for _, record in read_records(path, "text")]
+    assert found == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.json", b'[{"text": "a"}', "cut off: its array does not end"),
+        ("a.json", b"[1, 2]", r"record 1: no text in field 'text' \(found: int\)"),
+        ("a.json", b'{"data": [{"text": "a"}]}', r"found: data\); name it with --field"),
+        ("a.json", b"[" * 100_000, "record 1: not JSON \\(nested too deeply"),
+        ("a.json", b'[{"text": "a"} {]', "record 2: not JSON"),
+        ("a.csv", b'text\n"a', "not CSV|no text"),
+        ("a.csv", b"body\nx\n", r"found: body\); name it with --field"),
+        ("a.txt", codecs.BOM_UTF16_LE + "a".encode("utf-16-le"), "UTF-16, as its first bytes say"),
+        ("a.txt", b"a\0b", "not text: a NUL at byte 1"),
+        ("a.txt", b'{"text": "a"}\n{"text": "b"}\n', "holds JSON records, but its name does not end in"),
+        ("a", b'[{"text": "a"}]', "holds JSON"),
+        ("notes.ipynb", b'{\n "cells": []\n}', "holds JSON"),
+        ("a.parquet", b"PAR1", "a table; write its column of text as JSONL"),
+        ("a.zip", b"PK", "an archive; unpack it"),
+        ("a.jsonl.zst", b"x", "compressed in a way that is not read"),
+        ("a.npy", b"x", "tokens or arrays already"),
+    ],
+)
+def test_no_file_is_read_as_what_it_is_not(name, content, message, tmp_path):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=message):
+        list(Corpus([tmp_path / name]).documents())
+
+
+def test_text_that_looks_like_records_can_be_asked_for(tmp_path):
+    (tmp_path / "a.txt").write_text('{"text": "a"}\n{"text": "b"}\n')
+    assert list(Corpus([tmp_path / "a.txt"], as_text=True).documents()) == ['{"text": "a"}\n{"text": "b"}\n']
+    (tmp_path / "a.txt").write_text("[a link](b) and\n{braces} and [1]\n")  # not JSON
+    assert len(list(Corpus([tmp_path / "a.txt"]).documents())) == 1
+
+
+def test_a_bomb_is_not_unpacked(tmp_path):
+    for name in ("a.txt.gz", "a.jsonl.gz", "a.csv.gz"):
+        (tmp_path / name).write_bytes(gzip.compress(b" " * (300 << 20), 1))
+        with pytest.raises(UserError, match="unpacks to more than 200 times its size|a line of more than"):
+            next(Corpus([tmp_path / name]).documents())
+
+
+def test_a_large_file_of_json_is_read_a_record_at_a_time(tmp_path):
+    records = [{"text": "x" * (i % 7) * 40_000 + str(i)} for i in range(60)]
+    (tmp_path / "a.json").write_text(json.dumps(records))
+    assert list(Corpus([tmp_path / "a.json"]).documents()) == [x["text"] for x in records]

@@ -13,8 +13,10 @@ from rich.console import Console
 from llm_common.budget import flops_per_step, memory_per_step, peak_flops
 from llm_common.config import TrainConfig, preset
 from llm_common.errors import UserError, is_out_of_memory
-from llm_common.evaluation import Evaluation
+from llm_common.evaluation import DocumentEvaluation, Evaluation, ExampleEvaluation, Stopped
+from llm_common.examples import write_examples
 from llm_common.progress import TrainingProgress, duration
+from llm_common.tokenizer import Tokenizer
 
 
 @pytest.mark.parametrize(("n", "seq_len", "batch"), [(2, 4, 2), (9, 4, 2), (10, 4, 2), (50, 7, 3), (22, 7, 3)])
@@ -134,3 +136,72 @@ def test_what_a_person_sees():
     assert "4 now, 1 of them without an update" in out
     assert "20,000 tokens/s (median)" in out
     assert duration(3723) == "1:02:03"
+
+
+def rolling_windows(ids, prefix, length):
+    """lm-eval's rule (0.4.13), written down again: (inputs, predicted) of a document, with a context of one token."""
+    first = min(length, len(ids))
+    out = [([prefix, *ids[: first - 1]], ids[:first])]
+    done = first
+    while done < len(ids):
+        n = min(len(ids) - done, length)
+        end = done + n
+        out.append((ids[max(0, end - length - 1) : end - 1], ids[end - n : end]))
+        done = end
+    return out
+
+
+@pytest.mark.parametrize("length", [1, 2, 3, 7, 8, 30])
+def test_documents_have_the_windows_of_lm_eval(length):
+    documents = [[5], list(range(10, 17)), [], list(range(20, 43)), [7, 8]]
+    evaluation = DocumentEvaluation(documents, [1], length, 3, 99)
+    found = []
+    for inputs, targets in evaluation.batches():
+        assert inputs.shape == targets.shape == (3, evaluation.seq_len)
+        for row, target in zip(inputs, targets, strict=True):
+            at = np.flatnonzero(target != -100)
+            if len(at):
+                assert (at == np.arange(at[0], at[-1] + 1)).all()
+                found.append((row[: at[-1] + 1].tolist(), target[at].tolist()))
+    assert found == [window for ids in documents if ids for window in rolling_windows(ids, 1, length)]
+    assert evaluation.n_targets == sum(map(len, documents))
+    assert evaluation.summary(6.0, 3)["bits_per_byte"] == pytest.approx(6 / math.log(2) / 99)
+
+
+def test_documents_without_anything_before_them():
+    evaluation = DocumentEvaluation([[5], [1, 2, 3, 4, 5]], [], 2, 4, 9)
+    ((inputs, targets),) = evaluation.batches()
+    assert inputs[:2].tolist() == [[1, 2], [3, 4]]
+    assert targets[:2].tolist() == [[2, 3], [4, 5]]
+    assert evaluation.n_targets == 4
+    assert "bytes" not in DocumentEvaluation([[1, 2, 3]] * 4, [0], 2, 1, 9, max_batches=1).summary(
+        1.0, 2
+    )  # not of a part
+    with pytest.raises(UserError, match="no held-out tokens"):
+        DocumentEvaluation([[5], []], [], 2, 1, 9)
+    with pytest.raises(UserError, match="outside the vocabulary"):
+        evaluation.check(5, "text")
+
+
+def test_held_out_examples_count_answers_alone(tmp_path):
+    pairs = [([1, 2], [3, 4]), ([5], [6]), ([7, 8, 9], [1, 2])]
+    write_examples(tmp_path / "a.npz", pairs, Tokenizer([]))
+    lengths = np.arange(257, dtype=np.int32)
+    evaluation = ExampleEvaluation(tmp_path / "a.npz", None, 2, lengths)
+    assert (evaluation.seq_len, evaluation.n_batches, evaluation.n_targets) == (4, 2, 5)
+    batches = list(evaluation.batches())
+    counted = [target[target != -100].tolist() for _, targets in batches for target in targets]
+    assert counted == [[3, 4], [6], [1, 2], []]
+    assert batches[0][0][0].tolist() == [1, 2, 3, 0]
+    assert evaluation.summary(5.0, 5)["bytes"] == 3 + 4 + 6 + 1 + 2
+    with pytest.raises(UserError, match="longest example has 5 tokens, so --seq-len must be at least 4"):
+        ExampleEvaluation(tmp_path / "a.npz", 3, 2)
+
+
+def test_an_evaluation_can_be_stopped():
+    evaluation = Evaluation(np.arange(100), 4, 2)
+    asked = []
+    evaluation.stop = lambda: len(asked) == 3
+    with pytest.raises(Stopped):
+        asked.extend(asked.append(batch) or batch for batch in evaluation.batches())
+    assert len(asked) == 3

@@ -3,7 +3,6 @@
 import gzip
 import importlib
 import json
-import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -20,21 +19,6 @@ from llm_common.tensors import tensor_shapes
 from llm_common.tokenizer import Tokenizer
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"
-
-
-@pytest.fixture
-def run(monkeypatch, capsys):
-    """Run a script by name with flags; returns exit code, output and error output."""
-
-    def run(name: str, *flags: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", [name, *map(str, flags)])
-        monkeypatch.syspath_prepend(str(SCRIPTS))
-        with pytest.raises(SystemExit) as end:
-            runpy.run_path(str(SCRIPTS / f"{name}.py"), run_name="__main__")
-        out, err = capsys.readouterr()
-        return end.value.code or 0, out, err
-
-    return run
 
 
 @pytest.fixture(scope="module")
