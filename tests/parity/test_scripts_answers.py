@@ -101,7 +101,7 @@ def test_chat_text_in_token_files(folder, run, tmp_path):
     chat = "<|im_start|>user\nx<|im_end|>\n<|im_start|>assistant\ny<|im_end|>\n"
     (tmp_path / "chat.jsonl").write_text("\n".join(json.dumps({"text": chat}) for _ in range(8)))
     flags = ["--tokenizer", folder / "chat", "--data", tmp_path / "chat.jsonl", "--out", tmp_path / "c.npy"]
-    code, out, err = run("prepare_data", *flags, "--special-tokens-in-text")
+    code, _, err = run("prepare_data", *flags, "--special-tokens-in-text")
     assert (code, err) == (0, "")
     ids = np.load(tmp_path / "c.npy")
     assert ((ids == 258).sum(), (ids == 256).sum()) == (16, 8)
@@ -206,7 +206,7 @@ def test_numbers_that_are_none(folder, run, tmp_path):
             assert (code, words in err, err.count("\n")) == (2, True, 1), err
         code, out, err = run("generate", *flags[2:], "--framework", "both", "--prompt", "a", "--max-new-tokens", 3)
         assert (code, words in err) == (2, True)
-    code, out, err = run("export", "--checkpoint", tmp_path / "nan", "--out", tmp_path / "e")
+    code, _, err = run("export", "--checkpoint", tmp_path / "nan", "--out", tmp_path / "e")
     assert (code, "is not finite" in err, (tmp_path / "e").exists()) == (2, True, False)
     code, _, err = run("export", "--checkpoint", tmp_path / "huge", "--out", tmp_path / "e", "--dtype", "float16")
     assert (code, "is not in the range of float16" in err, (tmp_path / "e").exists()) == (2, True, False)
