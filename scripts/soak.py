@@ -363,7 +363,8 @@ def read_model(folder: Path) -> Any:
 
 
 def read_data(folder: Path) -> Any:
-    return check_data(folder / "t.npy", TOKENIZER), open_tokens(folder / "t.npy").tobytes()
+    description, tokens = check_data(folder / "t.npy", TOKENIZER), open_tokens(folder / "t.npy")
+    return description, np.array(tokens[: len(tokens)]).tobytes()
 
 
 def read_questions(folder: Path) -> Any:
@@ -372,7 +373,7 @@ def read_questions(folder: Path) -> Any:
 
 def read_shards(folder: Path) -> Any:
     description, tokens = check_data(folder, TOKENIZER), open_tokens(folder)
-    return description, tokens[: len(tokens)].tobytes()
+    return description, np.array(tokens[: len(tokens)]).tobytes()
 
 
 def make_all(place: Path) -> dict[str, tuple[Path, Callable[[Path], Any]]]:

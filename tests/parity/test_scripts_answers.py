@@ -204,7 +204,7 @@ def test_numbers_that_are_none(folder, run, tmp_path):
             assert (code, words in err, err.count("\n")) == (2, True, 1), err
             code, out, err = run("evaluate", *flags, "--text", tmp_path / "text.txt")
             assert (code, words in err, err.count("\n")) == (2, True, 1), err
-        code, out, err = run("generate", *flags[2:], "--framework", "both", "--prompt", "a", "--max-new-tokens", 3)
+        code, _, err = run("generate", *flags[2:], "--framework", "both", "--prompt", "a", "--max-new-tokens", 3)
         assert (code, words in err) == (2, True)
     code, _, err = run("export", "--checkpoint", tmp_path / "nan", "--out", tmp_path / "e")
     assert (code, "is not finite" in err, (tmp_path / "e").exists()) == (2, True, False)
