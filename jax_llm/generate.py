@@ -163,9 +163,9 @@ def generate_stream(
         new: list[list[int]] = [[] for _ in range(b)]
         for row, ids in enumerate(drawn.tolist()):
             for token in ids:
-                done[row] = done[row] or token in eos_ids
                 if token < 0 and not done[row]:
                     raise UserError(why_not_finite(model, params, [*padded[row, : lengths[row]], *texts[row]]))
+                done[row] = done[row] or token in eos_ids
                 if not done[row]:
                     new[row].append(token)
                     texts[row].append(token)

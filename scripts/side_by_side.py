@@ -86,7 +86,7 @@ BLOCKS = (
             "bpe_reference:train",
             "bpe_reference:encode",
             "tokenizer:Tokenizer.encode",
-            "tokenizer:Tokenizer._merge_short",
+            "bpe_words:WordEncoder._merge_short",
         ),
     ),
     Block(

@@ -52,14 +52,14 @@ both(
 jax(
     "of several separators the first alone counts",
     "documents:inside_documents",
-    "for x in separators]",
-    "for x in separators[:1]]",
+    "[input_ids == x for x in separators]",
+    "[input_ids == x for x in separators[:1]]",
     **APART,
 )
 torch(
     "of several separators the last alone counts",
     "documents:inside_documents",
-    "for x in separators]",
-    "for x in separators[-1:]]",
+    "[input_ids == x for x in separators]",
+    "[input_ids == x for x in separators[-1:]]",
     **APART,
 )

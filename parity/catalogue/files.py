@@ -181,17 +181,17 @@ shared(
 )
 shared(
     "the prompt is learned too",
-    "examples:ExampleDataset.batch",
-    "targets[row, answer - 1 - start : end - 1 - start] = self.tokens[answer:end]",
-    "targets[row, : end - 1 - start] = self.tokens[start + 1 : end]",
+    "examples:example_row",
+    "targets[answer - 1 - start : end - 1 - start] = tokens[answer:end]",
+    "targets[: end - 1 - start] = tokens[start + 1 : end]",
     place="ExampleDataset.batch",
     **DATA,
 )
 shared(
     "answers one token late",
-    "examples:ExampleDataset.batch",
-    "targets[row, answer - 1 - start : end - 1 - start] = self.tokens[answer:end]",
-    "targets[row, answer - start : end - 1 - start] = self.tokens[answer + 1:end]",
+    "examples:example_row",
+    "targets[answer - 1 - start : end - 1 - start] = tokens[answer:end]",
+    "targets[answer - start : end - 1 - start] = tokens[answer + 1 : end]",
     place="ExampleDataset.batch",
     **DATA,
 )
@@ -200,15 +200,15 @@ area("held-out loss")
 EVALUATION = {"check": "evaluation"}
 shared(
     "the last window is dropped",
-    "evaluation:Evaluation.batches",
-    "len(window) > 1",
-    "len(window) > self.seq_len",
+    "evaluation:Evaluation.__init__",
+    "math.ceil((len(tokens) - 1) / seq_len)",
+    "(len(tokens) - 1) // seq_len",
     **EVALUATION,
 )
 shared(
     "padding counted",
     "evaluation:Evaluation.batches",
-    "np.full((self.batch_size, self.seq_len), -100, np.int32)",
+    "np.full((self.batch_size, self.seq_len), IGNORED, np.int32)",
     "np.zeros((self.batch_size, self.seq_len), np.int32)",
     place="tokens",
     **EVALUATION,
@@ -218,7 +218,7 @@ shared(
 )
 shared(
     "bytes of the inputs",
-    "evaluation:Evaluation.summary",
+    "evaluation:Evaluation.n_bytes",
     "self.tokens[1 : 1 + self.n_targets]",
     "self.tokens[: self.n_targets]",
     place="bits per byte",
@@ -288,19 +288,19 @@ shared(
 shared("learned from special tokens", "bpe_trainer:_count", "i % 2 == 0", "i >= 0", **TRAINING)
 shared(
     "the pair before a merge forgotten",
-    "tokenizer:Tokenizer._merge_short",
+    "bpe_words:WordEncoder._merge_short",
     "rank_of((ids[i - 1], joined), NEVER)",
     "NEVER",
     **ENCODING,
 )
 shared(
     "merged with what is gone in a long word",
-    "tokenizer:Tokenizer._merge_long",
+    "bpe_words:WordEncoder._merge_long",
     "ranks[i] != rank",
     "False",
     **ENCODING,
 )
-shared("special tokens cut like text", "tokenizer:Tokenizer.encode", "self._specials is None", "True", **ENCODING)
+shared("special tokens cut like text", "tokenizer:Tokenizer.encode", "finder is None", "True", **ENCODING)
 shared("chunks cut a word", "words:_cuts", "found.start() + 1", "found.start() + 2", **ENCODING)
 shared("chunks cut a special token", "words:stream_blocks", "len(buffer) - reserve", "len(buffer)", **ENCODING)
 shared(
@@ -320,7 +320,7 @@ shared(
 )
 shared(
     "characters for bytes",
-    "tokenizer:Tokenizer._encode_word",
+    "bpe_words:WordEncoder._encode_word",
     "word.encode('utf-8')",
     "word.encode('ascii', 'replace')",
     **ENCODING,

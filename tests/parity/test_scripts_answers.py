@@ -200,7 +200,7 @@ def test_numbers_that_are_none(folder, run, tmp_path):
     ):
         for framework in ("jax", "torch"):
             flags = ["--framework", framework, "--checkpoint", tmp_path / name, *CPU]
-            code, out, err = run("generate", *flags, "--prompt", "a", "--max-new-tokens", 3)
+            code, _, err = run("generate", *flags, "--prompt", "a", "--max-new-tokens", 3)
             assert (code, words in err, err.count("\n")) == (2, True, 1), err
             code, _, err = run("evaluate", *flags, "--text", tmp_path / "text.txt")
             assert (code, words in err, err.count("\n")) == (2, True, 1), err
