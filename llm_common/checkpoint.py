@@ -39,7 +39,7 @@ from llm_common.errors import (
 from llm_common.hf_tokenizer import FILES, AnyTokenizer, companions, token_ids
 from llm_common.hosts import ONE_HOST, Hosts
 from llm_common.model_folder import CONFIG_FILE, check_model_folder, open_weights
-from llm_common.run_settings import COMPARED, check_resumable, differences, trained_ends
+from llm_common.run_settings import COMPARED, check_resumable, differences, trained_ends, well_formed_settings
 from llm_common.tensor_files import (
     MODEL_FILE,
     TensorFiles,
@@ -49,6 +49,7 @@ from llm_common.tensor_files import (
     plan_shards,
     shard_index,
     sync,
+    write_synced,
     write_tensors,
 )
 from llm_common.tensors import ReadOnDemand, Tensors, check_tensors, tensor_shapes
@@ -159,7 +160,7 @@ def _write_tensors(
                 failed = error  # raised at the end: the other hosts still ask for what is cut over this one too
         if len(plan) > 1 and hosts.index == 0:
             index = folder / f"{file}.index.json"
-            _write(index, json_bytes(shard_index(plan, sizes)))
+            write_synced(index, json_bytes(shard_index(plan, sizes)))
             entries[index.name] = _entry(index)
     if failed is not None:
         raise failed
@@ -182,7 +183,7 @@ def _write_rest(
     )
     small = {CONFIG_FILE: json_bytes(config)} | (companions(tokenizer, ends) if tokenizer is not None else {})
     for name, data in small.items():
-        _write(folder / name, data)
+        write_synced(folder / name, data)
         files[name] = _entry(folder / name)
     content = {
         "format": FORMAT,
@@ -191,7 +192,7 @@ def _write_rest(
         "files": dict(sorted(files.items())),
         "settings": settings,
     }
-    _write(folder / STATE_FILE, json_bytes(with_checksum(content)))
+    write_synced(folder / STATE_FILE, json_bytes(with_checksum(content)))
     sync(folder)
 
 
@@ -332,8 +333,9 @@ def _read_mark(folder: Path) -> dict[str, Any]:
     if missing:
         raise Damaged(f"{path}: {min(missing)!r} is missing; use an earlier checkpoint")
     counters = [content["step"], content["adam_count"]]
-    well_formed = all(isinstance(x, int) and not isinstance(x, bool) and x >= 0 for x in counters)
-    if not (well_formed and isinstance(content["files"], dict) and isinstance(content["settings"], dict)):
+    well_formed = all(isinstance(x, int) and not isinstance(x, bool) and 0 <= x < 2**53 for x in counters)
+    well_formed = well_formed and counters[1] <= counters[0]
+    if not (well_formed and isinstance(content["files"], dict) and well_formed_settings(content["settings"])):
         raise Damaged(f"{path}: damaged; use an earlier checkpoint")
     named = re.fullmatch(r"step-(\d{8,})", folder.name)
     if named and int(named[1]) != content["step"]:
@@ -393,8 +395,3 @@ def load_resumable(
 
 def _entry(path: Path) -> dict[str, Any]:
     return {"size": path.stat().st_size, "sha256": sha256_of(path)}
-
-
-def _write(path: Path, content: bytes) -> None:
-    path.write_bytes(content)
-    sync(path)

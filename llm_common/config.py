@@ -193,6 +193,7 @@ class OptimizerConfig:
             "total_steps",
             f"must be an integer larger than warmup_steps = {self.warmup_steps}",
         )
+        check(self.total_steps < 2**53, self, "total_steps", "must be less than 2^53")
         for field in ("beta1", "beta2"):
             value = getattr(self, field)
             check(is_finite(value) and 0 <= value < 1, self, field, "must lie in [0, 1)")
@@ -230,6 +231,7 @@ class TrainConfig:
         check(is_int(self.seed, 0) and self.seed < 2**32, self, "seed", "must be an integer in [0, 2^32)")
         for field in ("batch_size", "seq_len", "max_skipped_steps", "gradient_accumulation_steps", "loss_chunks"):
             check(is_int(getattr(self, field), 1), self, field, "must be an integer of at least 1")
+            check(getattr(self, field) < 2**31, self, field, "must be less than 2^31")
         batch, steps = self.batch_size, self.gradient_accumulation_steps
         check(batch % steps == 0, self, "gradient_accumulation_steps", f"must divide batch_size = {batch}")
         check(self.seq_len % self.loss_chunks == 0, self, "loss_chunks", f"must divide seq_len = {self.seq_len}")

@@ -13,7 +13,8 @@ from typing import Any
 
 from llm_common.errors import UserError
 from llm_common.records import csv_records, json_lines, json_values, looks_like_records
-from llm_common.tokenizer import END_OF_TEXT
+from llm_common.tokenizer import END_OF_TEXT, FILE_NAME
+from llm_common.tokenizer_folder import FILES
 
 TEXT, RECORDS = (".txt", ".md"), (".jsonl", ".ndjson", ".json", ".csv", ".tsv")
 ENDINGS = (*TEXT, *RECORDS)
@@ -37,6 +38,7 @@ OTHER_KINDS = {
     (".safetensors", ".gguf", ".onnx"): "the weights of a model, not text",
     (".db", ".sqlite", ".sqlite3"): "a database; write its text as JSONL",
 }
+OWN_FILES = {*FILES, FILE_NAME, "config.json", "manifest.json", "plan.json", "state.json", "log.jsonl"}
 LARGEST_RATIO = 200  # of what a .gz unpacks to, to its own size; text reaches 20, and more than this is a bomb
 
 
@@ -248,14 +250,26 @@ def _files(path: Path) -> list[Path]:
         raise UserError(f"{path}: no such file or folder")
     if path.is_file():
         return [path]
+    if not path.is_dir():
+        raise UserError(f"{path}: a pipe or a device, which is not read; write it to a file first")
 
     def refuse(error: OSError) -> None:
         raise UserError(f"{error.filename}: no permission to look into this folder") from None
 
-    found = []
-    for folder, _, names in os.walk(path, onerror=refuse):
-        found += [Path(folder) / name for name in names if _ending(Path(name)) in ENDINGS and not name.startswith(".")]
+    found, seen = [], set()
+    for folder, folders, names in os.walk(path, onerror=refuse, followlinks=True):
+        here = os.path.realpath(folder)
+        if here in seen:  # links in a circle
+            folders.clear()
+            continue
+        seen.add(here)
+        found += [Path(folder) / name for name in names if _ending(Path(name)) in ENDINGS and not _is_ours(name)]
     return sorted(file for file in found if file.is_file())
+
+
+def _is_ours(name: str) -> bool:
+    """Whether a file is one that this program or a model keeps beside text, or hidden."""
+    return name.startswith(".") or name in OWN_FILES or name.endswith((".npy.json", ".npz.json", ".index.json"))
 
 
 def _ending(file: Path) -> str:

@@ -33,10 +33,12 @@ NOT_AN_ARRAY = (ValueError, EOFError, OSError, TypeError, SyntaxError, Recursion
 ORDER = 0x6F726465  # folded into the seed's key for the order of the windows: initial weights have keys of their own
 
 
-def write_tokens(path: Path, documents: Iterable[str], encoder: DocumentEncoder | AnyTokenizer) -> dict[str, Any]:
+def write_tokens(
+    path: Path, documents: Iterable[str], encoder: DocumentEncoder | AnyTokenizer, held_out: float = 0.0
+) -> dict[str, Any]:
     """Encode documents to a `.npy` file with a `.json` beside it. Returns the description that the `.json` holds.
 
-    encoder: or the tokenizer of one with its defaults. The smallest unsigned dtype that fits the vocabulary is used.
+    encoder: or the tokenizer of one with its defaults. held_out: the share of documents that the file beside it has. The smallest unsigned dtype that fits the vocabulary is used.
     """
     if path.suffix != ".npy":
         raise UserError(f"{path}: a token file must end in .npy")
@@ -52,7 +54,7 @@ def write_tokens(path: Path, documents: Iterable[str], encoder: DocumentEncoder 
         raise UserError("the corpus is empty: nothing to write")
     file = io.BytesIO()
     np.save(file, tokens, allow_pickle=False)
-    counts = {"tokens": int(tokens.size), "documents": n_documents, "bytes": n_bytes}
+    counts = {"tokens": int(tokens.size), "documents": n_documents, "bytes": n_bytes, "held_out": held_out}
     return write_described(path, file.getvalue(), {**counts, **encoder.describe()})
 
 
@@ -63,6 +65,8 @@ def write_described(path: Path, content: bytes, description: dict[str, Any]) -> 
     place, where `read_description` finds it.
     """
     where, waiting = _description_path(path)
+    if path.exists() and not any(x.exists() for x in (where, waiting, path.with_suffix(".json"))):
+        raise UserError(f"{path}: is there already, and was not made by this program; give another --out")
     if waiting.is_file() and path.is_file() and sha256_of(path).encode() in waiting.read_bytes():
         waiting.replace(where)  # an earlier write was killed at its very end
     described = with_checksum(

@@ -86,7 +86,7 @@ _KNOWN: dict[tuple[str, str], Any] = {
 }
 
 
-class _Reader(pickle.Unpickler):
+class _Reader(pickle._Unpickler):  # pyright: ignore: the one in Python, whose memory follows the file's size and not its claims
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) not in _KNOWN:
             raise pickle.UnpicklingError(f"it names {module[:60]}.{name[:60]}, which no checkpoint needs")

@@ -5,6 +5,7 @@ import glob
 import hashlib
 import importlib
 import importlib.util
+import io
 import json
 import os
 import sys
@@ -138,7 +139,7 @@ def require_package(package: str, extra: str) -> None:
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an exception of any framework says that memory ran out."""
-    names = {cls.__name__ for cls in type(error).__mro__}
+    names = {cls.__name__.lstrip("_") for cls in type(error).__mro__}
     text = str(error)
     return (
         bool(names & {"MemoryError", "OutOfMemoryError"})
@@ -160,15 +161,22 @@ def run_main(main: Callable[[], int | None]) -> None:
     """Call a script's `main`; a UserError, or a file that the system refuses, becomes one line on stderr and exit code 2,
     Ctrl-C exit code 130.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # what a terminal cannot show is no reason to end
     try:
         sys.exit(main())
+    except BrokenPipeError:  # whoever read what is printed has enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except OSError as error:
-        if error.filename is None:
+        if error.filename is None and error.errno is None:
             raise
-        print(f"error: {error.filename}: {error.strerror}; give another path or make this one usable", file=sys.stderr)
+        where = "what is printed" if error.filename is None else error.filename
+        print(f"error: {where}: {error.strerror}; give another path or make this one usable", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

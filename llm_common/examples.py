@@ -130,6 +130,7 @@ def write_examples(
     examples: Iterable[Example],
     reader: ExampleReader | AnyTokenizer,
     max_length: int | None = None,
+    held_out: float = 0.0,
 ) -> dict[str, Any]:
     """Write examples to an `.npz` file with a `.json` beside it, and return what the `.json` holds.
 
@@ -154,7 +155,7 @@ def write_examples(
     np.savez(file, tokens=np.array(ids, dtype), starts=np.array(starts), answers=np.array(answers))
     lengths = np.diff(starts)
     counts = {"examples": len(answers), "tokens": len(ids), "longest": int(lengths.max()), "left_out": left_out}
-    return write_described(path, file.getvalue(), {**counts, **reader.describe()})
+    return write_described(path, file.getvalue(), {**counts, "held_out": held_out, **reader.describe()})
 
 
 def load_examples(path: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -174,7 +174,9 @@ def _read_tokenizer_json(found: TokenizerFolder, path: Path, content: dict[str, 
         if text in model["vocab"]:
             added.setdefault(text, {"id": model["vocab"][text], "special": True})
     ignore = bool(model.get("ignore_merges"))
-    if found.class_name in _CLASSES and not found.config.get("add_prefix_space"):  # as transformers has it
+    if found.class_name in _CLASSES:  # as transformers has it
+        if found.config.get("add_prefix_space"):
+            raise UserError(f"{path}: a {found.class_name} with add_prefix_space is not known; {USE_LIBRARY}")
         (pattern, normalizer), ignore = _CLASSES[found.class_name], False
     else:
         pattern = _pattern(path, content.get("pre_tokenizer"))
@@ -206,6 +208,15 @@ def _tokenizer(
         for key in ("lstrip", "rstrip", "single_word"):
             if token.get(key):
                 raise UserError(f"{path}: token {text!r} with {key} is not known; {USE_LIBRARY}")
+    if found.config.get("split_special_tokens"):
+        raise UserError(
+            f"{path}: split_special_tokens, by which no text has a special token, is not known; {USE_LIBRARY}"
+        )
+    for text in (*found.named.values(), *found.more_special):
+        if text not in added:
+            raise UserError(
+                f"{path}: the special token {text!r} is not in the vocabulary, and its id only guessed; {USE_LIBRARY}"
+            )
     if prefix is None:  # no file says; so the flag does, as in transformers
         bos = found.special("bos_token")
         prefix = [bos] if found.config.get("add_bos_token") and bos is not None else []

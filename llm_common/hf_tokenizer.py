@@ -15,7 +15,7 @@ import numpy as np
 from llm_common.errors import UserError, json_bytes, parse_json, require_package
 from llm_common.hf_files import read_hf_folder, to_hf_files
 from llm_common.tokenizer import FILE_NAME, Tokenizer
-from llm_common.tokenizer_folder import FILES, TokenizerFolder
+from llm_common.tokenizer_folder import FILES, FLAGS, TokenizerFolder
 from llm_common.tokenizers_library import cut_as_class, probe, quiet, unless_panic
 from llm_common.words import clean
 
@@ -69,16 +69,17 @@ class HfTokenizer:
         """Add the tokens that other files than tokenizer.json name, as transformers does."""
         import tokenizers
 
-        have = {token.content for token in self._tokenizer.get_added_tokens_decoder().values()}
+        have = {token.content: token for token in self._tokenizer.get_added_tokens_decoder().values()}
         listed = sorted(self.folder.added.items(), key=lambda item: item[1]["id"])
-        named = [(text, {"special": True}) for text in self.folder.named.values()]
-        for text, token in [*listed, *named]:
-            if text in have:
+        named = [(text, {"special": True, **self.folder.flags_of(name)}) for name, text in self.folder.named.items()]
+        more = [(text, {"special": True}) for text in self.folder.more_special]
+        for text, token in [*listed, *named, *more]:
+            flags = {key: bool(token.get(key)) for key in (*FLAGS, "special")}
+            known = have.get(text)
+            if known is not None and ("id" not in token or all(getattr(known, key) == x for key, x in flags.items())):
                 continue
-            have.add(text)
-            flags = {key: bool(token.get(key)) for key in ("lstrip", "rstrip", "single_word", "normalized")}
-            special = bool(token.get("special"))
-            self._tokenizer.add_tokens([tokenizers.AddedToken(text, special=special, **flags)])
+            have[text] = added = tokenizers.AddedToken(text, **flags)
+            self._tokenizer.add_tokens([added])
             wanted, number = token.get("id"), self._tokenizer.token_to_id(text)
             if wanted is not None and wanted != number:
                 raise UserError(
@@ -132,7 +133,7 @@ class HfTokenizer:
 
     def token_id(self, text: str) -> int | None:
         """The id of a token by its text, or None."""
-        return self._tokenizer.token_to_id(text)
+        return None if clean(text) != text else self._tokenizer.token_to_id(text)
 
     # --- encode and decode
 
@@ -153,6 +154,7 @@ class HfTokenizer:
         return self._library(lambda: self._split_special(parse_special).encode(text, add_special_tokens=False))
 
     def _split_special(self, parse_special: bool) -> Any:
+        parse_special = parse_special and not self.folder.config.get("split_special_tokens")
         if self._tokenizer.encode_special_tokens == parse_special:
             self._tokenizer.encode_special_tokens = not parse_special
         return self._tokenizer

@@ -35,22 +35,18 @@ def _parse(where: str, text: str) -> Any:
 def json_values(file: Path, chunks: Iterable[str]) -> Iterator[tuple[str, Any]]:
     """The elements of an array, or the values that stand one after the other; in memory is one of them."""
     decoder, chunks, text, at, number, inside = json.JSONDecoder(), iter(chunks), "", 0, 0, None
-    ended = False
 
     def more() -> bool:
-        nonlocal text, at, ended
-        parts = [text[at:]]
-        while (
-            part := next(chunks, None)
-        ) is not None:  # twice as much each time: a record is parsed again whenever it grows
+        """Read on; whether there was anything. A record that is not whole yet is parsed again: twice as much is read each time."""
+        nonlocal text, at
+        parts, size = [text[at:]], 0
+        while (part := next(chunks, None)) is not None:
             parts.append(part)
-            if sum(map(len, parts)) >= 2 * len(parts[0]):
+            size += len(part)
+            if size >= len(parts[0]):
                 break
-        ended = ended or part is None
         text, at = "".join(parts), 0
-        if len(text) > LARGEST_RECORD:
-            raise UserError(f"{file}, record {number + 1}: more than {LARGEST_RECORD:,} characters")
-        return not ended
+        return size > 0
 
     while True:
         while at < len(text) and text[at] in " \t\r\n" + ("," if inside and number else ""):
@@ -67,13 +63,15 @@ def json_values(file: Path, chunks: Iterable[str]) -> Iterator[tuple[str, Any]]:
             inside, at = False, at + 1
             continue
         where = f"{file}, record {number + 1}"
-        _check_containers(where, text)
         try:
             value, end = decoder.raw_decode(text, at)
         except RecursionError:
             raise UserError(f"{where}: not JSON (nested too deeply)") from None
         except ValueError as error:
+            if len(text) - at > LARGEST_RECORD:
+                raise UserError(f"{where}: more than {LARGEST_RECORD:,} characters, or not JSON ({error})") from None
             if more():
+                _check_containers(where, text)
                 continue
             raise UserError(f"{where}: not JSON ({error})") from None
         at, number = end, number + 1
@@ -84,14 +82,24 @@ def json_values(file: Path, chunks: Iterable[str]) -> Iterator[tuple[str, Any]]:
 
 def csv_records(file: Path, chunks: Iterable[str], delimiter: str, field: str) -> Iterator[tuple[str, Any]]:
     """The rows of a table, each with the names of the first one."""
+    csv.field_size_limit(LARGEST_RECORD)
     lines = (line + "\n" for line in lines_of(chunks, file))
     first = next(lines, "")
-    others = [x for x in (delimiter, ";", "\t", "|") if field in next(csv.reader([first], delimiter=x), [])]
-    csv.field_size_limit(LARGEST_RECORD)
+    try:
+        others = [x for x in (delimiter, ";", "\t", "|") if field in next(csv.reader([first], delimiter=x), [])]
+    except csv.Error as error:
+        raise UserError(f"{file}, line 1: not CSV ({error})") from None
     rows = csv.reader(itertools.chain([first], lines), delimiter=(others or [delimiter])[0], strict=True)
     try:
         names = next(rows, [])
+        if twice := [name for name in names if names.count(name) > 1]:
+            raise UserError(f"{file}: two columns are named {twice[0]!r}; give one of them another name")
         for row in rows:
+            if len(row) > len(names):
+                raise UserError(
+                    f"{file}, line {rows.line_num}: {len(row)} fields, but the first line names {len(names)}; text with the "
+                    "delimiter in it needs quotes around it"
+                )
             if row:
                 yield f"{file}, line {rows.line_num}", dict(zip(names, row, strict=False))
     except csv.Error as error:

@@ -3,6 +3,7 @@
 import contextlib
 import importlib.metadata
 import importlib.util
+import itertools
 import json
 import math
 import os
@@ -65,7 +66,14 @@ class RunLog:
     def _drop_later_rows(self) -> None:
         if not self.path.exists():
             return
-        rows = [] if self.step == 0 else [row for row in read_log(self.path) if row.get("step", 0) <= self.step]
+        if self.step == 0 and b'"loss"' in self.path.read_bytes():  # of a run without a checkpoint, or of another one
+            other = next(
+                x for i in itertools.count(1) if not (x := self.path.with_name(f"{self.path.name}.before-{i}")).exists()
+            )
+            self.path.rename(other)
+            return
+        place = lambda row: row.get("step") if isinstance(row.get("step"), int) else 0
+        rows = [] if self.step == 0 else [row for row in read_log(self.path) if place(row) <= self.step]
         partial = self.path.with_name(f".{self.path.name}.partial")
         partial.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
         os.replace(partial, self.path)

@@ -47,6 +47,15 @@ def differences(saved: dict[str, Any], asked: dict[str, Any]) -> list[str]:
     return found
 
 
+def well_formed_settings(settings: Any) -> bool:
+    """Whether settings have the form that a run gives them."""
+    if not isinstance(settings, dict):
+        return False
+    parts = all(isinstance(settings.get(part, {}), dict) for part in (*COMPARED, "roles", "evaluation"))
+    segments = settings.get("segments", [])
+    return parts and isinstance(segments, list) and all(isinstance(x, dict) for x in segments)
+
+
 def total_steps(settings: dict[str, Any]) -> Any:
     """How many steps a run is to have, as its settings say."""
     optimizer = settings.get("optimizer")

@@ -21,11 +21,11 @@ def resolve_token(tokenizer: AnyTokenizer, text: str, flag: str) -> int | None:
     if text.lower() == "none":
         return None
     found = tokenizer.token_id(text)
-    if found is None and text.isdecimal() and int(text) < tokenizer.vocab_size:
+    if found is None and text.isdecimal() and len(text) < 10 and int(text) < tokenizer.vocab_size:
         found = int(text)
     if found is None:
         known = ", ".join(list(tokenizer.special_tokens)[:12]) or "none"
-        raise UserError(f"{flag} {text}: the tokenizer has no such token; its special tokens: {known}")
+        raise UserError(f"{flag} {clean(text)[:100]}: the tokenizer has no such token; its special tokens: {known}")
     return found
 
 

@@ -246,6 +246,12 @@ def read_tensors(path: Path) -> dict[str, np.ndarray]:
     return {name: np.array(tensor) for name, tensor in TensorFiles(path).items()}
 
 
+def write_synced(path: Path, content: bytes) -> None:
+    """Write a small file and ask the operating system to put it on the disk."""
+    path.write_bytes(content)
+    sync(path)
+
+
 def sync(path: Path) -> None:
     """Ask the operating system to put a file or folder on the disk."""
     descriptor = os.open(path, os.O_RDONLY)

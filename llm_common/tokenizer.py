@@ -158,7 +158,7 @@ class Tokenizer(WordEncoder):
 
     def token_id(self, text: str) -> int | None:
         """The id of a token by its text, or None."""
-        return self.added.get(text, self._plain.get(text.encode("utf-8", "replace")))
+        return None if clean(text) != text else self.added.get(text, self._plain.get(text.encode()))
 
     def chat(self, messages: list[dict[str, Any]], add_generation_prompt: bool) -> str:
         """Messages of {"role", "content"} in the folder's chat template. Raises UserError if it has none or it fails."""

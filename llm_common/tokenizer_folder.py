@@ -27,6 +27,7 @@ FILES = (
     "merges.txt",
     "tokenizer.model",
 )
+FLAGS = ("lstrip", "rstrip", "single_word", "normalized")
 NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 # What transformers' classes assume of a special token that no file names.
 _CLASS_DEFAULTS: dict[str, dict[str, str]] = {
@@ -78,7 +79,10 @@ class TokenizerFolder:
         self.path = folder
         self.files = {name: read_small(folder / name) for name in FILES if (folder / name).is_file()}
         self.config = self._object("tokenizer_config.json")
-        self._map = self._object("special_tokens_map.json")
+        # transformers reads special_tokens_map.json and added_tokens.json only where tokenizer_config.json lists no added tokens,
+        # and then they say more than it does
+        self._listed = isinstance(self.config.get("added_tokens_decoder"), dict)
+        self._map = {} if self._listed else self._object("special_tokens_map.json")
         self._generation = self._object("generation_config.json")
         model = folder / "config.json"
         content = parse_json(read_small(model), str(model)) if model.is_file() else {}
@@ -103,11 +107,13 @@ class TokenizerFolder:
             return "Qwen2Tokenizer"
         if family == "qwen3":
             return name or "Qwen2Tokenizer"
+        if name == "LlamaTokenizer" and b'"ByteLevel"' in self.files.get("tokenizer.json", b""):
+            return ""  # a Llama 3
         return "" if family == "mistral" else name
 
     def special(self, name: str) -> str | None:
         """The text of "bos_token", "eos_token" and so on, or None if the tokenizer has none."""
-        for source in (self.config, self._map, _CLASS_DEFAULTS.get(self.class_name, {})):
+        for source in (self._map, self.config, _CLASS_DEFAULTS.get(self.class_name, {})):
             if name in source:
                 token = source[name]
                 token = token.get("content") if isinstance(token, dict) else token
@@ -123,8 +129,8 @@ class TokenizerFolder:
     def added(self) -> dict[str, dict[str, Any]]:
         """Tokens that these files add to the vocabulary's: text -> {"id", "special", ...}. Those of tokenizer.json are not among them."""
         found: dict[str, dict[str, Any]] = {}
-        special = {*self.named.values(), *self._more_special()}
-        for text, number in self._object("added_tokens.json").items():
+        special = {*self.named.values(), *self.more_special}
+        for text, number in ({} if self._listed else self._object("added_tokens.json")).items():
             found[text] = {"id": number, "special": text in special}
         decoder = self.config.get("added_tokens_decoder") or {}
         if not isinstance(decoder, dict):
@@ -138,17 +144,25 @@ class TokenizerFolder:
                 raise UserError(f"{self.path}: the added token {text!r} has no id that can be one")
         return found
 
-    def _more_special(self) -> list[str]:
-        """Special tokens without a name of their own."""
+    @functools.cached_property
+    def more_special(self) -> list[str]:
+        """Special tokens without a name of their own, or with one that few models have (image_token)."""
         found: list[str] = []
-        for source in (self.config, self._map):
-            for key in ("additional_special_tokens", "extra_special_tokens"):
-                tokens = source.get(key) or []
-                tokens = tokens.values() if isinstance(tokens, dict) else tokens if isinstance(tokens, list) else []
-                found += [
-                    text for x in tokens if isinstance(text := x.get("content") if isinstance(x, dict) else x, str)
-                ]
+        for source in (self._map, self.config):
+            for key, tokens in source.items():
+                if key in ("additional_special_tokens", "extra_special_tokens", "model_specific_special_tokens"):
+                    tokens = list(tokens.values()) if isinstance(tokens, dict) else tokens
+                elif not key.endswith("_token") or key in NAMES or isinstance(tokens, bool):
+                    continue
+                for token in tokens if isinstance(tokens, list) else [tokens]:
+                    text = token.get("content") if isinstance(token, dict) else token
+                    found += [text] if isinstance(text, str) and text and text not in found else []
         return found
+
+    def flags_of(self, name: str) -> dict[str, bool]:
+        """What the files say of a named special token beside its text: whether spaces around it belong to it."""
+        token = next((source[name] for source in (self._map, self.config) if name in source), None)
+        return {key: bool(token.get(key)) for key in FLAGS} if isinstance(token, dict) else {}
 
     # --- roles
 

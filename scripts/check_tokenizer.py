@@ -23,7 +23,7 @@ TEXTS = (
     "a\n\nb\r\n  c\t\td   ",
     "I'LL we've 1 22 333 4444!",
     "日本語 🙂👩‍👩‍👧 e\u0301 Ελλάδα",
-    "x▁y </s> <|im_end|> <|eot_id|>",
+    "x▁y </s> <|im_end|> <|eot_id|> <|endoftext|> [PAD]",
     "",
 )
 PAIRS = (("Say four", "Four"), (" a ", "\n b\n"), ("日本?", "é🙂 12345"), ("<b>", "`x = 1`\n\n"), ("", "empty"))

@@ -33,7 +33,7 @@ from llm_common.checkpoint import load_weights, read_settings
 from llm_common.config import ATTENTION_BACKENDS, DTYPES, ModelConfig, TrainConfig, check_length
 from llm_common.corpus import Corpus
 from llm_common.data import check_data, open_tokens
-from llm_common.errors import UserError, import_side, run_main
+from llm_common.errors import UserError, import_side, is_out_of_memory, run_main
 from llm_common.evaluation import DocumentEvaluation, Evaluation, open_held_out
 from llm_common.hf_tokenizer import AnyTokenizer, load_tokenizer, open_tokenizer
 from llm_common.run import newest
@@ -107,8 +107,16 @@ def main() -> None:
         opened = side.evaluator(cfg, weights, train, hosts.device)
     else:
         opened = import_side(args.framework, "distributed").evaluator(cfg, weights, train, mesh, hosts.device)
-    with opened as evaluate:
-        result = evaluation.summary(*evaluate(evaluation))
+    try:
+        with opened as evaluate:
+            result = evaluation.summary(*evaluate(evaluation))
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        raise UserError(
+            f"memory ran out with {evaluation.batch_size} windows of {evaluation.seq_len} tokens: take a smaller --batch-size or "
+            "--seq-len"
+        ) from None
     show(args, folder, train, evaluation, result)
 
 

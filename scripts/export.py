@@ -28,7 +28,7 @@ def main() -> None:
     args = parser.parse_args()
     if args.out.exists():
         raise UserError(f"--out {args.out}: is there already; nothing is overwritten")
-    if not args.shard_gib > 0:
+    if not 0 < args.shard_gib < float("inf"):
         raise UserError(f"--shard-gib {args.shard_gib}: must be positive")
     folder = newest(args.checkpoint)
     cfg, weights = load_weights(folder)

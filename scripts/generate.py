@@ -46,6 +46,8 @@ from llm_common.text_stream import TextStream
 from llm_common.tokenizer import check_vocabulary
 from llm_common.words import clean
 
+MOST_TEXTS = 100_000
+
 
 def main() -> None:
     parser = make_parser(__doc__)
@@ -87,6 +89,8 @@ def main() -> None:
     prepare_environment(None)
     sampling = from_flags(SamplingConfig, args)
     at_least_one(args, "texts", "batch_size", "max_new_tokens")
+    if args.texts > MOST_TEXTS:
+        raise UserError(f"--texts {args.texts}: at most {MOST_TEXTS:,} of each prompt")
     args.stop = [clean(text) for text in args.stop]
     if "" in args.stop:
         raise UserError("--stop is empty: give at least one character")

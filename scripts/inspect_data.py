@@ -38,8 +38,12 @@ def main() -> None:
     parser.add_argument("--out", type=Path, metavar="PNG", help="of a picture")
     args = parser.parse_args()
     at_least_one(args, "samples", "sample_length", "top")
+    if args.seed < 0:
+        raise UserError(f"--seed {args.seed}: at least 0")
     if args.out is not None:
         require_package("matplotlib", "parity")
+        if args.out.suffix not in (".png", ".pdf", ".svg", ".jpg"):
+            raise UserError(f"--out {args.out}: a picture ends in .png, .pdf, .svg or .jpg")
     console, tokenizer = Console(), open_tokenizer(args.tokenizer)
     description = check_data(args.data, tokenizer)
     if args.check:
@@ -60,7 +64,8 @@ def main() -> None:
         )
     report(console, tokens, tokenizer, counts, lengths, args.top)
     rng = np.random.default_rng(args.seed)
-    for start in sorted(rng.integers(0, max(1, len(tokens) - args.sample_length), args.samples).tolist()):
+    places = max(1, len(tokens) - args.sample_length)
+    for start in sorted(rng.integers(0, places, min(args.samples, places)).tolist()):
         text = tokenizer.decode(tokens[start : start + args.sample_length].tolist())
         console.rule(f"tokens {start:,} to {start + args.sample_length:,}", align="left")
         console.print(text, markup=False, highlight=False)

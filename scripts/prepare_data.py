@@ -17,6 +17,7 @@ tokenizer's files, or given. Special tokens written out in the text are text, un
 
 import argparse
 import itertools
+import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TypeVar
@@ -74,14 +75,18 @@ def main() -> None:
     if args.prompt_field or args.answer_field:
         prepare_examples(args, tokenizer)
         return
-    for name in ("chat", "max_length"):
-        if getattr(args, name):
+    for name in ("chat", "max_length", "turn_end"):
+        if getattr(args, name) not in (None, False, AUTO):
             raise UserError(f"--{name.replace('_', '-')} is for examples: give --prompt-field and --answer-field")
+    if args.out.suffix == ".npz":
+        raise UserError(
+            f"--out {args.out}: .npz is for examples: give --prompt-field and --answer-field, or end it in .npy"
+        )
     at_least_one(args, "processes", "part_size")
     encoder = DocumentEncoder(tokenizer, args.document_end, args.special_tokens_in_text)
     with reading_bar(Console()) as show:
         corpus = open_corpus(args.data, args, show, "encoding")
-        if not args.out.suffix:
+        if not re.fullmatch(r"\.[A-Za-z]+", args.out.suffix):  # web-v1.0/ is a folder
             processes = args.processes or cores()
             manifests = prepare(
                 corpus.documents(),
@@ -98,8 +103,8 @@ def main() -> None:
             return
         else:
             kept, held_out = divide(corpus.documents(), args.validation, lambda document: document)
-            write(args.out, kept, encoder)
-            write(args.out.with_name(f"{args.out.stem}-validation.npy"), held_out, encoder)
+            write(args.out, kept, encoder, args.validation)
+            write(args.out.with_name(f"{args.out.stem}-validation.npy"), held_out, encoder, args.validation)
             return
     for side, m in manifests.items():
         print(
@@ -123,6 +128,8 @@ def prepare_examples(args: argparse.Namespace, tokenizer: AnyTokenizer) -> None:
         raise UserError("examples need --prompt-field, --answer-field and --data with a JSONL, JSON or CSV file")
     if len(args.data) > 1:
         raise UserError("--data: examples are read from one file")
+    if args.document_end != AUTO:
+        raise UserError("--document-end is for documents; what ends an answer is --turn-end")
     pairs = read_pairs(args.data[0], args.prompt_field, args.answer_field)
     sides = {args.out: pairs}
     if args.validation:
@@ -130,7 +137,7 @@ def prepare_examples(args: argparse.Namespace, tokenizer: AnyTokenizer) -> None:
         sides = {args.out: kept, args.out.with_name(f"{args.out.stem}-validation.npz"): held_out}
     for path, found in sides.items():
         reader = ExampleReader(tokenizer, args.chat, args.turn_end, args.special_tokens_in_text)
-        info = write_examples(path, itertools.starmap(reader, found), reader, args.max_length)
+        info = write_examples(path, itertools.starmap(reader, found), reader, args.max_length, args.validation)
         print(
             f"{path}: {info['examples']:,} example{'s' if info['examples'] > 1 else ''}, {info['tokens']:,} tokens, the longest "
             f"{info['longest']}; {info['left_out']} left out"
@@ -145,8 +152,8 @@ def prepare_examples(args: argparse.Namespace, tokenizer: AnyTokenizer) -> None:
             )
 
 
-def write(path: Path, texts: Iterable[str], encoder: DocumentEncoder) -> None:
-    info = write_tokens(path, texts, encoder)
+def write(path: Path, texts: Iterable[str], encoder: DocumentEncoder, held_out: float = 0.0) -> None:
+    info = write_tokens(path, texts, encoder, held_out)
     entropy = unigram_entropy(np.load(path, mmap_mode="r"))
     print(
         f"{path}: {info['tokens']:,} tokens of {info['documents']:,} documents, "

@@ -189,20 +189,24 @@ DOCUMENTS = [f"document {i} " * (i % 40 + 1) for i in range(400)]
 
 
 def work_shards(folder: Path) -> None:
+    """Prepare one folder of shards after the other; one that was begun goes on."""
     TOKENIZER.save(folder / "bpe.json")
+    number = max((int(path.name[5:]) for path in folder.glob("data-*")), default=1)
     while True:
-        prepare(DOCUMENTS, folder / "data", folder / "bpe.json", 0.1, 2, part_size=3000)
-        shutil.rmtree(folder / "data")
+        if not (folder / f"data-{number}" / "validation" / "manifest.json").is_file():
+            prepare(DOCUMENTS, folder / f"data-{number}", folder / "bpe.json", 0.1, 2, part_size=3000)
+        number += 1
 
 
 def check_shards(folder: Path) -> None:
-    if (folder / "data" / "train" / "manifest.json").is_file():
-        check_data(folder / "data" / "train")
-    else:
+    for data in folder.glob("data-*"):
+        if (data / "train" / "manifest.json").is_file():
+            assert check_data(data / "train")["documents"] > len(DOCUMENTS) / 2, "not what was prepared"
+            continue
         try:
-            open_tokens(folder / "data")
+            open_tokens(data)
         except UserError:
-            return
+            continue
         raise AssertionError("data without a manifest was read")
 
 

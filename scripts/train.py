@@ -36,7 +36,7 @@ from rich.console import Console
 from llm_common.budget import GIB, flops_per_step, memory_advice, memory_per_step, peak_flops
 from llm_common.checkpoint import load_weights
 from llm_common.config import PRESETS, ModelConfig, OptimizerConfig, RunConfig, TrainConfig, check_length, preset
-from llm_common.data import TokenDataset, check_data, open_tokens
+from llm_common.data import TokenDataset, check_data, open_tokens, read_description
 from llm_common.errors import UserError, import_side, is_out_of_memory, notice, run_main
 from llm_common.evaluation import Evaluation, open_held_out
 from llm_common.examples import open_dataset
@@ -196,6 +196,11 @@ def open_evaluation(
         path = args.data.with_name(f"{args.data.stem}-validation{args.data.suffix}")
         path = path if manifest is None else manifest.parent.with_name("validation")
         if not path.exists():
+            return None
+        if manifest is None and not read_description(args.data).get("held_out"):
+            notice(
+                f"{path} is not taken: {args.data} was made without --validation, and may have the same text; or give --eval-data"
+            )
             return None
     check_data(path, tokenizer)
     return open_held_out(

@@ -18,7 +18,7 @@ from llm_common.bpe_trainer import TIE_RULES, check_special_tokens, train_bpe
 from llm_common.errors import UserError, run_main, write_whole
 from llm_common.hf_tokenizer import companions
 from llm_common.progress import reading_bar
-from llm_common.tokenizer import END_OF_TEXT
+from llm_common.tokenizer import END_OF_TEXT, FILE_NAME, Tokenizer
 from llm_common.words import PATTERNS
 
 WORTH_A_PROCESS = 32 << 20  # bytes of text for each: to start one takes as long as to count ten
@@ -49,6 +49,7 @@ def main() -> None:
     check_special_tokens(args.special_tokens, args.vocab_size)
     if args.out.suffix and args.out.suffix != ".json":
         raise UserError(f"--out {args.out}: a .json file, or a folder")
+    refuse_to_overwrite(args.out)
     with reading_bar(Console()) as show:
         corpus = open_corpus(args.input, args, show, "reading")
         wanted = args.vocab_size - 256 - len(args.special_tokens)
@@ -73,6 +74,20 @@ def main() -> None:
             f"no pair was left after {len(tokenizer.merges)} of {wanted} merges: every word is one token. "
             f"The vocabulary is smaller than --vocab-size {args.vocab_size}; more text would fill it"
         )
+
+
+def refuse_to_overwrite(out: Path) -> None:
+    """Raise UserError if something other than a tokenizer of this program stands where one is to go."""
+    own = out if out.suffix else out / FILE_NAME
+    if own.exists():
+        try:
+            Tokenizer.load(own)
+        except UserError:
+            raise UserError(
+                f"--out {own}: is there already, and is no tokenizer of this program; give another name"
+            ) from None
+    elif not out.suffix and (out / "tokenizer.json").exists():
+        raise UserError(f"--out {out}: holds somebody's tokenizer.json; give another folder")
 
 
 if __name__ == "__main__":
