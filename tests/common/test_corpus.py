@@ -155,3 +155,44 @@ def test_a_large_file_of_json_is_read_a_record_at_a_time(tmp_path):
     records = [{"text": "x" * (i % 7) * 40_000 + str(i)} for i in range(60)]
     (tmp_path / "a.json").write_text(json.dumps(records))
     assert list(Corpus([tmp_path / "a.json"]).documents()) == [x["text"] for x in records]
+
+
+@pytest.mark.parametrize("over", [-5, 0, 40, 4000])
+def test_a_file_of_json_ends_anywhere(over, tmp_path):
+    """The last piece that is read may be shorter than the record that waits for its end."""
+    text = "ab " * ((1 << 20) // 3)
+    records = [
+        {"text": text[: (1 << 20) - 20 + over]},
+        {"text": "c d " * 10},
+        {"text": "x" * (3 << 20)},
+        {"text": "end"},
+    ]
+    (tmp_path / "a.json").write_text(json.dumps(records))
+    assert list(Corpus([tmp_path / "a.json"]).documents()) == [x["text"] for x in records]
+
+
+def test_a_table_with_too_many_fields_is_not_cut(tmp_path):
+    for content, words in (
+        ("id,text\n1,Hello, dear world\n", "line 2: 3 fields, but the first line names 2"),
+        ("text,text\na,b\n", "two columns are named 'text'"),
+        ("text,label\rfoo,1\r", "not CSV|no text"),
+    ):
+        (tmp_path / "a.csv").write_text(content)
+        with pytest.raises(UserError, match=words):
+            list(Corpus([tmp_path / "a.csv"]).documents())
+    (tmp_path / "a.csv").write_text("x" * 200_000 + ",text\nabc,hello\n")
+    assert list(Corpus([tmp_path / "a.csv"]).documents()) == ["hello"]
+
+
+def test_a_folder_is_read_through_links_and_without_our_own_files(tmp_path):
+    (tmp_path / "texts" / "deep").mkdir(parents=True)
+    (tmp_path / "texts" / "deep" / "a.txt").write_text("one")
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "link").symlink_to(tmp_path / "texts")
+    (tmp_path / "data" / "circle").symlink_to(tmp_path / "data")
+    for name in ("tokens.npy.json", "q.npz.json", "bpe.json", "tokenizer.json", ".hidden.txt"):
+        (tmp_path / "data" / name).write_text("{}")
+    assert list(Corpus([tmp_path / "data"]).documents()) == ["one"]
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(UserError, match="pipe: a pipe or a device, which is not read"):
+        Corpus([tmp_path / "pipe"])

@@ -391,3 +391,50 @@ def killed_at(path, write):
         write(target, content)
 
     return until
+
+
+FLAGS = dict.fromkeys(("normalized", "single_word"), False) | {"lstrip": True, "rstrip": True, "__type": "AddedToken"}
+
+
+@pytest.mark.parametrize(
+    ("config", "files"),
+    [
+        ({"additional_special_tokens": ["<x>", "<new>"]}, {}),
+        ({"extra_special_tokens": ["<x>"]}, {}),
+        ({"extra_special_tokens": {"image": "<x>"}}, {}),
+        ({"image_token": "<x>"}, {}),
+        ({"eos_token": {"content": "<x>", **FLAGS}}, {}),
+        ({"pad_token": "<x>"}, {}),
+        ({"split_special_tokens": True}, {}),
+        ({}, {"special_tokens_map.json": {"eos_token": "<x>"}}),
+        ({"added_tokens_decoder": {}}, {"special_tokens_map.json": {"pad_token": "<x>"}}),
+    ],
+)
+def test_tokens_that_only_the_other_files_name(config, files, tmp_path):
+    """transformers adds them; read in Python, where their ids would be guessed, they are refused."""
+    from llm_common.hf_files import read_hf_folder
+
+    byte_level(tmp_path, QWEN, {"eos_token": "<|im_end|>", **config}, files=files)
+    t, auto = HfTokenizer(tmp_path), transformers.AutoTokenizer.from_pretrained(tmp_path)
+    for text in ("a <x> b", "<x><|im_end|> <new>four"):
+        assert t.encode(text) == auto(text, add_special_tokens=False).input_ids
+    if "<x>" in (t.folder.special("eos_token"), t.folder.special("pad_token"), *t.folder.more_special) or config:
+        with pytest.raises(UserError, match="install the tokenizers package"):
+            read_hf_folder(tmp_path)
+    else:
+        assert read_hf_folder(tmp_path).encode("a <x> b") == t.encode("a <x> b")
+
+
+def test_a_token_that_is_no_text_is_not_another_one(tmp_path):
+    t = HfTokenizer(folder_of("qwen", tmp_path))
+    for text in ("\udcff", "9" * 5000, "?\ud800"):
+        for tokenizer in (t, Tokenizer([])):
+            with pytest.raises(UserError, match="the tokenizer has no such token"):
+                resolve_token(tokenizer, text, "--turn-end")
+
+
+def test_a_file_that_is_not_ours_is_not_overwritten(tmp_path):
+    np.save(tmp_path / "mine.npy", np.arange(5))
+    with pytest.raises(UserError, match="is there already, and was not made by this program"):
+        write_tokens(tmp_path / "mine.npy", ["a"], Tokenizer([]))
+    assert np.load(tmp_path / "mine.npy").tolist() == [0, 1, 2, 3, 4]

@@ -312,3 +312,64 @@ def test_workers_end_with_the_program_that_began_them(script, tmp_path):
     while any(map(alive, workers)) and time.monotonic() < deadline:
         time.sleep(0.05)
     assert not any(map(alive, workers))
+
+
+def test_nothing_of_the_users_is_overwritten(folder, run, tmp_path):
+    """A text, somebody's tokenizer, an array, and the log of a run whose checkpoints are gone."""
+    text = tmp_path / "text.json"
+    text.write_text(json.dumps([{"text": "some words " * 50}] * 20))
+    code, _, err = run("train_tokenizer", "--input", text, "--vocab-size", 280, "--out", text)
+    assert (code, "is no tokenizer of this program" in err) == (2, True)
+    code, _, err = run("train_tokenizer", "--input", text, "--vocab-size", 280, "--out", folder / "chat")
+    assert (code, "holds somebody's tokenizer.json" in err) == (2, True)
+    data = ["--tokenizer", folder / "chat", "--data", text, "--out", tmp_path / "t.npy"]
+    assert run("prepare_data", *data, "--validation", 0.3)[0] in (0, 2)  # of equal documents one side is empty
+    run(
+        "prepare_data",
+        "--tokenizer",
+        folder / "chat",
+        "--data",
+        folder / "text.jsonl",
+        "--out",
+        tmp_path / "t.npy",
+        "--validation",
+        0.3,
+    )
+    run("prepare_data", "--tokenizer", folder / "chat", "--data", folder / "text.jsonl", "--out", tmp_path / "t.npy")
+    flags = common(folder, **{"--data": tmp_path / "t.npy", "--out": tmp_path / "run", "--total-steps": 2})
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "log.jsonl").write_text(json.dumps({"step": 7, "loss": 1.0}) + "\n")
+    code, out, err = run("train", "--framework", "torch", *flags)
+    assert (code, "nothing held out" in out) == (0, True), err
+    assert "t-validation.npy is not taken" in err  # all of it is in the training data now
+    assert read_log(tmp_path / "run" / "log.jsonl.before-1") == [{"step": 7, "loss": 1.0}]
+    assert losses(tmp_path / "run") != []
+
+
+def test_who_reads_may_stop_reading(folder, tmp_path):
+    """A closed pipe and a full disk under what is printed are no tracebacks."""
+    cfg = dataclasses.replace(preset("tiny"), vocab_size=257)
+    export(tmp_path / "m", cfg, random_weights(cfg, 0, "float32"), Tokenizer([]))
+    flags = [
+        "--framework",
+        "torch",
+        *CPU,
+        "--checkpoint",
+        tmp_path / "m",
+        "--prompt",
+        "a",
+        "--texts",
+        64,
+        "--batch-size",
+        4,
+    ]
+    command = [sys.executable, ROOT / "scripts" / "generate.py", *flags, "--max-new-tokens", 2]
+    process = subprocess.Popen(list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout.readline().startswith("--- prompt 0")
+    process.stdout.close()
+    assert "Traceback" not in process.stderr.read()
+    process.wait()
+    process.stderr.close()
+    with open("/dev/full", "w") as full:
+        result = subprocess.run(list(map(str, command)), stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert "Traceback" not in result.stderr
