@@ -220,9 +220,14 @@ AnyTokenizer = Tokenizer | HfTokenizer
 
 
 def open_tokenizer(path: Path) -> AnyTokenizer:
-    """The tokenizer of a `bpe.json`, of a `tokenizer.json` or of a folder with one of them, or with GPT-2's vocab.json and merges.txt."""
+    """The tokenizer of a `bpe.json`, of a `tokenizer.json`, of a folder with one of them or with GPT-2's vocab.json and merges.txt, or
+    of a run's newest checkpoint.
+    """
     if path.is_dir():
         tokenizer = load_tokenizer(path)
+        steps = sorted(path.glob("step-*/state.json"))
+        if tokenizer is None and steps:  # a run's folder
+            tokenizer = load_tokenizer(steps[-1].parent)
         if tokenizer is None:
             raise UserError(
                 f"{path}: has neither {FILE_NAME} nor tokenizer.json nor vocab.json and merges.txt; "

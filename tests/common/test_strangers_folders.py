@@ -177,3 +177,38 @@ def test_json_without_measure(content, tmp_path):
 def test_what_is_no_checkpoint_cannot_be_resumed(tmp_path):
     with pytest.raises(UserError, match="is this a checkpoint folder"):
         load_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize("pattern", [r"(a+)+$", r"(x+x+)+y", r"(?:(?:a|b)*)*c", "("])
+def test_a_pattern_that_takes_for_ever_is_refused(pattern, tmp_path, capfd):
+    """A stranger's tokenizer.json may cut words by any expression; one that does not end is tried before it is used."""
+    tokenizers = pytest.importorskip("tokenizers")
+    from llm_common.hf_tokenizer import HfTokenizer
+
+    letters = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    t = tokenizers.Tokenizer(tokenizers.models.BPE({x: i for i, x in enumerate(letters)}, []))
+    t.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    content = json.loads(t.to_str())
+    split = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
+    content["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [split, content["pre_tokenizer"]]}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content), encoding="utf-8")
+    with pytest.raises(UserError, match="takes too long|cannot be used") as caught:
+        HfTokenizer(tmp_path)
+    assert "\n" not in str(caught.value)
+    assert capfd.readouterr().err == ""
+
+
+def test_a_pattern_that_nobody_knows_and_that_ends_is_used(tmp_path):
+    tokenizers = pytest.importorskip("tokenizers")
+    from llm_common.hf_tokenizer import HfTokenizer
+
+    letters = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    t = tokenizers.Tokenizer(tokenizers.models.BPE({x: i for i, x in enumerate(letters)}, []))
+    t.pre_tokenizer = tokenizers.pre_tokenizers.Sequence(
+        [
+            tokenizers.pre_tokenizers.Split(tokenizers.Regex(r"[A-Z]?[a-z]+|\s+|."), "isolated"),
+            tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    t.save(str(tmp_path / "tokenizer.json"))
+    assert HfTokenizer(tmp_path).encode("Ab cD") == t.encode("Ab cD").ids
