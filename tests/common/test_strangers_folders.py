@@ -179,7 +179,7 @@ def test_what_is_no_checkpoint_cannot_be_resumed(tmp_path):
         load_checkpoint(tmp_path)
 
 
-@pytest.mark.parametrize("pattern", [r"(a+)+$", r"(x+x+)+y", r"(?:a|a)*c", "("])
+@pytest.mark.parametrize("pattern", [r"(a+)+$", r"(x+x+)+y", r"(a|aa)+$", "("])
 def test_a_pattern_that_takes_for_ever_is_refused(pattern, tmp_path, capfd):
     """A stranger's tokenizer.json may cut words by any expression; one that does not end is tried before it is used."""
     tokenizers = pytest.importorskip("tokenizers")
