@@ -75,7 +75,7 @@ def test_an_interrupted_save_leaves_the_previous_checkpoint(moment, same_step, t
         monkeypatch.setattr(checkpoint.os, "rename", counted)
     elif moment == "state file":
         write = lambda path, content: killed() if "state" in str(path) else path.write_bytes(content)
-        monkeypatch.setattr(checkpoint, "_write", write)
+        monkeypatch.setattr(checkpoint, "write_synced", write)
     else:
         monkeypatch.setattr(checkpoint, "write_tensors", killed_at(moment.split()[0]))
     with pytest.raises(Killed):

@@ -113,7 +113,7 @@ def test_fuzzed_files_are_read_or_refused_and_nothing_else(tmp_path_factory, dat
     content = content[: data.draw(st.integers(0, len(content)))] if data.draw(st.booleans()) else content
     (folder / "b.safetensors").write_bytes(content)
     try:
-        files = TensorFiles(folder / "b.safetensors")
+        files = TensorFiles(folder / "b.safetensors", finite=False)
     except UserError:
         return
     for x in files.values():

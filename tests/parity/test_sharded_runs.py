@@ -1,5 +1,6 @@
 """Whole runs on many devices through `scripts/train.py`: they change mesh and framework, lose a process, and refuse what cannot be."""
 
+import io
 import os
 import random
 import signal
@@ -13,6 +14,8 @@ import pytest
 
 from llm_common.checkpoint import checkpoints, load_checkpoint
 from llm_common.config import ModelConfig
+from llm_common.data import write_described
+from llm_common.sequences import DocumentEncoder
 from llm_common.tokenizer import Tokenizer
 from parity.sharded import Group, environment, free_port
 
@@ -28,7 +31,11 @@ def folder(tmp_path_factory):
     (path / "config.json").write_text(json.dumps(CFG.to_hf()))
     Tokenizer([], special_tokens=[]).save(path / "bpe.json")
     tokens = np.random.default_rng(0).integers(0, 256, 5000).astype(np.uint16)
-    np.save(path / "tokens.npy", tokens)
+    content = io.BytesIO()
+    np.save(content, tokens)
+    write_described(
+        path / "tokens.npy", content.getvalue(), DocumentEncoder(Tokenizer.load(path / "bpe.json"), "none").describe()
+    )
     return path
 
 
