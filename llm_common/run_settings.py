@@ -79,4 +79,4 @@ def trained_ends(settings: dict[str, Any]) -> list[int]:
     """The ids that a run's data ended documents and answers with: generation must stop there."""
     roles = settings.get("roles")
     found = [roles.get(name) for name in ("turn_end", "document_end")] if isinstance(roles, dict) else []
-    return [x for x in found if isinstance(x, int) and not isinstance(x, bool)]
+    return [x for x in found if isinstance(x, int) and not isinstance(x, bool) and 0 <= x < 2**31]
