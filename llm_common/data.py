@@ -26,10 +26,8 @@ from llm_common.errors import (
 )
 from llm_common.hf_tokenizer import AnyTokenizer
 from llm_common.sequences import RULE, DocumentEncoder
-from llm_common.shards import ShardedTokens, find_manifest, id_dtype
+from llm_common.shards import NOT_AN_ARRAY, ShardedTokens, find_manifest, id_dtype
 
-# What NumPy raises for a file whose header is not one: it is parsed as Python, so it may be nested too deeply, or claim too much.
-NOT_AN_ARRAY = (ValueError, EOFError, OSError, TypeError, SyntaxError, RecursionError, MemoryError, OverflowError)
 ORDER = 0x6F726465  # folded into the seed's key for the order of the windows: initial weights have keys of their own
 
 

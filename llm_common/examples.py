@@ -15,11 +15,11 @@ from typing import Any
 import numpy as np
 
 from llm_common.corpus import read_records
-from llm_common.data import NOT_AN_ARRAY, Order, TokenDataset, host_rows, write_described
+from llm_common.data import Order, TokenDataset, host_rows, write_described
 from llm_common.errors import UserError
 from llm_common.hf_tokenizer import AnyTokenizer
 from llm_common.sequences import AUTO, RULE, answer_encoder, encode_conversation, resolve_token
-from llm_common.shards import id_dtype
+from llm_common.shards import NOT_AN_ARRAY, id_dtype
 from llm_common.tensors import check_token_ids
 from llm_common.words import clean
 

@@ -28,6 +28,8 @@ from llm_common.sequences import AUTO, DocumentEncoder
 
 FORMAT = 2  # 1: nothing before a document, and no checksum of the manifest
 MANIFEST = "manifest.json"
+# What NumPy raises for a file whose header is not one: it is parsed as Python, so it may nest too deeply or claim too much.
+NOT_AN_ARRAY = (ValueError, EOFError, OSError, TypeError, SyntaxError, RecursionError, MemoryError, OverflowError)
 PART = 16 << 20  # characters
 SIDES = ("train", "validation")
 
@@ -288,7 +290,7 @@ class ShardedTokens:
             path = self.folder / self.shards[i]["file"]
             try:
                 array = np.load(path, mmap_mode="r", allow_pickle=False)
-            except (ValueError, EOFError, OSError, TypeError, SyntaxError, RecursionError, MemoryError) as error:
+            except NOT_AN_ARRAY as error:
                 raise UserError(
                     f"{path}: not a shard of tokens ({type(error).__name__}); run scripts/prepare_data.py again"
                 ) from None
