@@ -11,7 +11,7 @@ from typing import Any
 
 from llm_common.errors import UserError, parse_json
 from llm_common.tokenizer import END_OF_TEXT, Tokenizer
-from llm_common.tokenizer_folder import TokenizerFolder
+from llm_common.tokenizer_folder import TokenizerFolder, say_other_id
 from llm_common.words import PATTERNS, without_possessive
 
 _CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
@@ -153,6 +153,7 @@ def _read_vocab_and_merges(found: TokenizerFolder, path: Path, numbers: dict[str
     for text in found.named.values():
         if text in numbers:
             added.setdefault(text, {"id": numbers[text], "special": True})
+    _renumber(path, numbers, added)
     return _tokenizer(
         found, path, merges, added, pattern, {t: i for t, i in numbers.items() if t not in added}, normalization
     )
@@ -173,6 +174,7 @@ def _read_tokenizer_json(found: TokenizerFolder, path: Path, content: dict[str, 
     for text in found.named.values():
         if text in model["vocab"]:
             added.setdefault(text, {"id": model["vocab"][text], "special": True})
+    _renumber(path, model["vocab"], added)
     ignore = bool(model.get("ignore_merges"))
     if found.class_name in _CLASSES:  # as transformers has it
         if found.config.get("add_prefix_space"):
@@ -184,6 +186,17 @@ def _read_tokenizer_json(found: TokenizerFolder, path: Path, content: dict[str, 
     vocab = {text: i for text, i in model["vocab"].items() if added.get(text, {}).get("id") != i}
     prefix = _prefix(path, content.get("post_processor"))
     return _tokenizer(found, path, merges, added, pattern, vocab, normalizer, prefix, ignore)
+
+
+def _renumber(path: Path, vocab: dict[str, int], added: dict[str, dict[str, Any]]) -> None:
+    """Give added tokens the ids that Hugging Face's library gives them: the vocabulary's, otherwise the next one, gaps or not."""
+    most = -1
+    for text, token in sorted(added.items(), key=lambda item: item[1]["id"]):
+        number = vocab.get(text, max(most + 1, len(vocab)))
+        most = max(most, number)
+        if number != token["id"]:
+            say_other_id(path, text, token["id"], number)
+            added[text] = {**token, "id": number}
 
 
 def _tokenizer(

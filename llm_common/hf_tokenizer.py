@@ -15,7 +15,7 @@ import numpy as np
 from llm_common.errors import UserError, json_bytes, parse_json, require_package
 from llm_common.hf_files import read_hf_folder, to_hf_files
 from llm_common.tokenizer import FILE_NAME, Tokenizer
-from llm_common.tokenizer_folder import FILES, FLAGS, TokenizerFolder
+from llm_common.tokenizer_folder import FILES, FLAGS, TokenizerFolder, say_other_id
 from llm_common.tokenizers_library import cut_as_class, probe, quiet, unless_panic
 from llm_common.words import clean
 
@@ -82,10 +82,7 @@ class HfTokenizer:
             self._tokenizer.add_tokens([added])
             wanted, number = token.get("id"), self._tokenizer.token_to_id(text)
             if wanted is not None and wanted != number:
-                raise UserError(
-                    f"{self.folder.path}: the added token {text!r} is to be {wanted}, but tokenizer.json leaves it {number}; "
-                    "save the tokenizer again with transformers"
-                )
+                say_other_id(self.folder.path, text, wanted, number)
 
     def _ids(self, texts: Iterable[str | None]) -> list[int]:
         found = (self._tokenizer.token_to_id(text) for text in texts if text is not None)

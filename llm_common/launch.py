@@ -8,34 +8,74 @@ import sys
 import threading
 from types import FrameType
 
-PARENT = "ONE_MODEL_TWICE_PARENT"  # names the descriptor of a pipe that closes when the process that launched this one is gone
+from llm_common.errors import UserError
+from llm_common.processes import lifeline
+
 GRACE = 10.0  # seconds that the others have to end by themselves once one has failed
 
 
-def launch(count: int) -> int:
-    """Run this program's command line again in `count` processes that form a group; returns the exit code of the first that failed, or 0.
+def processes_here(devices: int) -> int:
+    """How many of a mesh's devices are for this host: all, or an equal share of them where NNODES says that there are more hosts.
+
+    Raises UserError for a share that is not whole, and for a host without its number or the first one's address.
+    """
+    hosts = _number("NNODES", 1)
+    if hosts == 1:
+        return devices
+    missing = [name for name in ("NODE_RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+    if missing:
+        raise UserError(f"NNODES={hosts}: set {' and '.join(missing)} as well, on every host")
+    if _number("NODE_RANK", 0) >= hosts:
+        raise UserError(f"NODE_RANK={os.environ['NODE_RANK']}: hosts are counted from 0, and NNODES is {hosts}")
+    if devices % hosts:
+        raise UserError(
+            f"a mesh of {devices} devices cannot be shared by NNODES={hosts} hosts: change --mesh or NNODES"
+        )
+    return devices // hosts
+
+
+def _number(name: str, least: int) -> int:
+    """The whole number that an environment variable holds, `least` if it is not set."""
+    text = os.environ.get(name, str(least))
+    if not text.isdecimal() or int(text) < least:
+        raise UserError(f"{name}={text}: must be a whole number of at least {least}")
+    return int(text)
+
+
+def launch(devices: int) -> int:
+    """Run this program's command line again in a process for each of this host's devices; returns the exit code of the first that
+    failed, or 0. They form a group of `devices`, with those of other hosts where the environment names these (`processes_here`).
 
     Ctrl-C and SIGTERM reach all of them. What they say on stderr is shown once, however many say it.
     """
+    count = processes_here(devices)
+    first = _number("NODE_RANK", 0) * count if count < devices else 0
+    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())} if count == devices else {}
+    with lifeline() as (descriptor, variables):
+        processes: list[subprocess.Popen[bytes]] = []
+        for i in range(count):
+            ranks = {"RANK": str(first + i), "LOCAL_RANK": str(i), "WORLD_SIZE": str(devices)}
+            processes.append(
+                subprocess.Popen(
+                    [sys.executable, *sys.argv],
+                    env={**os.environ, **address, **ranks, **variables},
+                    stdout=None if first + i == 0 else subprocess.DEVNULL,
+                    stderr=subprocess.PIPE,
+                    pass_fds=[descriptor],
+                    start_new_session=True,  # a terminal's Ctrl-C comes once, through this process
+                )
+            )
+        return _attend(processes)
+
+
+def _free_port() -> int:
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
-        port = listener.getsockname()[1]
-    reading, writing = os.pipe()
-    processes: list[subprocess.Popen[bytes]] = []
-    for rank in range(count):
-        variables = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "MASTER_PORT": port, PARENT: reading}
-        environment = {**os.environ, "MASTER_ADDR": "127.0.0.1", **{name: str(x) for name, x in variables.items()}}
-        processes.append(
-            subprocess.Popen(
-                [sys.executable, *sys.argv],
-                env=environment,
-                stdout=None if rank == 0 else subprocess.DEVNULL,
-                stderr=subprocess.PIPE,
-                pass_fds=[reading],
-                start_new_session=True,  # a terminal's Ctrl-C comes once, through this process
-            )
-        )
-    os.close(reading)
+        return listener.getsockname()[1]
+
+
+def _attend(processes: list[subprocess.Popen[bytes]]) -> int:
+    """Pass signals on to the processes and show what they say until they have ended; the exit code of the first that failed, or 0."""
 
     def forward(number: int, frame: FrameType | None) -> None:
         for process in processes:
@@ -57,7 +97,6 @@ def launch(count: int) -> int:
             reader.join()
         for number, handler in before.items():
             signal.signal(number, handler)
-        os.close(writing)
 
 
 def _show(process: subprocess.Popen[bytes], said: set[bytes]) -> None:
@@ -89,16 +128,3 @@ def _wait(processes: list[subprocess.Popen[bytes]]) -> int:
                 return code if code > 0 else 128 - code
             break
     return 0
-
-
-def end_with_launcher() -> None:
-    """Let this process end when the one that launched it is gone. Nothing happens in a process that was not launched."""
-    descriptor = os.environ.get(PARENT)
-    if descriptor is None:
-        return
-
-    def watch() -> None:
-        os.read(int(descriptor), 1)  # returns when the other end is closed
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()

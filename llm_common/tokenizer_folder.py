@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from llm_common.chat_template import render_chat
-from llm_common.errors import UserError, json_bytes, parse_json, read_small
+from llm_common.errors import UserError, json_bytes, notice, parse_json, read_small
 
 # What belongs to a model beside its weights and goes with it into checkpoints and exports.
 FILES = (
@@ -246,3 +246,10 @@ def special_in(text: str, tokens: tuple[str, ...]) -> str | None:
 @functools.lru_cache(maxsize=16)
 def _finder(tokens: tuple[str, ...]) -> re.Pattern[str]:
     return re.compile("|".join(map(re.escape, sorted(tokens, key=len, reverse=True))))
+
+
+def say_other_id(path: Path, text: str, wanted: int, number: int | None) -> None:
+    """Say that an added token has another id than a file gives it."""
+    notice(
+        f"{path}: the added token {text!r} has id {number}, as in transformers, and not the {wanted} that is written there"
+    )

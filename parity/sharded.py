@@ -25,6 +25,7 @@ from llm_common.config import ModelConfig, OptimizerConfig, SamplingConfig, Trai
 from llm_common.data import host_rows
 from llm_common.errors import UserError
 from llm_common.evaluation import Evaluation
+from llm_common.processes import lifeline
 from llm_common.sharding import MeshConfig
 from llm_common.tensors import Tensors
 from parity import spec
@@ -251,17 +252,19 @@ def run_group(group: Group, bug: str | None = None, device: str = "cpu") -> list
             {"framework": group.framework, "cases": group.cases, "out": folder, "bug": bug, "device": device}
         )
         command, port = [sys.executable, "-m", "parity.sharded_worker", task], free_port()
-        processes = [
-            subprocess.Popen(
-                command,
-                env=environment(group, i, port, device),
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                text=True,
-            )
-            for i in range(group.processes)
-        ]
-        with ThreadPoolExecutor(group.processes) as pool:  # whoever waits for a dead one is ended
+        with lifeline() as (descriptor, variables), ThreadPoolExecutor(group.processes) as pool:
+            processes = [
+                subprocess.Popen(
+                    command,
+                    env={**environment(group, i, port, device), **variables},
+                    pass_fds=[descriptor],
+                    stdout=subprocess.PIPE,
+                    stderr=subprocess.STDOUT,
+                    text=True,
+                )
+                for i in range(group.processes)
+            ]
+            # whoever waits for a dead one is ended
             outputs = list(pool.map(lambda process: _watched(process, processes), processes))
         for process, output in zip(processes, outputs, strict=True):
             if process.returncode:

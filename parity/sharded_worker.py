@@ -18,6 +18,7 @@ from llm_common.budget import keep_freed_memory
 from llm_common.checkpoint import TrainingState, load_checkpoint, save_checkpoint
 from llm_common.config import ModelConfig
 from llm_common.hosts import Hosts
+from llm_common.processes import end_with_launcher
 from llm_common.sharding import MeshConfig
 from llm_common.tensors import Tensors
 from parity import sharded as cases
@@ -162,6 +163,7 @@ def _compare(state: TrainingState, saved: Path, what: str) -> None:
 
 
 def main() -> None:
+    end_with_launcher()
     task = json.loads(sys.argv[1])
     keep_freed_memory()
     hosts = join(task["framework"], task["device"])

@@ -30,6 +30,7 @@ from peers import find_peer
 from llm_common.budget import GIB
 from llm_common.config import PRESETS, ModelConfig, SamplingConfig, TrainConfig, check_length
 from llm_common.errors import UserError, import_side, run_main
+from llm_common.processes import end_with_launcher
 from llm_common.words import PATTERNS
 
 WHAT = tuple(name for name in WORK if name != "ceilings")
@@ -75,6 +76,7 @@ def main() -> None:
     args.batch_size = TrainConfig().batch_size if args.batch_size is None else args.batch_size
     prepare_environment(args.cache_dir)
     if args.worker is not None:
+        end_with_launcher()
         task = json.loads(args.worker)
         print(json.dumps({**task, **WORK[task["what"]](args, task)}), flush=True)
         return

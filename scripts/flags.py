@@ -18,7 +18,8 @@ from llm_common.config import ModelConfig, TrainConfig
 from llm_common.corpus import Corpus
 from llm_common.errors import UserError, import_side, read_small
 from llm_common.hosts import Hosts
-from llm_common.launch import end_with_launcher, launch
+from llm_common.launch import launch
+from llm_common.processes import end_with_launcher
 from llm_common.sharding import MeshConfig
 
 LARGEST_TOML = 1 << 20  # bytes
@@ -219,9 +220,8 @@ def join(framework: str, args: argparse.Namespace, mesh: MeshConfig | None) -> H
         hosts.device = args.device
         return hosts
     if framework == "torch" and mesh.size > 1 and started == 1 and "RANK" not in os.environ:
-        sys.exit(
-            launch(mesh.size)
-        )  # torch has a process for each device; all that a person can get wrong was looked at before
+        # torch has a process for each device; all that a person can get wrong was looked at before
+        sys.exit(launch(mesh.size))
     end_with_launcher()
     return import_side(framework, "hosts").join_hosts(args.device, args.join_timeout)
 

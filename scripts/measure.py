@@ -17,6 +17,7 @@ import numpy as np
 
 from llm_common.config import ModelConfig, TrainConfig
 from llm_common.data import host_rows
+from llm_common.processes import lifeline
 from llm_common.run_log import environment
 
 
@@ -50,7 +51,15 @@ def run_worker(task: dict[str, Any], **variables: str) -> dict[str, Any]:
 
 def run_json(command: list[str], environment: dict[str, str]) -> dict[str, Any]:
     """What a process printed as its last line, which is JSON, or {"error": why there is none}."""
-    process = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    with lifeline() as (descriptor, variables):
+        process = subprocess.run(
+            command,
+            env={**environment, **variables},
+            pass_fds=[descriptor],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
     lines = process.stdout.splitlines()
     if process.returncode == 0 and lines and lines[-1].startswith("{"):  # what stands before it, others have printed
         return json.loads(lines[-1])

@@ -17,13 +17,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from flags import make_parser, only_the_first_prints, prepare_environment
+from flags import join, make_parser, only_the_first_prints, prepare_environment
 from measure import RandomTokens, quartiles, run_json, versions
 
 from llm_common.budget import GIB, flops_per_step
 from llm_common.config import ModelConfig, OptimizerConfig, TrainConfig, preset
 from llm_common.errors import UserError, import_side, run_main
 from llm_common.metrics import StepMetrics
+from llm_common.processes import end_with_launcher
 from llm_common.sharding import ONE_DEVICE, MeshConfig, check_sharded
 
 
@@ -40,10 +41,12 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--warm-up", type=int, default=5)
     parser.add_argument("--out", type=Path, help="a Markdown file")
+    parser.add_argument("--join-timeout", type=float, default=300, help="seconds to wait for the other processes")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     args = parser.parse_args()
     prepare_environment(None)
     if args.worker is not None:
+        end_with_launcher()
         print(json.dumps(measure(args, json.loads(args.worker))), flush=True)
         return
     cfg, results = preset(args.preset), []
@@ -66,13 +69,14 @@ def settings(args: argparse.Namespace, mesh: MeshConfig) -> TrainConfig:
 def run_case(args: argparse.Namespace, framework: str, mesh: MeshConfig | None) -> dict[str, Any]:
     """Measure a case in processes of its own; `mesh` None is one device without any machinery for several."""
     task = json.dumps({"framework": framework, "mesh": None if mesh is None else str(mesh)})
-    command = [sys.executable]
-    if framework == "torch" and mesh is not None:
-        command += ["-m", "torch.distributed.run", "--nproc-per-node", str(mesh.size)]
     environment = dict(os.environ)
     if mesh is None:
         environment["CUDA_VISIBLE_DEVICES"] = environment.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
-    return {"framework": framework, "mesh": task, **run_json([*command, *sys.argv, "--worker", task], environment)}
+    return {
+        "framework": framework,
+        "mesh": task,
+        **run_json([sys.executable, *sys.argv, "--worker", task], environment),
+    }
 
 
 def measure(args: argparse.Namespace, task: dict[str, Any]) -> dict[str, Any]:
@@ -89,7 +93,7 @@ def measure(args: argparse.Namespace, task: dict[str, Any]) -> dict[str, Any]:
         losses.append(metrics)
 
     side, start = import_side(framework, "train"), time.perf_counter()
-    hosts = None if mesh is None else import_side(framework, "hosts").join_hosts(args.device)
+    hosts = None if mesh is None else join(framework, args, mesh)
     device = args.device if hosts is None else hosts.device
     if framework == "torch":
         if mesh is None:

@@ -26,6 +26,7 @@ from hlo import Program
 from llm_common.budget import GIB, flops_per_step, memory_per_step
 from llm_common.config import OptimizerConfig, SamplingConfig, TrainConfig, preset
 from llm_common.errors import UserError, require_package, run_main
+from llm_common.processes import end_with_launcher, lifeline
 from llm_common.sharding import MeshConfig, check_sharded
 
 # Of a chip: memory (GiB), peak of bfloat16 matrix products (FLOP/s), memory and interconnect bandwidth (bytes/s, the latter of all
@@ -39,6 +40,7 @@ ACCELERATOR = {"v5e": "v5litepod-4", "v5p": "v5p-8", "v6e": "v6e-4"}
 
 
 def main() -> None:
+    end_with_launcher()
     parser = make_parser(__doc__)
     parser.add_argument("--preset", default="1b")
     parser.add_argument("--layers", type=int, help="another number of layers than the preset's")
@@ -86,7 +88,13 @@ def write_table(path: Path) -> None:
             for step, mesh, batch in (("train", train_mesh, train_batch), ("decode", decode_mesh, decode_batch)):
                 flags = {"--preset": name, "--topology": topology, "--mesh": mesh, "--batch-size": str(batch)}
                 flags |= {"--seq-len": str(length), "--step": step, "--out": str(file)}
-                subprocess.run([sys.executable, sys.argv[0], *itertools.chain(*flags.items())], check=True)
+                with lifeline() as (descriptor, variables):
+                    subprocess.run(
+                        [sys.executable, sys.argv[0], *itertools.chain(*flags.items())],
+                        env={**os.environ, **variables},
+                        pass_fds=[descriptor],
+                        check=True,
+                    )
         rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
     lines = []
     for r in rows:

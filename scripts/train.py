@@ -7,7 +7,7 @@
     python scripts/train.py --config run.toml --framework torch
     python scripts/train.py --framework jax --out runs/first --dry-run
     python scripts/train.py --framework jax --out runs/many --mesh data=2,fsdp=4
-    torchrun --nproc-per-node 8 scripts/train.py --framework torch --out runs/many --mesh data=2,fsdp=4
+    python scripts/train.py --framework torch --out runs/many --mesh data=2,fsdp=4
 
 The same command again goes on from the newest checkpoint in --out; so does the other framework. A larger --total-steps extends a
 run: the learning rate follows the new total from there on, the moments are kept. Ctrl-C (or SIGTERM) saves after the step, before

@@ -53,7 +53,7 @@ from torch_llm.train import Trainer, matmul_precision, to_device
 
 def make_mesh(config: MeshConfig, device_type: str) -> DeviceMesh:
     """The mesh of all processes. Raises UserError unless it takes exactly those."""
-    check_devices(config, dist.get_world_size(), "device", f"start torchrun with --nproc-per-node {config.size}")
+    check_devices(config, dist.get_world_size(), "device", f"start {config.size} processes, as train.py does by itself")
     return init_device_mesh(device_type, config.shape, mesh_dim_names=AXES)
 
 

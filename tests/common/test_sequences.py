@@ -438,3 +438,35 @@ def test_a_file_that_is_not_ours_is_not_overwritten(tmp_path):
     with pytest.raises(UserError, match="is there already, and was not made by this program"):
         write_tokens(tmp_path / "mine.npy", ["a"], Tokenizer([]))
     assert np.load(tmp_path / "mine.npy").tolist() == [0, 1, 2, 3, 4]
+
+
+@pytest.mark.parametrize(
+    "added", [{"<a>": 299, "<b>": 260}, {"<b>": 258, "<a>": 259, "<c>": 4000}, {"<a>": 257, "<b>": 258}]
+)
+@pytest.mark.parametrize("name", ["GPT2Tokenizer", "Qwen2Tokenizer"])
+@pytest.mark.parametrize("whole", [True, False])
+def test_added_tokens_whose_ids_leave_a_gap(whole, name, added, tmp_path, capsys):
+    """transformers gives the next id, whatever is written; so do both readers here, and they say it."""
+    from llm_common.hf_files import read_hf_folder
+
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocab = {letter: i for i, letter in enumerate([*letters, "<|endoftext|>"])}
+    library = tokenizers.Tokenizer(models.BPE(vocab=vocab, merges=[]))
+    library.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    if whole:
+        library.save(str(tmp_path / "tokenizer.json"))
+    else:
+        (tmp_path / "vocab.json").write_text(json.dumps(vocab), encoding="utf-8")
+        (tmp_path / "merges.txt").write_text("#version: 0.2\n", encoding="utf-8")
+    (tmp_path / "added_tokens.json").write_text(json.dumps(added))
+    config = {"tokenizer_class": name, "eos_token": "<|endoftext|>"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    auto = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    capsys.readouterr()
+    for read in (load_tokenizer, read_hf_folder):
+        tokenizer = read(tmp_path)
+        assert tokenizer is not None
+        for text in ("<a>", "x<b><c> y", "<|endoftext|>"):
+            assert tokenizer.encode(text) == auto.encode(text)
+        said = capsys.readouterr().err
+        assert ("as in transformers, and not the" in said) == (added != {"<a>": 257, "<b>": 258})

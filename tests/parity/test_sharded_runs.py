@@ -15,6 +15,7 @@ import pytest
 from llm_common.checkpoint import checkpoints, load_checkpoint
 from llm_common.config import ModelConfig
 from llm_common.data import write_described
+from llm_common.run_log import read_log
 from llm_common.sequences import DocumentEncoder
 from llm_common.tokenizer import Tokenizer
 from parity.sharded import Group, environment, free_port
@@ -148,3 +149,69 @@ hosts.gather(None)
     ]
     errors = [process.communicate(timeout=120)[1] for process in processes]
     assert [process.returncode for process in processes] == [0] * 4, errors
+
+
+def test_hosts_that_begin_their_own_processes(folder):
+    """Two hosts of two devices each, which are one machine: the losses of one process; one mistake is one line on each host."""
+    words = [sys.executable, str(ROOT / "scripts" / "train.py"), "--framework", "torch", "--device", "cpu"]
+    words += ["--compute-dtype", "float64", "--batch-size", "8", "--seq-len", "16", "--total-steps", "3"]
+    words += ["--model-config", str(folder / "config.json"), "--data", str(folder / "tokens.npy")]
+    words += ["--tokenizer", str(folder / "bpe.json"), "--join-timeout", "60"]
+    one = subprocess.run([*words, "--out", str(folder / "alone")], capture_output=True, text=True, check=False)
+    assert one.returncode == 0, one.stderr
+    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+
+    def on_host(number: int, mesh: str, **variables: str) -> subprocess.Popen:
+        environment = {**os.environ, "NNODES": "2", "NODE_RANK": str(number), **address, **variables}
+        flags = [*words, "--out", str(folder / "two hosts"), "--mesh", mesh]
+        return subprocess.Popen(flags, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+    outputs = [process.communicate(timeout=300) for process in [on_host(i, "data=2,fsdp=2") for i in range(2)]]
+    assert [(out != "", error) for out, error in outputs] == [(True, ""), (False, "")], outputs
+    losses = [
+        [entry["loss"] for entry in read_log(folder / name / "log.jsonl") if "loss" in entry]
+        for name in ("alone", "two hosts")
+    ]
+    np.testing.assert_allclose(losses[1], losses[0], rtol=1e-12)
+    for mesh, variables, word in (
+        ("data=4", {"NNODES": "3"}, "error: a mesh of 4 devices cannot be shared by NNODES=3 hosts"),
+        ("data=2", {"NODE_RANK": "2"}, "error: NODE_RANK=2: hosts are counted from 0, and NNODES is 2"),
+        ("data=2", {"NNODES": "two"}, "error: NNODES=two: must be a whole number of at least 1"),
+    ):
+        out, error = on_host(1, mesh, **variables).communicate(timeout=60)
+        assert (out, error.count("\n"), error[: len(word)]) == ("", 1, word)
+
+
+def _runs(process: int) -> bool:
+    """Whether a process is there, and not only its entry that nobody has collected."""
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def test_no_process_outlives_the_one_that_began_it(tmp_path):
+    """A killed parent cannot tell its children; they notice. A process of which the variable came without the pipe goes on."""
+    child = "import time; from llm_common.processes import end_with_launcher; end_with_launcher(); print('up', flush=True); time.sleep(60)"
+    parent = f"""
+import os, subprocess, sys
+from llm_common.processes import lifeline
+with lifeline() as (descriptor, variables):
+    for passed in ([descriptor], []):
+        child = subprocess.Popen([sys.executable, "-c", {child!r}], pass_fds=passed, env={{**os.environ, **variables}})
+        print(child.pid, flush=True)
+    child.wait()
+"""
+    with subprocess.Popen([sys.executable, "-c", parent], stdout=subprocess.PIPE, text=True, cwd=ROOT) as process:
+        assert process.stdout is not None
+        lines = [process.stdout.readline().strip() for _ in range(4)]
+        process.kill()
+    watched, other = (int(x) for x in lines if x != "up")
+    try:
+        deadline = time.monotonic() + 30
+        while _runs(watched) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert not _runs(watched)
+        assert _runs(other)
+    finally:
+        os.kill(other, signal.SIGKILL)
