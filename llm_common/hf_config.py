@@ -176,8 +176,16 @@ _SCALING_KEYS = tuple(field.name for field in dataclasses.fields(RopeScaling))
 
 def from_hf(config: dict[str, Any]) -> ModelConfig:
     """The config of a Llama, Mistral, Qwen2 or Qwen3 model. Raises UserError for what is not implemented."""
+    classes = config.get("architectures") or []
     config = {key: value for key, value in config.items() if key not in _IGNORED}
-    model_type = config.get("model_type", "llama")
+    model_type = config.get("model_type")
+    if model_type is None and isinstance(classes, list):
+        model_type = next((family for family, name in ARCHITECTURES.items() if name in classes), None)
+    if model_type is None:
+        raise UserError(
+            f"config.json: model_type is missing, so the family is not known; add one of {', '.join(MODEL_TYPES)}"
+        )
+    config["model_type"] = model_type
     if model_type not in MODEL_TYPES:
         raise UserError(f"config.json: model_type = {model_type!r} is not implemented; known: {', '.join(MODEL_TYPES)}")
     for key, allowed in _FIXED.items():

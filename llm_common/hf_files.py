@@ -190,10 +190,14 @@ def _read_tokenizer_json(found: TokenizerFolder, path: Path, content: dict[str, 
 
 def _renumber(path: Path, vocab: dict[str, int], added: dict[str, dict[str, Any]]) -> None:
     """Give added tokens the ids that Hugging Face's library gives them: the vocabulary's, otherwise the next one, gaps or not."""
-    most = -1
+    most, taken = -1, set(vocab.values())
     for text, token in sorted(added.items(), key=lambda item: item[1]["id"]):
         number = vocab.get(text, max(most + 1, len(vocab)))
         most = max(most, number)
+        if text not in vocab and number in taken:
+            raise UserError(
+                f"{path}: the added token {text!r} gets id {number}, as in transformers, which another token has"
+            )
         if number != token["id"]:
             say_other_id(path, text, token["id"], number)
             added[text] = {**token, "id": number}

@@ -2,12 +2,13 @@
 
 import dataclasses
 import math
+from typing import Any
 
 import numpy as np
 
 from llm_common.checkpoint import TrainingState
 from llm_common.config import ModelConfig, RopeScaling
-from llm_common.tensors import tensor_shapes
+from parity import spec
 from parity.compare import Tensors, round_to
 
 
@@ -45,15 +46,17 @@ def shapes_of_logits(cfg: ModelConfig, batch: int, length: int) -> dict[str, tup
     return cases
 
 
-def random_weights(cfg: ModelConfig, seed: int, dtype: str = "float64") -> Tensors:
+def random_weights(cfg: Any, seed: int, dtype: str = "float64") -> Tensors:
     """Weights that keep activations near 1 and that no default could imitate, rounded to `dtype`, as float64.
+
+    cfg: a config, or what the specification read of one. The names and shapes are the specification's.
 
     Gains differ from 1 and the head is large enough for peaked distributions: with 1 and with flat logits a dropped
     gain or a wrong temperature would hardly show.
     """
     rng = np.random.default_rng((seed, 1))
     weights = {}
-    for name, shape in tensor_shapes(cfg).items():
+    for name, shape in spec.weight_shapes(cfg).items():
         if name.endswith(".bias"):
             x = 0.5 * rng.standard_normal(shape)
         elif len(shape) == 1:

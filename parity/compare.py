@@ -103,3 +103,9 @@ def spacing(x: np.ndarray, dtype: str) -> np.ndarray:
     x = np.abs(np.asarray(x, np.float64))
     exponent = np.floor(np.log2(np.maximum(x, 2.0**-126)))
     return EPS[dtype] * 2.0**exponent
+
+
+def shared(check: str, item: str, wrong: float, allowed: float = 0.0, place: str = "", dtype: str = "") -> Row:
+    """A row for what neither framework owns: what is wrong there is wrong on both sides alike."""
+    ok = wrong <= allowed
+    return Row(check, item, dtype, wrong, allowed, ok, "" if ok else SHARED, place=place)

@@ -78,6 +78,9 @@ class JaxSide:
     def _tensors(self, tree) -> Tensors:
         return {name: x.astype(np.float64) for name, x in checkpoint.to_canonical(self.cfg, tree).items()}
 
+    def _train_config(self, **fields) -> TrainConfig:
+        return TrainConfig(compute_dtype=self.dtype, attention_backend=self.attention, **fields)
+
     def initial_weights(self, seed: int) -> Tensors:
         with self.scope():
             train = TrainConfig(seed=seed, compute_dtype=self.dtype)
@@ -187,9 +190,9 @@ class JaxSide:
             jax_state = fit(jax_state, self.cfg, train, opt, dataset, until_step, hook)
             return checkpoint.to_training_state(self.cfg, jax_state)
 
-    def evaluate(self, weights: Tensors, evaluation: Evaluation) -> tuple[float, int]:
-        """Sum of the held-out losses in nats, and the number of tokens."""
-        train = TrainConfig(compute_dtype=self.dtype, seq_len=evaluation.seq_len, attention_backend=self.attention)
+    def evaluate(self, weights: Tensors, evaluation: Evaluation, **fields) -> tuple[float, int]:
+        """Sum of the held-out losses in nats, and the number of tokens. fields: of the run's `TrainConfig`."""
+        train = self._train_config(seq_len=evaluation.seq_len, **fields)
         with self.scope(), evaluator(self.cfg, weights, train, self.device.platform) as evaluate:
             return evaluate(evaluation)
 

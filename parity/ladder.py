@@ -15,15 +15,10 @@ import torch
 from llm_common.budget import keep_freed_memory
 from llm_common.errors import UserError
 from llm_common.processes import end_with_parent
-from parity.common_checks import (
-    check_data,
-    check_evaluation,
-    check_files,
-    check_resume,
-    check_schedule,
-    check_tokenizer,
-)
+from parity.common_checks import check_files, check_resume, check_schedule
 from parity.compare import Row
+from parity.config_checks import check_config
+from parity.data_checks import check_data, check_evaluation, check_tokenizer
 from parity.device_checks import check_device
 from parity.figures import figures
 from parity.model_checks import check_cache, check_gradients, check_init, check_logits, check_spec
@@ -35,6 +30,7 @@ from parity.training_checks import check_adamw, check_library, check_trajectory
 
 CHECKS: dict[str, Callable[[Settings], Iterator[Row]]] = {
     "spec": check_spec,
+    "config": check_config,
     "tokenizer": check_tokenizer,
     "data": check_data,
     "init": check_init,

@@ -2,10 +2,10 @@
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 
-from llm_common.config import ModelConfig
 from llm_common.tensors import Tensors
 from parity import spec
 from parity.taps import Values
@@ -22,9 +22,10 @@ class Point:
     d_inputs: tuple[np.ndarray, ...] = ()  # of the first inputs; a table has none
 
 
-def specification(w: Tensors, ids: np.ndarray, targets: np.ndarray, cfg: ModelConfig, rnd: Callable = spec.exact):
+def specification(w: Tensors, ids: np.ndarray, targets: np.ndarray, cfg: Any, rnd: Callable = spec.exact):
     """The points in the order in which their outputs are made, the loss, and the gradients of the weights."""
     flows: dict[str, np.ndarray] = {}
+    cfg = spec.architecture(cfg)
     loss, grads = spec.loss_and_grads(w, ids, targets, cfg, rnd, flows)
     logits, (angles, tape, last, final) = spec.forward(w, ids, cfg, rnd)
     b, t = ids.shape
@@ -35,8 +36,8 @@ def specification(w: Tensors, ids: np.ndarray, targets: np.ndarray, cfg: ModelCo
     def add(name, inputs, output, d_inputs=()):
         points.append(Point(name, tuple(inputs), output, flows[name].reshape(output.shape), tuple(d_inputs)))
 
-    def linear(name, x):
-        add(name, [x], spec.linear(w, name, x, rnd), [rnd(flat(flows[name]) @ w[name + ".weight"])])
+    def linear(name, x, bias=False):
+        add(name, [x], spec.linear(w, name, x, bias, rnd), [rnd(flat(flows[name]) @ w[name + ".weight"])])
 
     def norm(name, x, y=None):
         dx, _ = spec.rms_norm_grad(flows[name], x, w[name + ".weight"], cfg.rms_norm_eps)
@@ -49,7 +50,7 @@ def specification(w: Tensors, ids: np.ndarray, targets: np.ndarray, cfg: ModelCo
         a, m = p + ".self_attn", p + ".mlp"
         norm(p + ".input_layernorm", x_in, h1)
         for part in "qkv":
-            linear(f"{a}.{part}_proj", h1)
+            linear(f"{a}.{part}_proj", h1, cfg.qkv_bias)
         if cfg.qk_norm:
             norm(a + ".q_norm", q_raw)
             norm(a + ".k_norm", k_raw)

@@ -28,7 +28,7 @@ from llm_common.evaluation import Evaluation
 from llm_common.processes import lifeline
 from llm_common.sharding import MeshConfig
 from llm_common.tensors import Tensors
-from parity import spec
+from parity import spec, spec_run
 from parity.cases import random_batch, random_weights
 from parity.catalogue.sharding import SHARDING_BUGS, ShardingBug
 from parity.compare import Row, tensor_errors
@@ -189,7 +189,7 @@ def expected(shape: str) -> Expected:
     zero = {name: np.zeros(x.shape) for name, x in weights.items()}
     state, losses = (weights, zero, zero, 0, 0), []
     for step in range(STEPS):
-        state, step_loss, _ = spec.train_step(*state, *data.batch(step), cfg, OPT, separator)
+        state, step_loss, _ = spec_run.train_step(*state, *data.batch(step), cfg, OPT, separator)
         losses.append(step_loss)
     update = {name: x - weights[name] for name, x in state[0].items()}
     total, count = 0.0, 0

@@ -4,13 +4,15 @@ It imports none of the three packages, so it can tell which of them is wrong, al
 the best page to read first. Weights are a dict of arrays under Hugging Face's names, matrices as (out, in).
 
 B batch, T positions, D hidden_size, N query heads, K key/value heads, H head_dim, F intermediate_size, V vocab_size.
-`cfg` has Hugging Face's field names. `rnd` is called on every intermediate result; it is the identity but where a rounding
+`cfg` is a Hugging Face config, which `spec_config.py` reads by itself; the rules of a run are in `spec_run.py`. `rnd` is called on every intermediate result; it is the identity but where a rounding
 is simulated. The forward pass takes complex weights too: the gradients are checked by complex steps.
 """
 
 import math
 
 import numpy as np
+
+from parity.spec_config import architecture
 
 IGNORE_INDEX = -100
 
@@ -29,6 +31,7 @@ def rms_norm(x, weight, eps):
 
 def rope_angles(cfg, t):
     """Position times frequency, (T, H/2). Llama 3 slows down what turns less than `high` times in the original length."""
+    cfg = architecture(cfg)
     frequencies = []
     for pair in range(cfg.head_dim // 2):
         f = cfg.rope_theta ** (-2.0 * pair / cfg.head_dim)
@@ -86,14 +89,15 @@ def silu(x):
     return x / (1.0 + np.exp(-x))
 
 
-def linear(w, name, x, rnd=exact):
-    """x @ weight.T, plus the bias if there is one."""
+def linear(w, name, x, bias, rnd=exact):
+    """x @ weight.T, plus the bias if the family has one."""
     y = rnd(x @ w[name + ".weight"].T)
-    return rnd(y + w[name + ".bias"]) if name + ".bias" in w else y
+    return rnd(y + w[name + ".bias"]) if bias else y
 
 
 def forward(w, ids, cfg, rnd=exact, separator=None):
     """Logits (B, T, V) for token ids (B, T), and what the backward pass needs."""
+    cfg = architecture(cfg)
     b, t = ids.shape
     n, kv, h = cfg.num_attention_heads, cfg.num_key_value_heads, cfg.head_dim
     angles, tape, documents = rope_angles(cfg, t), [], None
@@ -105,9 +109,9 @@ def forward(w, ids, cfg, rnd=exact, separator=None):
         p = f"model.layers.{i}."
         x_in = x
         h1 = rnd(rms_norm(x, w[p + "input_layernorm.weight"], cfg.rms_norm_eps))
-        q = linear(w, p + "self_attn.q_proj", h1, rnd).reshape(b, t, n, h)
-        k = linear(w, p + "self_attn.k_proj", h1, rnd).reshape(b, t, kv, h)
-        v = linear(w, p + "self_attn.v_proj", h1, rnd).reshape(b, t, kv, h)
+        q = linear(w, p + "self_attn.q_proj", h1, cfg.qkv_bias, rnd).reshape(b, t, n, h)
+        k = linear(w, p + "self_attn.k_proj", h1, cfg.qkv_bias, rnd).reshape(b, t, kv, h)
+        v = linear(w, p + "self_attn.v_proj", h1, cfg.qkv_bias, rnd).reshape(b, t, kv, h)
         q_raw, k_raw = q, k
         if cfg.qk_norm:
             q = rnd(rms_norm(q, w[p + "self_attn.q_norm.weight"], cfg.rms_norm_eps))
@@ -127,7 +131,7 @@ def forward(w, ids, cfg, rnd=exact, separator=None):
 
 
 def head_name(cfg):
-    return "model.embed_tokens.weight" if cfg.tie_word_embeddings else "lm_head.weight"
+    return "model.embed_tokens.weight" if architecture(cfg).tie_word_embeddings else "lm_head.weight"
 
 
 def cross_entropy(logits, targets):
@@ -154,6 +158,7 @@ def loss_and_grads(w, ids, targets, cfg, rnd=exact, flows=None, separator=None):
     A dict given as `flows` is filled with the gradient at the output of every module by name, and of the three functions
     apply_rope, attention and swiglu.
     """
+    cfg = architecture(cfg)
     logits, (angles, tape, x, final) = forward(w, ids, cfg, rnd, separator)
     b, t = ids.shape
     n, kv, h = cfg.num_attention_heads, cfg.num_key_value_heads, cfg.head_dim
@@ -216,13 +221,6 @@ def loss_and_grads(w, ids, targets, cfg, rnd=exact, flows=None, separator=None):
 # --- the optimizer
 
 
-def learning_rate(opt, step):
-    if step < opt.warmup_steps:
-        return opt.lr_max * step / opt.warmup_steps
-    progress = min(1.0, (step - opt.warmup_steps) / (opt.total_steps - opt.warmup_steps))
-    return opt.lr_min + (opt.lr_max - opt.lr_min) * (1.0 + math.cos(math.pi * progress)) / 2.0
-
-
 def clip(grads, max_norm):
     """Gradients scaled to a global norm of at most max_norm, and the norm before."""
     norm = math.sqrt(sum((g * g).sum() for g in grads.values()))
@@ -241,16 +239,6 @@ def adamw_step(w, mu, nu, grads, opt, lr, n):
         decay = opt.weight_decay if p.ndim >= 2 else 0.0
         new[name] = p - lr * (m_hat / (np.sqrt(v_hat) + opt.eps) + decay * p)
     return new, mu, nu
-
-
-def train_step(w, mu, nu, step, adam_count, ids, targets, cfg, opt, separator=None):
-    """One step: gradients, clip, AdamW. A non-finite norm skips the update. Returns the new state, loss and norm."""
-    loss, grads = loss_and_grads(w, ids, targets, cfg, separator=separator)
-    grads, norm = clip(grads, opt.max_grad_norm)
-    if math.isfinite(norm):
-        adam_count += 1
-        w, mu, nu = adamw_step(w, mu, nu, grads, opt, learning_rate(opt, step), adam_count)
-    return (w, mu, nu, step + 1, adam_count), loss, norm
 
 
 # --- random numbers, initial weights and the sampler
@@ -280,6 +268,7 @@ def uniform(key, n):
 
 def weight_shapes(cfg):
     """Name -> shape of every weight, in canonical order."""
+    cfg = architecture(cfg)
     d, f, q = cfg.hidden_size, cfg.intermediate_size, cfg.num_attention_heads * cfg.head_dim
     kv = cfg.num_key_value_heads * cfg.head_dim
     shapes: dict = {"model.embed_tokens.weight": (cfg.vocab_size, d)}
@@ -342,15 +331,18 @@ def sample(logits, sampling, row, position):
     return int(np.argmax(filtered(logits, sampling) - np.log(-np.log(u))))
 
 
-def generate(w, prompts, cfg, sampling, n_new, eos_id=None):
-    """New tokens for each of some prompts, by a full forward pass a token; EOS ends a text and is not in it."""
+def generate(w, prompts, cfg, sampling, n_new, eos_ids=(), numbers=None):
+    """New tokens for each of some prompts, by a full forward pass a token; an id of eos_ids ends a text and is not in it.
+
+    numbers: what stands for a text's row in its draws; its row if not given.
+    """
     texts = []
-    for row, ids in enumerate(prompts):
+    for row, ids in zip(numbers or range(len(prompts)), prompts, strict=True):
         ids, text = list(ids), []
         while len(text) < n_new:
             logits, _ = forward(w, np.array([ids]), cfg)
             token = sample(logits[0, -1], sampling, row, len(ids))
-            if token == eos_id:
+            if token in eos_ids:
                 break
             ids.append(token)
             text.append(token)

@@ -56,6 +56,9 @@ class TorchSide:
         model = empty_model(self.cfg, self.backend, torch_dtype, self.device, self.remat, self.separator)
         return checkpoint.from_canonical(model, weights)
 
+    def _train_config(self, **fields) -> TrainConfig:
+        return TrainConfig(compute_dtype=self.dtype, attention_backend=self.attention, **fields)
+
     def initial_weights(self, seed: int) -> Tensors:
         train = TrainConfig(seed=seed, compute_dtype=self.dtype, seq_len=1)
         return _float64(checkpoint.to_canonical(Trainer(self.cfg, train, OptimizerConfig(), self.device).model))
@@ -163,9 +166,9 @@ class TorchSide:
         trainer.fit(dataset, until_step, hook)
         return checkpoint.to_training_state(trainer)
 
-    def evaluate(self, weights: Tensors, evaluation: Evaluation) -> tuple[float, int]:
-        """Sum of the held-out losses in nats, and the number of tokens."""
-        train = TrainConfig(compute_dtype=self.dtype, seq_len=evaluation.seq_len, attention_backend=self.attention)
+    def evaluate(self, weights: Tensors, evaluation: Evaluation, **fields) -> tuple[float, int]:
+        """Sum of the held-out losses in nats, and the number of tokens. fields: of the run's `TrainConfig`."""
+        train = self._train_config(seq_len=evaluation.seq_len, **fields)
         with evaluator(self.cfg, weights, train, str(self.device)) as evaluate:
             return evaluate(evaluation)
 

@@ -14,7 +14,7 @@ import numpy as np
 
 from llm_common.checkpoint import TrainingState
 from llm_common.config import ModelConfig, OptimizerConfig
-from parity import spec
+from parity import spec, spec_run
 from parity.cases import random_batch, random_weights
 from parity.compare import (
     BOTH,
@@ -306,7 +306,7 @@ def trace_optimizers(s: Settings, cfg: ModelConfig) -> Iterator[OptimizerTrace]:
     norm = global_norm(grads)
     opt = OptimizerConfig(lr_max=1e-3, lr_min=1e-4, warmup_steps=2, total_steps=9, max_grad_norm=norm / 2)
     clipped, _ = spec.clip(grads, opt.max_grad_norm)
-    new, new_mu, new_nu = spec.adamw_step(weights, mu, nu, clipped, opt, spec.learning_rate(opt, 3), 3)
+    new, new_mu, new_nu = spec.adamw_step(weights, mu, nu, clipped, opt, spec_run.learning_rate(opt, 3), 3)
     update_of = lambda after: {name: x - weights[name] for name, x in after.items()}
 
     in_order = lambda errors: {name: errors[name] for name in weights}

@@ -9,7 +9,7 @@ import numpy as np
 from llm_common.checkpoint import TrainingState
 from llm_common.config import OptimizerConfig
 from llm_common.errors import UserError
-from parity import spec
+from parity import spec, spec_run
 from parity.cases import RandomBatches, random_weights, start_state
 from parity.compare import (
     EPS,
@@ -51,7 +51,7 @@ def spec_train(s: Settings, state: TrainingState, opt: OptimizerConfig, data, un
     curve = []
     while values[3] < until_step:
         ids, targets = data.batch(values[3])
-        values, loss, norm = spec.train_step(*values, ids, targets, s.cfg, opt)
+        values, loss, norm = spec_run.train_step(*values, ids, targets, s.cfg, opt)
         curve.append((loss, norm))
         if values[3] in keep:
             kept[values[3]] = TrainingState(*values)
@@ -275,7 +275,7 @@ def _float64_trajectory(s: Settings) -> Iterator[Row]:
     # (a) one step of each from the same state, which is JAX's own at every tenth step
     rows = []
     for step, state in checkpoints.items():
-        if spec.learning_rate(opt, step) == 0.0:  # the first step of a warmup moves nothing
+        if spec_run.learning_rate(opt, step) == 0.0:  # the first step of a warmup moves nothing
             continue
         ends = [side.train(state, opt, data, step + 1).weights for side in sides]
         ends.append(spec_train(s, state, opt, data, step + 1)[0].weights)

@@ -78,6 +78,7 @@ def test_config_json_round_trip(name, tmp_path):
 
 def test_both_forms_of_rope_settings_are_read():
     common = {
+        "model_type": "llama",
         "vocab_size": 10,
         "hidden_size": 8,
         "intermediate_size": 9,
