@@ -4,7 +4,7 @@ The twin is `parity/torch_side.py`. Each method goes through the code that a use
 """
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 from unittest import mock
 
@@ -17,7 +17,7 @@ import jax_llm.train
 from jax_llm import checkpoint, optim, random_bits, sampling
 from jax_llm.attention import resolve_backend
 from jax_llm.evaluate import evaluator
-from jax_llm.generate import decoding_params, generate
+from jax_llm.generate import decoding_params, generate, generator
 from jax_llm.kv_cache import init_cache
 from jax_llm.model import CausalLM
 from jax_llm.train import compiled_train_step, fit, init_state, loss_and_grads, matmul_precision, select_device
@@ -25,7 +25,7 @@ from llm_common.checkpoint import TrainingState
 from llm_common.config import ModelConfig, OptimizerConfig, SamplingConfig, TrainConfig
 from llm_common.evaluation import Evaluation
 from llm_common.schedule import StepScalars, bias_corrections
-from parity.compare import Tensors
+from parity.compare import Tensors, joined
 from parity.taps import JaxRecorder, Values
 
 
@@ -170,16 +170,13 @@ class JaxSide:
         opt: OptimizerConfig,
         dataset,
         until_step: int,
-        on_step: Callable[[int, Callable[[], TrainingState], dict[str, float]], None] | None = None,
-        max_skipped_steps: int = 10,
+        on_step: Callable[[int, Callable[[], TrainingState], Mapping[str, Any]], None] | None = None,
+        **fields,
     ) -> TrainingState:
-        """Run `fit`; `on_step` gets the step, a function that reads the state, and the step's metrics."""
-        train = TrainConfig(
-            compute_dtype=self.dtype,
-            seq_len=dataset.batch(0)[0].shape[1],
-            attention_backend=self.attention,
-            max_skipped_steps=max_skipped_steps,
-        )
+        """Run `fit`; `on_step` gets the step, a function that reads the state, and the step's metrics.
+
+        fields: of the run's `TrainConfig`."""
+        train = self._train_config(**{"seq_len": dataset.batch(state.step)[0].shape[1], **fields})
 
         def hook(step, state, metrics):
             if on_step is not None:
@@ -246,6 +243,13 @@ class JaxSide:
             dtype = jnp.dtype(self.master)
             args = random_bits.key(seed), jnp.array(rows), jnp.array(positions)
             return np.asarray(sampling.gumbel_noise(*args, self.cfg.vocab_size, dtype)).astype(np.float64)
+
+    def stream(
+        self, weights: Tensors, prompts, n_new: int, cfg: SamplingConfig, eos_ids=(), numbers=None, chunk: int = 16
+    ) -> list[list[int]]:
+        """Whole texts from the generator that the scripts call."""
+        with self.scope(), generator(self.cfg, weights, self.device.platform, self.dtype) as stream:
+            return joined(stream(prompts, n_new, cfg, eos_ids, numbers, chunk=chunk), len(prompts))
 
     def generate(self, weights: Tensors, prompts, n_new: int, cfg: SamplingConfig, eos_ids: tuple[int, ...] = ()):
         with self.scope():

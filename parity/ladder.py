@@ -24,6 +24,7 @@ from parity.figures import figures
 from parity.model_checks import check_cache, check_gradients, check_init, check_logits, check_spec
 from parity.noise import check_noise, with_noise
 from parity.precision_checks import check_precision
+from parity.run_cases import check_runs
 from parity.settings import Settings
 from parity.token_checks import check_tokens
 from parity.training_checks import check_adamw, check_library, check_trajectory
@@ -43,6 +44,7 @@ CHECKS: dict[str, Callable[[Settings], Iterator[Row]]] = {
     "library": check_library,
     "files": check_files,
     "resume": check_resume,
+    "runs": check_runs,
     "trajectory": check_trajectory,
     "evaluation": check_evaluation,
     "cache": check_cache,
@@ -50,7 +52,7 @@ CHECKS: dict[str, Callable[[Settings], Iterator[Row]]] = {
     "device": check_device,
 }
 
-LONG = ("trajectory", "noise", "tokens", "gradients")  # begun first where several processes share the checks
+LONG = ("runs", "trajectory", "noise", "tokens", "gradients")  # begun first where several processes share the checks
 
 
 def run_checks(
@@ -134,10 +136,10 @@ def rows_of(check: str, settings: Settings) -> Iterator[Row]:
     try:
         yield from CHECKS[check](settings)
     except Exception as error:  # whatever a broken side raises is a finding, and the rows before it stay
-        yield _crash(check, error)
+        yield crash(check, error)
 
 
-def _crash(check: str, error: Exception) -> Row:
+def crash(check: str, error: Exception) -> Row:
     """A row for an exception; the side is the one whose package the traceback ends in."""
     side, frame = "", error.__traceback__
     while frame is not None:

@@ -22,12 +22,14 @@ class Point:
     d_inputs: tuple[np.ndarray, ...] = ()  # of the first inputs; a table has none
 
 
-def specification(w: Tensors, ids: np.ndarray, targets: np.ndarray, cfg: Any, rnd: Callable = spec.exact):
+def specification(
+    w: Tensors, ids: np.ndarray, targets: np.ndarray, cfg: Any, rnd: Callable = spec.exact, separator: Any = None
+):
     """The points in the order in which their outputs are made, the loss, and the gradients of the weights."""
     flows: dict[str, np.ndarray] = {}
     cfg = spec.architecture(cfg)
-    loss, grads = spec.loss_and_grads(w, ids, targets, cfg, rnd, flows)
-    logits, (angles, tape, last, final) = spec.forward(w, ids, cfg, rnd)
+    loss, grads = spec.loss_and_grads(w, ids, targets, cfg, rnd, flows, separator)
+    logits, (angles, tape, last, final) = spec.forward(w, ids, cfg, rnd, separator)
     b, t = ids.shape
     heads = cfg.num_attention_heads // cfg.num_key_value_heads
     flat = lambda x: x.reshape(b, t, -1)

@@ -23,6 +23,8 @@ class Settings:
     noise: bool = True  # measure each framework's own noise beside the figures
     compile: bool = False  # torch.compile as one of the noise controls: half a minute
     seeds: int = 16  # pooled in float32 and bfloat16
+    quick: bool = False  # a part of the cases that cover pairs of settings
+    full: bool = False  # all values of every setting in them
     blamed_only: bool = False  # trace a row that fails on the side that it blames alone: twice as fast
     device: str = "cpu"  # of both frameworks; the specification is NumPy
     attention: str = "reference"  # "auto": each framework's fastest kernel for the device, reference in float64

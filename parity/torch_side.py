@@ -4,7 +4,8 @@ The twin is `parity/jax_side.py`. Each method goes through the code that a user 
 """
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 from unittest import mock
 
 import numpy as np
@@ -15,12 +16,12 @@ from llm_common.checkpoint import TrainingState
 from llm_common.config import ModelConfig, OptimizerConfig, SamplingConfig, Separator, TrainConfig
 from llm_common.evaluation import Evaluation
 from llm_common.tensors import decays
-from parity.compare import Tensors
+from parity.compare import Tensors, joined
 from parity.taps import TorchRecorder, Values
 from torch_llm import checkpoint, random_bits, sampling
 from torch_llm.attention import resolve_backend
 from torch_llm.evaluate import evaluator
-from torch_llm.generate import fuse_projections, generate
+from torch_llm.generate import fuse_projections, generate, generator
 from torch_llm.kv_cache import KVCache
 from torch_llm.model import CausalLM, empty_model
 from torch_llm.optim import make_optimizer
@@ -147,16 +148,13 @@ class TorchSide:
         opt: OptimizerConfig,
         dataset,
         until_step: int,
-        on_step: Callable[[int, Callable[[], TrainingState], dict[str, float]], None] | None = None,
-        max_skipped_steps: int = 10,
+        on_step: Callable[[int, Callable[[], TrainingState], Mapping[str, Any]], None] | None = None,
+        **fields,
     ) -> TrainingState:
-        """Run `Trainer.fit`; `on_step` gets the step, a function that reads the state, and the step's metrics."""
-        train = TrainConfig(
-            compute_dtype=self.dtype,
-            seq_len=dataset.batch(0)[0].shape[1],
-            attention_backend=self.attention,
-            max_skipped_steps=max_skipped_steps,
-        )
+        """Run `Trainer.fit`; `on_step` gets the step, a function that reads the state, and the step's metrics.
+
+        fields: of the run's `TrainConfig`."""
+        train = self._train_config(**{"seq_len": dataset.batch(state.step)[0].shape[1], **fields})
 
         def hook(step, trainer, metrics):
             if on_step is not None:
@@ -210,6 +208,13 @@ class TorchSide:
         """The Gumbel noise (n, V) of some draws."""
         args = random_bits.key(seed, self.device), self._tensor(rows), self._tensor(positions)
         return sampling.gumbel_noise(*args, self.cfg.vocab_size, getattr(torch, self.master)).double().cpu().numpy()
+
+    def stream(
+        self, weights: Tensors, prompts, n_new: int, cfg: SamplingConfig, eos_ids=(), numbers=None, chunk: int = 16
+    ) -> list[list[int]]:
+        """Whole texts from the generator that the scripts call."""
+        with generator(self.cfg, weights, str(self.device), self.dtype) as stream:
+            return joined(stream(prompts, n_new, cfg, eos_ids, numbers, chunk=chunk), len(prompts))
 
     def generate(self, weights: Tensors, prompts, n_new: int, cfg: SamplingConfig, eos_ids: tuple[int, ...] = ()):
         with self.scope():

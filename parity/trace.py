@@ -248,12 +248,12 @@ def own_errors(side: SideTrace) -> list[float]:
     return [x for p in side.points for x in (p.received, p.output, p.arriving, p.leaving) if not math.isnan(x)]
 
 
-def located(row: Row, s: Settings, cfg: ModelConfig | None = None) -> Row:
+def located(row: Row, s: Settings, cfg: ModelConfig | None = None, separator: Any = None) -> Row:
     """A row that fails, with the place where its side differs first, found by a trace on the same weights and tokens."""
     if row.ok:
         return row
     only = row.side if s.blamed_only and row.side in (JAX, TORCH) else ""
-    found = trace(s, cfg, optimizer=row.check == "adamw", only=only)
+    found = trace(s, cfg, optimizer=row.check == "adamw", only=only, separator=separator)
     place = found.place()
     if not place:  # the pass without gradients may take another way, which cached decoding takes too
         other = trace_cache(dataclasses.replace(row, place=""), dataclasses.replace(s, cfg=cfg or s.cfg))
@@ -271,16 +271,20 @@ def trace(
     optimizer: bool = True,
     alone: bool = True,
     only: str = "",
+    separator: Any = None,
 ) -> Trace:
     """Both sides of a config, traced on random weights and tokens of the settings. alone: see `trace_side`.
 
-    only: the one side to trace, the other's points then stay empty.
+    only: the one side to trace, the other's points then stay empty. separator: of documents that must not see each other.
     """
     cfg = cfg or s.cfg
     weights = random_weights(cfg, s.seed, dtype)
     ids, targets = random_batch(cfg, s.seed, s.batch, s.length)
-    expected = specification(weights, ids, targets, cfg, lambda x: round_to(x, dtype))
+    if separator is not None:  # documents of a few tokens each
+        ids[np.random.default_rng((s.seed, 24)).random(ids.shape) < 0.2] = np.atleast_1d(separator)[0]
+    expected = specification(weights, ids, targets, cfg, lambda x: round_to(x, dtype), separator)
     sides = s.sides(dtype, cfg)
+    sides = sides if separator is None else tuple(side.variant(separator=separator) for side in sides)
     traced = lambda side: trace_side(side, weights, ids, targets, expected, alone)
     empty = lambda side: SideTrace(side.name, [], {"": 0.0}, {}, 0.0)
     traces = tuple((traced if only in ("", side.name) else empty)(side) for side in sides)

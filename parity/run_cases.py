@@ -1,0 +1,355 @@
+"""Whole small runs of any settings, through the configs that a user writes, on both sides and in the specification.
+
+Every row goes the way of a run: `TrainConfig` and `OptimizerConfig` into `fit`, batches from a dataset, states and metrics out.
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from llm_common.checkpoint import TrainingState
+from llm_common.config import ModelConfig, OptimizerConfig, RopeScaling, SamplingConfig
+from parity import drawn, spec, spec_run
+from parity.cases import random_batch, random_weights
+from parity.compare import Row, Tensors, three_way, verdict
+from parity.drawn import Case, Space
+from parity.settings import Settings
+from parity.trace import located
+from parity.training_checks import MOMENTS_ALLOWED, UPDATE_ALLOWED, update_of
+
+FLOAT64_ALLOWED = 1e-12
+FAMILIES = ("llama", "qwen2", "qwen3", "mistral", "llama 3")
+MODEL: Space = {
+    "family": FAMILIES,
+    "tied": (False, True),
+    "layers": (1, 2, 3),
+    "heads": ((2, 2), (4, 2), (6, 2), (3, 1)),  # of queries, of keys and values
+    "head_dim": (4, 6, 10),
+    "hidden": (16, 24),
+    "eps": (1e-5, 1e-3, 1e-6),
+    "theta": (1e4, 30.0, 5e5),
+}
+RUN: Space = MODEL | {
+    "length": (6, 12),
+    "micro_batches": (1, 2, 3),
+    "rows": (1, 2),  # of a micro-batch
+    "chunks": (1, 2, 3),
+    "separators": (0, 1, 2),
+    "remat": ("none", "dots", "full"),
+    "scan": (False, True),
+    "counted": ("all", "most", "few", "none"),
+    "betas": ((0.9, 0.95), (0.8, 0.99), (0.0, 0.5), (0.95, 0.999)),
+    "adam_eps": (1e-8, 1e-3),
+    "decay": (0.1, 0.0, 0.5),
+    "clip": ("none", "active", "loose"),
+    "schedule": ((0, 9), (2, 5), (1, 3)),  # warmup and total: past the end, too
+    "lr": ((1e-3, 1e-4), (3e-2, 0.0)),
+    "resumed": (False, True),  # from a state with fewer updates than steps
+    "overflow": ("none", "nan", "inf", "-inf"),  # in the second step, then on
+}
+TEXT: Space = MODEL | {
+    "prompts": ((3, 3), (1, 4, 2), (5,)),  # how long they are
+    "new": (4, 11),
+    "temperature": (1.0, 0.7, 0.0, 1.6),
+    "top_k": (0, 1, 7),
+    "top_p": (1.0, 0.5, 0.85),
+    "min_p": (0.0, 0.25),
+    "stops": (0, 1, 3),
+    "numbers": (False, True),  # of the texts, given
+    "seed": (0, 7, 2**32 - 1),
+    "chunk": (16, 1, 5),  # tokens between two looks of the host
+}
+# What a user names a feature by, where the specification cannot see deeper: the function that it decides about.
+PLACES = {
+    "micro_batches": "loss_and_grads (accumulation)",
+    "chunks": "chunked_cross_entropy",
+    "separators": "document mask",
+    "remat": "remat",
+    "scan": "scan_layers",
+    "counted": "cross_entropy",
+    "overflow": "train_step (skipped update)",
+    "resumed": "fit (counters)",
+    "schedule": "learning_rate",
+    "lr": "learning_rate",
+    "betas": "AdamW",
+    "adam_eps": "AdamW",
+    "decay": "AdamW (decay)",
+    "clip": "clip",
+    "prompts": "prefill",
+    "temperature": "sample",
+    "top_k": "filter_logits (top-k)",
+    "top_p": "filter_logits (top-p)",
+    "min_p": "filter_logits (min-p)",
+    "stops": "generate (stop ids)",
+    "numbers": "generate (text ids)",
+    "seed": "random_bits",
+    "chunk": "generate (chunk)",
+}
+STEPS = 3
+
+
+def fix(case: Case) -> Case:
+    """What cannot be together: a tied head has the row of the embedding that overflows in every batch."""
+    return {**case, "overflow": "none"} if case.get("tied") and case.get("overflow", "none") != "none" else case
+
+
+SPACES: dict[str, Space] = {"run": RUN, "text": TEXT}
+
+
+def config_of(case: Case) -> ModelConfig:
+    family, (queries, kv) = case["family"], case["heads"]
+    scaling = RopeScaling(4.0, 1.0, 3.0, 20) if family == "llama 3" else None
+    return ModelConfig(
+        41,
+        case["hidden"],
+        20,
+        case["layers"],
+        queries,
+        kv,
+        head_dim=case["head_dim"],
+        max_position_embeddings=24,
+        rope_theta=case["theta"],
+        rms_norm_eps=case["eps"],
+        tie_word_embeddings=case["tied"],
+        model_type="llama" if family == "llama 3" else family,
+        rope_scaling=scaling,
+        sliding_window=4 if family == "mistral" else None,
+    )
+
+
+POISON = 5  # a token whose row of the embedding is not finite
+
+
+class Batches:
+    """A batch for each step; in the second of the run the token that overflows, where the case has one."""
+
+    def __init__(self, case: Case, cfg: ModelConfig, seed: int, first: int) -> None:
+        self.case, self.cfg, self.seed, self.first = case, cfg, seed, first
+
+    @functools.cached_property
+    def separators(self) -> tuple[int, ...]:
+        return (7, 11)[: self.case["separators"]]
+
+    @functools.lru_cache(maxsize=16)  # noqa: B019
+    def batch(self, step: int, host: int = 0, n_hosts: int = 1) -> tuple[np.ndarray, np.ndarray]:
+        case, rng = self.case, np.random.default_rng((self.seed, 20, step))
+        inputs, targets = random_batch(
+            self.cfg, self.seed + 31 * step, case["micro_batches"] * case["rows"], case["length"], ignored=False
+        )
+        inputs[inputs == POISON] = POISON + 1
+        for i in self.separators:  # some documents end within a row, at its very start and end among others
+            inputs[rng.random(inputs.shape) < 0.15] = i
+        share = {"all": 1.0, "most": 0.7, "few": 0.1, "none": 0.0}[case["counted"]]
+        counted = rng.random(targets.shape) < share
+        if case["counted"] == "few":  # all of them in one micro-batch
+            counted[1:], counted[0, -2:] = False, True
+        if case["counted"] == "none" and step != self.first:
+            counted[:] = True
+        targets[~counted] = spec.IGNORE_INDEX
+        if case["overflow"] != "none" and step == self.first + 1:
+            inputs[0, 0], targets[0, -1] = POISON, 3  # a counted target sees it
+        return inputs.astype(np.int32), targets.astype(np.int32)
+
+
+@dataclasses.dataclass
+class Recipe:
+    """All of a case: what the two sides and the specification are given."""
+
+    cfg: ModelConfig
+    opt: OptimizerConfig
+    fields: dict[str, Any]  # of TrainConfig
+    state: TrainingState
+    data: Batches
+
+    @property
+    def until(self) -> int:
+        return self.state.step + STEPS
+
+
+def recipe(case: Case, seed: int) -> Recipe:
+    cfg = config_of(case)
+    weights, rng = random_weights(cfg, seed), np.random.default_rng((seed, 21))
+    step, count = (4, 2) if case["resumed"] else (0, 0)
+    data = Batches(case, cfg, seed, step)
+    separator = data.separators or None
+    _, grads = spec.loss_and_grads(weights, *data.batch(step), cfg, separator=separator)
+    norm = math.sqrt(sum(float((g**2).sum()) for g in grads.values()))
+    max_norm = {"none": None, "active": norm / 3 or 1.0, "loose": 3 * norm or 1.0}[case["clip"]]
+    zero = lambda scale: {
+        name: scale * rng.random(x.shape) if case["resumed"] else np.zeros(x.shape) for name, x in weights.items()
+    }
+    state = TrainingState(weights, zero(0.01), zero(1e-4), step, count)
+    if case["overflow"] != "none":
+        weights["model.embed_tokens.weight"][POISON] = float(case["overflow"])
+    (warmup, total), (lr_max, lr_min), (beta1, beta2) = case["schedule"], case["lr"], case["betas"]
+    opt = OptimizerConfig(
+        lr_max=lr_max,
+        lr_min=lr_min,
+        warmup_steps=warmup,
+        total_steps=total,
+        beta1=beta1,
+        beta2=beta2,
+        eps=case["adam_eps"],
+        weight_decay=case["decay"],
+        max_grad_norm=max_norm,
+    )
+    fields = {
+        "batch_size": case["micro_batches"] * case["rows"],
+        "gradient_accumulation_steps": case["micro_batches"],
+        "loss_chunks": case["chunks"],
+        "document_separator": separator,
+        "remat": case["remat"],
+        "scan_layers": case["scan"],
+        "seed": seed,
+    }
+    return Recipe(cfg, opt, fields, state, data)
+
+
+Outcome = dict[str, Tensors]
+
+
+def _outcome(case: Case, start: TrainingState, state: TrainingState, rows: list[dict[str, float]]) -> Outcome:
+    """What is compared of a run, by kind. A row of the embedding that is not finite by design is left out."""
+
+    def clean(tensors: Tensors) -> Tensors:
+        tensors = {name: np.array(x, np.float64) for name, x in tensors.items()}
+        if case["overflow"] != "none":
+            tensors["model.embed_tokens.weight"][POISON] = 0.0
+        return tensors
+
+    numbers = {}
+    for i, row in enumerate(rows):
+        # a loss that is not finite has no value to compare; that it is skipped is compared
+        of_step = {f"{key} of step {i + 1}": np.array(float(x)) for key, x in row.items() if math.isfinite(float(x))}
+        numbers |= of_step
+    numbers |= {"step": np.array(float(state.step)), "adam_count": np.array(float(state.adam_count))}
+    moments = {f"mu.{k}": x for k, x in clean(state.mu).items()} | {f"nu.{k}": x for k, x in clean(state.nu).items()}
+    return {"numbers": numbers, "moments": moments, "update": update_of(clean(state.weights), clean(start.weights))}
+
+
+ALLOWED = {"numbers": FLOAT64_ALLOWED, "moments": MOMENTS_ALLOWED, "update": UPDATE_ALLOWED}
+
+
+def run_row(s: Settings, case: Case, item: str, seed: int) -> Row:
+    """A run of a case on both sides and in the specification: the first kind of number that differs, or the worst that holds."""
+    r = recipe(case, seed)
+    args = (r.state.weights, r.state.mu, r.state.nu, r.state.step, r.state.adam_count)
+    values, rows = spec_run.train(*args, r.data.batch, r.until, r.cfg, r.opt, r.fields["document_separator"])
+    outcomes = []
+    for side in s.sides("float64", r.cfg):
+        kept: list[dict[str, float]] = []
+        end = side.train(
+            r.state, r.opt, r.data, r.until, lambda step, state, m, kept=kept: kept.append(dict(m)), **r.fields
+        )
+        outcomes.append(_outcome(case, r.state, end, kept))
+    expected = _outcome(case, r.state, TrainingState(*values), rows)
+    found = []
+    for kind, allowed in ALLOWED.items():
+        # a single number is compared by itself: among others it would be measured against their norm
+        groups = [{k: x} for k, x in expected[kind].items()] if kind == "numbers" else [expected[kind]]
+        for group in groups:
+            results = [{k: o[kind].get(k) for k in group} for o in outcomes]
+            missing = lambda result: any(x is None for x in result.values())
+            if any(map(missing, results)):
+                side = verdict(missing(results[0]), missing(results[1]), True)
+                found.append(Row("runs", item, "float64", math.inf, allowed, False, side, f"no {next(iter(group))}"))
+                continue
+            row = three_way(
+                "runs", item, "float64", [*results, group], allowed, next(iter(group)) if len(group) == 1 else kind
+            )
+            found.append(row)
+    bad = [row for row in found if not row.ok]
+    return bad[0] if bad else max(found, key=lambda row: row.measured / row.allowed)
+
+
+def text_row(s: Settings, case: Case, item: str, seed: int) -> Row:
+    """Texts of a case, from the generator that the scripts call."""
+    cfg, rng = config_of(case), np.random.default_rng((seed, 22))
+    weights = random_weights(cfg, seed)
+    sampling = SamplingConfig(case["temperature"], case["top_k"], case["top_p"], case["min_p"], case["seed"])
+    prompts = [rng.integers(0, cfg.vocab_size, n).tolist() for n in case["prompts"]]
+    numbers = [5 * i + 3 for i in range(len(prompts))] if case["numbers"] else None
+    free = spec.generate(weights, prompts, cfg, sampling, case["new"], numbers=numbers)
+    stops = tuple(dict.fromkeys([free[0][case["new"] // 2], free[-1][-1], 0][: case["stops"]]))
+    expected = []
+    for text in free:
+        ends = [text.index(i) for i in stops if i in text]
+        expected.append(text[: min(ends)] if ends else text)
+    texts = [
+        side.stream(weights, prompts, case["new"], sampling, stops, numbers, case["chunk"])
+        for side in s.sides("float64", cfg)
+    ]
+    wrong = [sum(a != b for a, b in zip(found, expected, strict=True)) for found in texts]
+    side = verdict(wrong[0] > 0, wrong[1] > 0, texts[0] == texts[1])
+    return Row("runs", item, "float64", max(wrong), 0, not side, side)
+
+
+def fewer(space: Space) -> Space:
+    """The space with three values of every feature, and all families."""
+    return {name: values if name == "family" else values[:3] for name, values in space.items()}
+
+
+ROWS = {"run": run_row, "text": text_row}
+
+
+def case_row(s: Settings, kind: str, case: Case, item: str, seed: int) -> Row:
+    """The row of a case; whatever a side raises is a failed row."""
+    try:
+        return ROWS[kind](s, case, item, seed)
+    except Exception as error:
+        from parity.ladder import crash  # here, because the ladder has these checks
+
+        return dataclasses.replace(crash("runs", error), item=item)
+
+
+def explained(s: Settings, row: Row, kind: str, case: Case, seed: int) -> Row:
+    """A row that fails, with its place: that of a trace of the smallest case that fails, or what that case cannot do without."""
+    if row.ok:
+        return row
+    fails = lambda simpler: case_row(s, kind, simpler, row.item, seed).side == row.side
+    small = drawn.shrink(case, SPACES[kind], fix, fails)
+    features = drawn.needed(small, SPACES[kind])
+    note = f"{row.note}; smallest: parity run --case '{kind} {seed} {drawn.to_line({f: small[f] for f in features})}'"
+    row = dataclasses.replace(row, note=note)
+    cfg = config_of(small)
+    if kind == "run":
+        r = recipe(small, seed)
+        shape = {"batch": r.fields["batch_size"], "length": small["length"]}
+        settings = dataclasses.replace(s, cfg=cfg, seed=seed, **shape)
+        found = located(dataclasses.replace(row, check="adamw"), settings, cfg, r.fields["document_separator"])
+    else:
+        found = located(row, dataclasses.replace(s, cfg=cfg, seed=seed), cfg)
+    if found.place and found.place != row.place:
+        return dataclasses.replace(row, place=found.place, note=f"{found.note}; {note}")
+    place = next((PLACES[f] for f in reversed(features) if f in PLACES), row.place)
+    return dataclasses.replace(row, place=place)
+
+
+def check_runs(s: Settings) -> Iterator[Row]:
+    """Runs and texts in which every pair of settings meets, and a few that are drawn anew by the seed."""
+    if "float64" not in s.dtypes:
+        return
+    for kind, space in SPACES.items():
+        cases = drawn.covering(space if s.full else fewer(space), fix)
+        rng = np.random.default_rng((s.seed, 23))
+        for i, case in enumerate(cases[:4] if s.quick else cases):
+            row = case_row(s, kind, case, f"{kind} {i + 1} of {len(cases)}: {short(case, space)}", s.seed)
+            yield explained(s, row, kind, case, s.seed)
+        for i in range(3 if kind == "run" else 1):
+            case = drawn.draw(space, rng, fix)
+            row = case_row(s, kind, case, f"{kind} drawn with seed {s.seed}, {i + 1}: {short(case, space)}", s.seed)
+            yield explained(s, row, kind, case, s.seed)
+
+
+def short(case: Case, space: Space) -> str:
+    """What of a case is not at its simplest, for people."""
+    parts = []
+    for name in drawn.needed(case, space):
+        value = case[name]
+        text = "/".join(map(str, value)) if isinstance(value, tuple) else str(value)
+        parts.append(name if value is True else f"{name} {text}")
+    return ", ".join(parts) or "plain"
