@@ -43,6 +43,10 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--tokens", type=int, default=4000, help="sampled tokens in float32")
     run.add_argument("--compile", action="store_true", help="torch.compile as one more noise control (half a minute)")
     run.add_argument("--jobs", type=int, help="processes (default: 2 on a CPU with 2 cores or more)")
+    run.add_argument("--quick", action="store_true", help="the minute's part: no trajectory, fewer cases and seeds")
+    run.add_argument("--full", action="store_true", help="every value of every setting in the cases that cover pairs")
+    run.add_argument("--fuzz", metavar="TIME", help="draw cases until a time as 30m is over, or one fails")
+    run.add_argument("--case", metavar="LINE", help="one case again, as --fuzz and the ladder print it")
     trace = commands.add_parser("trace", help="every module of both sides given identical inputs and gradients")
     _model_flags(trace)
     trace.add_argument("--dtype", default="float64", choices=DTYPES)
@@ -128,7 +132,12 @@ def _run(args: argparse.Namespace) -> bool:
     from parity.settings import Settings
 
     dtypes = tuple(args.dtype) if args.dtype else Settings().dtypes
-    settings = _settings(args, dtypes=dtypes, steps=args.steps, tokens=args.tokens, compile=args.compile)
+    size = {"steps": args.steps, "tokens": args.tokens}
+    if args.quick:
+        size = {"steps": min(args.steps, 100), "tokens": min(args.tokens, 800), "seeds": 8, "updates": (1, 3, 10)}
+    settings = _settings(args, dtypes=dtypes, compile=args.compile, quick=args.quick, full=args.full, **size)
+    if args.fuzz is not None or args.case is not None:
+        return _drawn(args, settings)
     console, start, name = make_console(), time.perf_counter(), settings.device_name()
     console.print(
         f"identical weights into JAX, PyTorch and the specification; seed {settings.seed}, {name}, "
@@ -145,6 +154,31 @@ def _run(args: argparse.Namespace) -> bool:
     paragraphs = [f"Seed {settings.seed}, {settings.attention} attention, `{settings.cfg}`."]
     content = {"seconds": time.perf_counter() - start, "settings": dataclasses.asdict(settings)}
     return conclude(console, args.out, rows, paragraphs, name, **content, figures=drawn)
+
+
+def _drawn(args: argparse.Namespace, settings) -> bool:
+    from parity.fuzz import Drawn, fuzz, judge_and_explain, seconds_of
+    from parity.report import make_console, print_table
+
+    console, start = make_console(), time.perf_counter()
+    if args.case is not None:
+        row = judge_and_explain(settings, Drawn.parse(args.case))
+        print_table(console, [row])
+        return row.ok
+    seconds, jobs = seconds_of(args.fuzz), args.jobs or min(2, os.cpu_count() or 1)
+    console.print(f"drawing cases with seed {settings.seed} for {seconds:.0f} s; the corpus of past finds first")
+
+    def tell(done: int, one, row) -> None:
+        if done % 20 == 0 or not row.ok:
+            console.print(f"  {done} cases ({time.perf_counter() - start:.0f} s)")
+
+    done, found, row = fuzz(settings, seconds, jobs, tell)
+    if found is None or row is None:
+        console.print(f"{done} drawn cases, no difference; seed {settings.seed}")
+        return True
+    print_table(console, [row])
+    console.print(f"after {done} cases; again: parity run --case '{found}'", markup=False, soft_wrap=True)
+    return False
 
 
 def _trace(args: argparse.Namespace) -> bool:
