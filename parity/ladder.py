@@ -24,6 +24,7 @@ from parity.figures import figures
 from parity.model_checks import check_cache, check_gradients, check_init, check_logits, check_spec
 from parity.noise import check_noise, with_noise
 from parity.precision_checks import check_precision
+from parity.program_checks import check_programs
 from parity.run_cases import check_runs
 from parity.settings import Settings
 from parity.token_checks import check_tokens
@@ -48,11 +49,19 @@ CHECKS: dict[str, Callable[[Settings], Iterator[Row]]] = {
     "trajectory": check_trajectory,
     "evaluation": check_evaluation,
     "cache": check_cache,
+    "programs": check_programs,
     "tokens": check_tokens,
     "device": check_device,
 }
 
-LONG = ("runs", "trajectory", "noise", "tokens", "gradients")  # begun first where several processes share the checks
+LONG = (
+    "runs",
+    "trajectory",
+    "programs",
+    "noise",
+    "tokens",
+    "gradients",
+)  # begun first where several processes share the checks
 
 
 def run_checks(

@@ -7,7 +7,7 @@ import contextlib
 import dataclasses
 import functools
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -15,6 +15,7 @@ import numpy as np
 
 from llm_common.checkpoint import TrainingState
 from llm_common.config import ModelConfig, OptimizerConfig, RopeScaling, SamplingConfig
+from llm_common.errors import first_line
 from parity import drawn, spec, spec_run
 from parity.cases import random_batch, random_weights
 from parity.compare import EPS, Row, Tensors, tensor_errors, three_way, verdict, worst
@@ -214,6 +215,29 @@ def recipe(case: Case, seed: int) -> Recipe:
     return Recipe(cfg, opt, fields, state, data)
 
 
+class Raised(Exception):
+    """One side raised, or both did."""
+
+    def __init__(self, side: str, note: str) -> None:
+        super().__init__(note)
+        self.side, self.note = side, note
+
+
+def on_both(sides: Any, call: Callable[[Any], Any]) -> list[Any]:
+    """What both sides give. Raises Raised, with the side that raised something."""
+    results, raised = [], []
+    for side in sides:
+        try:
+            results.append(call(side))
+            raised.append("")
+        except Exception as error:  # whatever a broken side raises is a finding
+            raised.append(f"{type(error).__name__}: {first_line(error)}")
+    if any(raised):
+        alike = raised[0].split(":")[0] == raised[1].split(":")[0]
+        raise Raised(verdict(bool(raised[0]), bool(raised[1]), alike), next(filter(None, raised)))
+    return results
+
+
 Outcome = dict[str, Tensors]
 
 
@@ -242,15 +266,15 @@ ALLOWED = {"numbers": FLOAT64_ALLOWED, "moments": MOMENTS_ALLOWED, "update": UPD
 def run_row(s: Settings, case: Case, item: str, seed: int) -> Row:
     """A run of a case on both sides and in the specification: the first kind of number that differs, or the worst that holds."""
     r = recipe(case, seed)
-    args = (r.state.weights, r.state.mu, r.state.nu, r.state.step, r.state.adam_count)
-    values, rows = spec_run.train(*args, r.data.batch, r.until, r.cfg, r.opt, r.fields["document_separator"])
-    outcomes = []
-    for side in s.sides("float64", r.cfg):
+    state = (r.state.weights, r.state.mu, r.state.nu, r.state.step, r.state.adam_count)
+    values, rows = spec_run.train(state, r.data.batch, r.until, r.cfg, r.opt, r.fields["document_separator"])
+
+    def run(side) -> Outcome:
         kept: list[dict[str, float]] = []
-        end = side.train(
-            r.state, r.opt, r.data, r.until, lambda step, state, m, kept=kept: kept.append(dict(m)), **r.fields
-        )
-        outcomes.append(_outcome(case, r.state, end, kept))
+        end = side.train(r.state, r.opt, r.data, r.until, lambda step, state, m: kept.append(dict(m)), **r.fields)
+        return _outcome(case, r.state, end, kept)
+
+    outcomes = on_both(s.sides("float64", r.cfg), run)
     expected = _outcome(case, r.state, TrainingState(*values), rows)
     found = []
     for kind, allowed in ALLOWED.items():
@@ -284,10 +308,8 @@ def text_row(s: Settings, case: Case, item: str, seed: int) -> Row:
     for text in free:
         ends = [text.index(i) for i in stops if i in text]
         expected.append(text[: min(ends)] if ends else text)
-    texts = [
-        side.stream(weights, prompts, case["new"], sampling, stops, numbers, case["chunk"])
-        for side in s.sides("float64", cfg)
-    ]
+    stream = lambda side: side.stream(weights, prompts, case["new"], sampling, stops, numbers, case["chunk"])
+    texts = on_both(s.sides("float64", cfg), stream)
     wrong = [sum(a != b for a, b in zip(found, expected, strict=True)) for found in texts]
     side = verdict(wrong[0] > 0, wrong[1] > 0, texts[0] == texts[1])
     return Row("runs", item, "float64", max(wrong), 0, not side, side)
@@ -322,11 +344,13 @@ def low_row(s: Settings, case: Case, item: str, seed: int) -> Row:
         noise = one_ulp_noise((seed + 7 * i) % 2**32, dtype)
         noises.append(errors(everything({k: noise(x) for k, x in weights.items()}, noise)))
     ceiling = {k: LOW_FACTOR * CEILING[dtype] * max(max(n[k] for n in noises), EPS[dtype]) for k in exact}
-    shares = []
-    for side in s.sides(dtype, cfg):
+
+    def shares_of(side) -> dict[str, float]:
         loss, grads = side.loss_and_grads(weights, ids, targets)
         found = errors({"logits": side.logits(weights, ids), "loss": np.array(loss), **grads})
-        shares.append({k: e / ceiling[k] for k, e in found.items()})
+        return {k: e / ceiling[k] for k, e in found.items()}
+
+    shares = on_both(s.sides(dtype, cfg), shares_of)
     (jax_name, jax_share), (torch_name, torch_share) = worst(shares[0]), worst(shares[1])
     side = verdict(not jax_share <= 1, not torch_share <= 1, True)
     name = jax_name if jax_share >= torch_share else torch_name
@@ -340,6 +364,8 @@ def case_row(s: Settings, kind: str, case: Case, item: str, seed: int) -> Row:
     """The row of a case; whatever a side raises is a failed row."""
     try:
         return ROWS[kind](s, case, item, seed)
+    except Raised as error:
+        return Row("runs", item, "", math.inf, 0, False, error.side, f"raised {error.note}")
     except Exception as error:
         from parity.ladder import crash  # here, because the ladder has these checks
 

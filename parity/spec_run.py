@@ -43,13 +43,13 @@ def train_step(w, mu, nu, step, adam_count, ids, targets, cfg, opt, separator=No
     return (w, mu, nu, step + 1, adam_count), loss, norm
 
 
-def train(w, mu, nu, step, adam_count, batch, until, cfg, opt, separator=None, max_skipped=10):
-    """Steps to `until`; batch(step) gives inputs and targets. Returns the state and, for every step, what its log says.
+def train(state, batch, until, cfg, opt, separator=None, max_skipped=10):
+    """Steps to `until` from (weights, mu, nu, step, adam_count); batch(step) gives inputs and targets. Returns the state and, for every step, what its log says.
 
     A loss that is summed over micro-batches, chunks or devices is this one: the mean over the counted tokens of the whole batch.
     Raises ArithmeticError after `max_skipped` skipped updates in a row.
     """
-    state, rows, in_row = (w, mu, nu, step, adam_count), [], 0
+    rows, in_row = [], 0
     while state[3] < until:
         number, updates = state[3], state[4]
         with np.errstate(all="ignore"):  # what is not finite is skipped

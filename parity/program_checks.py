@@ -1,0 +1,361 @@
+"""Checks of the programs as a user calls them: text in; token files, logs, checkpoints, losses and texts out.
+
+`prepare_data.py`, `train.py`, `evaluate.py` and `generate.py` run on files, with no setting at its default that a run could drop
+unseen. What they leave behind is read by `json`, `numpy` and `safetensors`, and compared with `spec_run.py`.
+"""
+
+import contextlib
+import importlib.util
+import io
+import json
+import math
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import safetensors.numpy
+
+from llm_common import bpe_reference
+from llm_common.tokenizer import Tokenizer
+from parity import spec, spec_run
+from parity.cases import random_weights
+from parity.compare import Row, Tensors, shared, three_way, verdict
+from parity.run_cases import Raised, on_both
+from parity.settings import Settings
+from parity.spec_config import architecture
+
+SCRIPTS = Path(__file__).parents[1] / "scripts"
+ALLOWED = 1e-12  # numbers of a log, float64
+# Weights after the steps of a run, relative to what moved: as for the updates of `training_checks`, over six steps.
+UPDATE_ALLOWED = 1e-10
+END = "<|endoftext|>"
+FRAMEWORKS = ("jax", "torch")
+CONFIG: dict[str, Any] = {
+    "model_type": "qwen2", "vocab_size": 301, "hidden_size": 16, "intermediate_size": 20, "num_hidden_layers": 2,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 6, "max_position_embeddings": 40,
+    "rms_norm_eps": 3e-5, "rope_theta": 300.0, "tie_word_embeddings": False,
+}  # fmt: skip
+LENGTH, BATCH, STEPS, EVERY, SEED, EVAL_BATCHES = 8, 6, 6, 2, 11, 2
+OPT = SimpleNamespace(
+    lr_max=2e-2, lr_min=3e-3, warmup_steps=2, total_steps=STEPS, beta1=0.8, beta2=0.9, eps=1e-6, weight_decay=0.3,
+    max_grad_norm=0.7,
+)  # fmt: skip
+FLAGS = {
+    **{f"--{key.replace('_', '-')}": x for key, x in vars(OPT).items()},
+    "--seed": SEED,
+    "--batch-size": BATCH,
+    "--seq-len": LENGTH,
+    "--gradient-accumulation-steps": 3,
+    "--loss-chunks": 2,
+    "--compute-dtype": "float64",
+    "--device": "cpu",
+    "--log-every": 1,
+}
+PROMPTS = ("The low", "wide é", "new")
+
+
+class Workshop:
+    """A folder with a tokenizer, texts, a config and what the programs make of them."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        text = "low lower lowest new newer newest wide wider widest, naïve café 你好. " * 3
+        self.merges = bpe_reference.train([text], 44, END)
+        self.letters = [bytes([b]) for b in range(256)] + [a + b for a, b in self.merges]
+        self.bytes_of_ids = np.array([*map(len, self.letters), 0])
+        words = [w for w in text.split() if w]
+        rng = np.random.default_rng(5)
+        self.documents = [" ".join(rng.choice(words, rng.integers(2, 9))) for _ in range(40)]
+        Tokenizer(self.merges, fast=False).save(folder / "bpe.json")
+        (folder / "config.json").write_text(json.dumps(CONFIG), encoding="utf-8")
+        (folder / "text.txt").write_text(END.join(self.documents), encoding="utf-8")
+        self.spec: dict[str, Any] = {}  # the specification's run, once it is made
+
+    @property
+    def end(self) -> int:
+        return len(self.letters)
+
+    def ids(self, text: str) -> list[int]:
+        return bpe_reference.encode(text, self.merges, END)
+
+    def text(self, ids: Sequence[int]) -> str:
+        return b"".join(self.letters[i] for i in ids).decode("utf-8", "replace")
+
+
+def load_script(name: str) -> ModuleType:
+    """A program of the repository as a module, run as little as an import runs it."""
+    path = SCRIPTS / f"{name}.py"
+    found = importlib.util.spec_from_file_location(f"parity_program_{name}", path)
+    assert found is not None and found.loader is not None  # noqa: PT018
+    module = importlib.util.module_from_spec(found)
+    with mock.patch.object(sys, "path", [str(SCRIPTS), *sys.path]):
+        found.loader.exec_module(module)
+    return module
+
+
+def call(name: str, *arguments: object) -> str:
+    """What a program prints, called as from a command line."""
+    module, out = load_script(name), io.StringIO()
+    with mock.patch.object(sys, "argv", [f"{name}.py", *map(str, arguments)]), contextlib.redirect_stdout(out):
+        module.main()
+    return out.getvalue()
+
+
+def flat(flags: dict[str, Any]) -> list[Any]:
+    return [x for pair in flags.items() for x in pair]
+
+
+def check_programs(s: Settings) -> Iterator[Row]:
+    """The programs, on files."""
+    if "float64" not in s.dtypes or s.quick:
+        return
+    if not SCRIPTS.is_dir():
+        return  # installed without the repository
+    with tempfile.TemporaryDirectory() as name:
+        shop = Workshop(Path(name))
+        try:
+            yield from _prepared(shop)
+            yield from _trained(shop)
+            yield from _evaluated(shop)
+            yield from _generated(shop)
+            yield from _tuned(shop)
+        except Raised as error:
+            note = f"raised {error.note}"
+            yield Row("programs", "a program", "float64", math.nan, 0, False, error.side, note)
+
+
+def _prepared(shop: Workshop) -> Iterator[Row]:
+    """Documents to tokens: each in one of the two files, encoded and ended as the definition says."""
+    folder = shop.folder
+    call("prepare_data", "--tokenizer", folder / "bpe.json", "--data", folder / "text.txt", "--out", folder / "t.npy",
+         "--validation", 0.3)  # fmt: skip
+    files = [np.load(folder / name) for name in ("t.npy", "t-validation.npy")]
+    expected = sorted(tuple(spec_run.document([], shop.ids(text), shop.end)) for text in shop.documents)
+    found = sorted(
+        (*map(int, part), shop.end) for x in files for part in np.split(x, np.flatnonzero(x == shop.end) + 1)[:-1]
+        for part in [part[:-1]]
+    )  # fmt: skip
+    wrong = sum(a != b for a, b in zip(found, expected, strict=False)) + abs(len(found) - len(expected))
+    yield shared(
+        "programs",
+        f"documents that prepare_data.py writes otherwise, of {len(expected)}",
+        wrong,
+        place="prepare_data.py",
+    )
+
+
+def _weights(seed: int) -> Tensors:
+    shapes, layers = spec.weight_shapes(CONFIG), CONFIG["num_hidden_layers"]
+    return {name: spec.initial_weight(seed, i, name, shape, layers) for i, (name, shape) in enumerate(shapes.items())}
+
+
+def _zeros(weights: Tensors) -> Tensors:
+    return {name: np.zeros(x.shape) for name, x in weights.items()}
+
+
+def _spec_run(shop: Workshop) -> dict[str, Any]:
+    """The specification's run: the numbers of every step, held-out results, and the weights after each."""
+    tokens, held = (np.load(shop.folder / name) for name in ("t.npy", "t-validation.npy"))
+    weights = _weights(SEED)
+    state = (weights, _zeros(weights), _zeros(weights), 0, 0)
+    numbers, kept = {}, {0: weights}
+    rows = spec_run.held_out_rows(held, LENGTH)
+    rows = tuple(x[: EVAL_BATCHES * BATCH] for x in rows)
+    batch = lambda step: spec_run.batch(tokens, LENGTH, BATCH, SEED, step)
+    for step in range(1, STEPS + 1):
+        state, (row,) = spec_run.train(state, batch, step, CONFIG, OPT, shop.end)
+        kept[step] = state[0]
+        numbers |= {f"{key} of step {step}": x for key, x in row.items()}
+        if step % EVERY == 0:
+            held_out = spec_run.held_out(state[0], *rows, CONFIG, shop.bytes_of_ids, shop.end)
+            numbers |= {f"held-out {key} after step {step}": x for key, x in held_out.items()}
+    return {"numbers": numbers, "weights": kept, "tokens": tokens, "held": held}
+
+
+def _log_numbers(path: Path) -> dict[str, float]:
+    """The numbers that a run's log has, under the names of `_spec_run`."""
+    found: dict[str, float] = {}
+    for line in path.read_text(encoding="utf-8").splitlines():
+        row = json.loads(line)
+        if row.get("event") == "evaluation":
+            keys = ("loss", "perplexity", "tokens", "bytes", "bits_per_byte")
+            found |= {f"held-out {key} after step {row['step']}": row[key] for key in keys if key in row}
+        elif "event" not in row and "loss" in row:
+            keys = ("loss", "grad_norm", "lr", "skipped")
+            found |= {f"{key} of step {row['step']}": float(row[key]) for key in keys if key in row}
+    return found
+
+
+def numbers_row(item: str, results: Sequence[dict[str, float]], expected: dict[str, float], place: str) -> Row:
+    """One row for many single numbers, each compared by itself."""
+    rows = []
+    for key, x in expected.items():
+        values = [{key: np.array(float(r[key]))} if key in r else {} for r in results]
+        rows.append(three_way("programs", item, "float64", [*values, {key: np.array(float(x))}], ALLOWED, key))
+    bad = [row for row in rows if not row.ok]
+    row = bad[0] if bad else max(rows, key=lambda row: row.measured)
+    where = f"{place}: {row.note}" if bad else ""
+    return Row(**{**vars(row), "place": where, "item": f"{item} ({len(expected)} numbers)"})
+
+
+def _trained(shop: Workshop) -> Iterator[Row]:
+    folder, expected = shop.folder, _spec_run(shop)
+    shop.spec = expected
+    common = ["--model-config", folder / "config.json", "--data", folder / "t.npy", "--tokenizer", folder / "bpe.json"]
+    common += ["--document-mask", "--save-every", EVERY, "--eval-batches", EVAL_BATCHES, "--keep-last", 1]
+    common += ["--keep-best", 1, *flat(FLAGS)]
+
+    def run(framework: str) -> Path:
+        call("train", "--framework", framework, "--out", folder / framework, *common)
+        return folder / framework
+
+    runs = on_both(FRAMEWORKS, run)
+    logs = [_log_numbers(path / "log.jsonl") for path in runs]
+    yield numbers_row("log of train.py", logs, expected["numbers"], "train.py")
+
+    # the newest and the best are kept, and nothing else
+    losses = {n: expected["numbers"][f"held-out loss after step {n}"] for n in range(EVERY, STEPS + 1, EVERY)}
+    keep = {f"step-{n:08d}" for n in (STEPS, min(losses, key=losses.__getitem__))}
+    found = [{x.name for x in path.glob("step-*")} for path in runs]
+    wrong = [len(names ^ keep) for names in found]
+    side = verdict(wrong[0] > 0, wrong[1] > 0, found[0] == found[1])
+    yield Row(
+        "programs",
+        "checkpoints kept: newest and best",
+        "",
+        max(wrong),
+        0,
+        not side,
+        side,
+        place="prune_checkpoints" if side else "",
+    )
+    updates = []
+    for path in runs:
+        stored = safetensors.numpy.load_file(path / f"step-{STEPS:08d}" / "model.safetensors")
+        updates.append(
+            {name: x - expected["weights"][0][name] for name, x in stored.items() if name in expected["weights"][0]}
+        )
+    wanted = {name: x - expected["weights"][0][name] for name, x in expected["weights"][STEPS].items()}
+    row = three_way(
+        "programs", f"weights that train.py saves after {STEPS} steps", "float64", [*updates, wanted], UPDATE_ALLOWED
+    )
+    yield row if row.ok else Row(**{**vars(row), "place": "train.py"})
+
+
+def _evaluated(shop: Workshop) -> Iterator[Row]:
+    """evaluate.py of a run on tokens, all of them, and on a text."""
+    folder, expected = shop.folder, shop.spec
+    weights = expected["weights"][STEPS]
+    rows = spec_run.held_out_rows(expected["held"], LENGTH)
+    texts = ["low lower, naïve", "你好 newest wide", "café"]
+    (folder / "held.txt").write_text(END.join(texts), encoding="utf-8")
+    documents = [
+        [shop.end, *shop.ids(text)] for text in texts
+    ]  # predicted from the end of the text before, which is not counted
+    longest = max(map(len, documents)) - 1
+    inputs, targets = np.zeros((3, longest), np.int64), np.full((3, longest), spec.IGNORE_INDEX)
+    for row, ids in enumerate(documents):
+        inputs[row, : len(ids) - 1], targets[row, : len(ids) - 1] = ids[:-1], ids[1:]
+    for what, arguments, wanted in (
+        ("tokens", ["--data", folder / "t-validation.npy", "--batches", "all"],
+         spec_run.held_out(weights, *rows, CONFIG, shop.bytes_of_ids, shop.end)),
+        ("a text", ["--text", folder / "held.txt"], spec_run.held_out(weights, inputs, targets, CONFIG, shop.bytes_of_ids)),
+    ):  # fmt: skip
+        flags = ["--device", "cpu", "--json", *arguments]
+        run = lambda framework, flags=flags: json.loads(
+            call("evaluate", "--framework", framework, "--checkpoint", folder / framework, *flags).splitlines()[-1]
+        )
+        yield numbers_row(f"evaluate.py of {what}", on_both(FRAMEWORKS, run), wanted, "evaluate.py")
+
+
+def _generated(shop: Workshop) -> Iterator[Row]:
+    """generate.py: texts of several prompts, several texts of each, with filters and a stop."""
+    folder, weights = shop.folder, shop.spec["weights"][STEPS]
+    sampling = SimpleNamespace(temperature=0.8, top_k=40, top_p=0.9, min_p=0.02, seed=3)
+    flags = {"--temperature": 0.8, "--top-k": 40, "--top-p": 0.9, "--min-p": 0.02, "--seed": 3, "--max-new-tokens": 9}
+    prompts, new = [ids for text in PROMPTS for ids in [shop.ids(text)] * 2], 9
+    expected = spec.generate(weights, prompts, CONFIG, sampling, new, (shop.end,), [0, 1] * len(PROMPTS))
+    wanted = "".join(
+        f"--- prompt {i // 2}, text {i % 2}\n{PROMPTS[i // 2]}{shop.text(text)}\n" for i, text in enumerate(expected)
+    )
+    arguments = [x for text in PROMPTS for x in ("--prompt", text)] + ["--texts", 2, "--compute-dtype", "float64"]
+    run = lambda framework: call(
+        "generate",
+        "--framework",
+        framework,
+        "--checkpoint",
+        folder / framework,
+        "--device",
+        "cpu",
+        *arguments,
+        *flat(flags),
+    )
+    texts = on_both(FRAMEWORKS, run)
+    wrong = [int(text != wanted) for text in texts]
+    side = verdict(wrong[0] > 0, wrong[1] > 0, texts[0] == texts[1])
+    note = next(
+        (
+            f"{a!r} for {b!r}"
+            for text in texts
+            for a, b in zip(text.splitlines(), wanted.splitlines(), strict=False)
+            if a != b
+        ),
+        "",
+    )
+    yield Row(
+        "programs",
+        f"texts of generate.py, {len(prompts)} of them",
+        "float64",
+        max(wrong),
+        0,
+        not side,
+        side,
+        note,
+        "generate.py" if side else "",
+    )
+
+
+def _tuned(shop: Workshop) -> Iterator[Row]:
+    """Fine-tuning: examples out of a file, weights out of somebody else's folder."""
+    folder = shop.folder
+    (folder / "other").mkdir()
+    (folder / "other" / "config.json").write_text(json.dumps(CONFIG), encoding="utf-8")
+    weights = {k: x.astype(np.float32) for k, x in random_weights(architecture(CONFIG), 77).items()}
+    safetensors.numpy.save_file(weights, folder / "other" / "model.safetensors", {"format": "pt"})
+    pairs = [("low ", "lowest"), ("new", "er café"), ("wide wider ", "widest"), ("a", "b"), ("你 ", "好")]
+    lines = [json.dumps({"q": q, "a": a}) for q, a in pairs]
+    (folder / "pairs.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    call("prepare_data", "--tokenizer", folder / "bpe.json", "--data", folder / "pairs.jsonl", "--out", folder / "e.npz",
+         "--prompt-field", "q", "--answer-field", "a")  # fmt: skip
+    examples = []
+    for question, answer in pairs:
+        ids = shop.ids(question + answer)
+        at = np.cumsum(
+            [len(shop.letters[i]) for i in ids]
+        )  # in bytes: a token with one past the border is the answer's
+        examples.append(spec_run.example([], ids, at.tolist(), len(question.encode()), shop.end))
+    start = {k: x.astype(np.float64) for k, x in weights.items()}
+    batch = lambda step: spec_run.example_batch(examples, 12, 2, 4, step)
+    state = (start, _zeros(start), _zeros(start), 0, 0)
+    _, rows = spec_run.train(
+        *state, batch, 3, CONFIG, SimpleNamespace(**{**vars(OPT), "total_steps": 3, "max_grad_norm": None})
+    )
+    expected = {f"{key} of step {i + 1}": x for i, row in enumerate(rows) for key, x in row.items()}
+    flags = {
+        **FLAGS, "--seed": 4, "--batch-size": 2, "--seq-len": 12, "--total-steps": 3, "--max-grad-norm": "none",
+        "--gradient-accumulation-steps": 1, "--init-from": folder / "other", "--data": folder / "e.npz",
+        "--tokenizer": folder / "bpe.json",
+    }  # fmt: skip
+
+    def run(framework: str) -> dict[str, float]:
+        call("train", "--framework", framework, "--out", folder / f"tuned-{framework}", *flat(flags))
+        return _log_numbers(folder / f"tuned-{framework}" / "log.jsonl")
+
+    yield numbers_row(
+        "log of train.py from other weights, on examples", on_both(FRAMEWORKS, run), expected, "train.py --init-from"
+    )
