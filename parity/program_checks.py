@@ -164,15 +164,14 @@ def _spec_run(shop: Workshop) -> dict[str, Any]:
     weights = _weights(SEED)
     state = (weights, _zeros(weights), _zeros(weights), 0, 0)
     numbers, kept = {}, {0: weights}
-    rows = spec_run.held_out_rows(held, LENGTH)
-    rows = tuple(x[: EVAL_BATCHES * BATCH] for x in rows)
+    inputs, targets = (x[: EVAL_BATCHES * BATCH] for x in spec_run.held_out_rows(held, LENGTH))
     batch = lambda step: spec_run.batch(tokens, LENGTH, BATCH, SEED, step)
     for step in range(1, STEPS + 1):
         state, (row,) = spec_run.train(state, batch, step, CONFIG, OPT, shop.end)
         kept[step] = state[0]
         numbers |= {f"{key} of step {step}": x for key, x in row.items()}
         if step % EVERY == 0:
-            held_out = spec_run.held_out(state[0], *rows, CONFIG, shop.bytes_of_ids, shop.end)
+            held_out = spec_run.held_out(state[0], inputs, targets, CONFIG, shop.bytes_of_ids, shop.end)
             numbers |= {f"held-out {key} after step {step}": x for key, x in held_out.items()}
     return {"numbers": numbers, "weights": kept, "tokens": tokens, "held": held}
 
@@ -343,7 +342,7 @@ def _tuned(shop: Workshop) -> Iterator[Row]:
     batch = lambda step: spec_run.example_batch(examples, 12, 2, 4, step)
     state = (start, _zeros(start), _zeros(start), 0, 0)
     _, rows = spec_run.train(
-        *state, batch, 3, CONFIG, SimpleNamespace(**{**vars(OPT), "total_steps": 3, "max_grad_norm": None})
+        state, batch, 3, CONFIG, SimpleNamespace(**{**vars(OPT), "total_steps": 3, "max_grad_norm": None})
     )
     expected = {f"{key} of step {i + 1}": x for i, row in enumerate(rows) for key, x in row.items()}
     flags = {

@@ -82,9 +82,13 @@ BOOKKEEPING: dict[type, dict[str, tuple[str, str]]] = {
         "seq_len": ("parity/program_checks.py", "--seq-len"),
     },
     RunConfig: dict.fromkeys(
-        ("save_every", "save_minutes", "keep_last", "keep_best", "eval_every", "eval_batches", "log_every"),
+        ("save_every", "save_minutes", "keep_last", "keep_best", "eval_every"),
         ("tests/common/test_run.py", ""),
-    ),
+    )
+    | {
+        "eval_batches": ("parity/program_checks.py", "--eval-batches"),
+        "log_every": ("tests/parity/test_scripts.py", "log_every"),
+    },
     MeshConfig: dict.fromkeys(("data", "fsdp", "tensor"), ("tests/parity/test_sharded.py", "")),
     RopeScaling: dict.fromkeys(
         ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
@@ -299,8 +303,8 @@ def test_updates_skipped_in_a_row_end_a_run_after_as_many_as_it_says():
         for side in (JaxSide(cfg, "float64"), TorchSide(cfg, "float64")):
             with pytest.raises(UserError, match=f"in {n} steps in a row \\(to step {n}\\)"):
                 side.train(start_state(weights), OptimizerConfig(), data, 9, max_skipped_steps=n)
+        state = (weights, weights, weights, 0, 0)
         with pytest.raises(ArithmeticError, match=f"to step {n}"):
-            state = (weights, weights, weights, 0, 0)
             spec_run.train(state, data.batch, 9, cfg, OptimizerConfig(), max_skipped=n)
 
 
