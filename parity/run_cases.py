@@ -56,7 +56,7 @@ RUN: Space = MODEL | {
     "resumed": (False, True),  # from a state with fewer updates than steps
     "overflow": ("none", "nan", "inf", "-inf"),  # in the second step, then on
 }
-TEXT: Space = MODEL | {
+TEXT: Space = {"family": FAMILIES, "tied": (False, True), "heads": MODEL["heads"]} | {
     "prompts": ((3, 3), (1, 4, 2), (5,)),  # how long they are
     "new": (4, 11),
     "temperature": (1.0, 0.7, 0.0, 1.6),
@@ -107,6 +107,7 @@ SPACES: dict[str, Space] = {"run": RUN, "text": TEXT, "low": LOW}
 
 
 def config_of(case: Case) -> ModelConfig:
+    case = {name: values[0] for name, values in MODEL.items()} | {"layers": 2} | case
     family, (queries, kv) = case["family"], case["heads"]
     scaling = RopeScaling(4.0, 1.0, 3.0, 20) if family == "llama 3" else None
     return ModelConfig(

@@ -50,6 +50,8 @@ class Recorder:
         self.backward: Values = {}
         self.calls: Counter[str] = Counter()  # how often a point was run; its first run alone is tapped
         self.detached: set[Key] = set()  # what arrived without a way back for its gradient
+        self.dtypes: dict[Key, str] = {}  # of what passed, forward
+        self.back_dtypes: dict[Key, str] = {}  # of the gradients on the way back
         self.path: list[str] = []
 
     # what a framework must know: how to put a tap on a tensor
@@ -100,6 +102,7 @@ class JaxRecorder(Recorder):
         if not isinstance(x, jax.Array) or not jnp.issubdtype(x.dtype, jnp.floating):
             return x
         value, back = self.hands_on(x, key), self.given_back.get(key)
+        self.dtypes.setdefault(key, str(x.dtype))
         if not isinstance(x, Tracer):
             self.detached.add(key)
 
@@ -109,6 +112,7 @@ class JaxRecorder(Recorder):
             return x if value is None else jnp.array(value, x.dtype)
 
         def backward(_, arriving):
+            self.back_dtypes.setdefault(key, str(arriving.dtype))
             self.store(self.backward, key, np.asarray(arriving.astype(jnp.promote_types(x.dtype, jnp.float32))))
             fits = back is not None and back.shape == arriving.shape
             return (jnp.array(back, arriving.dtype) if fits else arriving,)
@@ -159,11 +163,13 @@ class TorchRecorder(Recorder):
         if not isinstance(x, torch.Tensor) or not x.is_floating_point():
             return x
         self.store(self.forward, key, x.detach().double().cpu().numpy())
+        self.dtypes.setdefault(key, str(x.dtype).removeprefix("torch."))
         if not x.requires_grad:
             self.detached.add(key)
         value, back = self.hands_on(x, key), self.given_back.get(key)
 
         def on_backward(arriving):
+            self.back_dtypes.setdefault(key, str(arriving.dtype).removeprefix("torch."))
             self.store(self.backward, key, arriving.double().cpu().numpy())
             fits = back is not None and back.shape == tuple(arriving.shape)
             return torch.tensor(back, dtype=arriving.dtype, device=arriving.device) if fits else arriving

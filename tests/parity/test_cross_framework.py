@@ -84,7 +84,7 @@ def alternate(tmp_path, data, dtype: str, steps: int, every: int):
 
     def run(name: str, side: str, until: int):
         def on_event(row):
-            if row.get("step") == until and "event" not in row:
+            if row.get("step") == until - 1 and "event" not in row:  # a row is written when the next step has begun
                 training.stop_signal = 15
 
         folder = tmp_path / name
