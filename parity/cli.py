@@ -127,7 +127,7 @@ def _settings(args: argparse.Namespace, **more):
 
 
 def _run(args: argparse.Namespace) -> bool:
-    from parity.ladder import run_checks, run_with_figures
+    from parity.ladder import CHECKS, SLOW, run_checks, run_with_figures
     from parity.report import conclude, make_console, print_progress
     from parity.settings import Settings
 
@@ -145,6 +145,8 @@ def _run(args: argparse.Namespace) -> bool:
     )
     jobs = args.jobs or (min(2, os.cpu_count() or 1) if args.device == "cpu" else 1)
     tell, drawn = lambda *found: print_progress(console, *found), {}
+    if args.quick and not args.check:
+        args.check = [name for name in CHECKS if name not in SLOW]
     if args.check:
         rows = run_checks(settings, tuple(args.check), tell, jobs)
     else:

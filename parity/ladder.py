@@ -54,6 +54,7 @@ CHECKS: dict[str, Callable[[Settings], Iterator[Row]]] = {
     "device": check_device,
 }
 
+SLOW = ("noise", "trajectory", "programs", "device", "library")  # what `parity run --quick` leaves out
 LONG = (
     "runs",
     "trajectory",
