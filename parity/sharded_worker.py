@@ -22,7 +22,6 @@ from llm_common.processes import end_with_launcher
 from llm_common.sharding import MeshConfig
 from llm_common.tensors import Tensors
 from parity import sharded as cases
-from parity.cases import start_state
 from parity.planting import planted
 
 Results = dict[str, Any]
@@ -36,22 +35,24 @@ def run_jax(shape: str, mesh_config: MeshConfig, hosts: Hosts, folder: Path) -> 
     from jax_llm.checkpoint import to_canonical, to_host
     from jax_llm.train import loss_and_grads, make_model, x64
 
-    cfg, train, opt = cases.SHAPES[shape], cases.train_of(shape), cases.OPT
-    weights, data = cases.weights_of(cfg), cases.Batches(cfg)
+    cfg, train, opt = cases.SHAPES[shape], cases.train_of(shape), cases.opt_of(shape)
+    weights, data, start = cases.weights_of(cfg), cases.Batches(shape), cases.start_of(shape)
     with x64("float64"):
         mesh = distributed.make_mesh(mesh_config, hosts.device)
         first = distributed.init_state(cfg, train, opt, mesh)
         params = distributed.from_canonical(cfg, weights, mesh)
         model = make_model(cfg, train, mesh.devices.flat[0].platform)
-        inputs, targets = distributed.read_batch(data, 0, cfg, train=train, mesh=mesh)
+        inputs, targets = distributed.read_batch(data, start.step, cfg, train=train, mesh=mesh)
         apply = lambda params, inputs: model.apply({"params": params}, inputs)[0]
         logits = jax.jit(distributed.sharded(apply, mesh))(params, inputs)
-        grad = distributed.sharded(lambda *args: loss_and_grads(model, *args), mesh)
+        parts = train.gradient_accumulation_steps
+        whole = lambda params, inputs, targets: loss_and_grads(model, params, inputs, targets, parts)
+        grad = distributed.sharded(whole, mesh)
         shardings = NamedSharding(mesh, PartitionSpec()), distributed.param_shardings(cfg, mesh)
         loss, grads = jax.jit(grad, out_shardings=shardings)(params, inputs, targets)
-        state = distributed.init_state(cfg, train, opt, mesh, params)
-        losses: list[float] = []
-        note = lambda step, state, metrics: losses.append(metrics["loss"])
+        state = distributed.from_training_state(cfg, opt, start, mesh, np.float64)
+        steps: list[dict[str, float]] = []
+        note = lambda step, state, metrics: steps.append(dict(metrics))
         state = distributed.fit(state, cfg, train, opt, data, mesh, on_step=note)
         for leaf in jax.tree.leaves(state.params):
             same = {str(shard.index): set() for shard in leaf.addressable_shards}
@@ -63,11 +64,15 @@ def run_jax(shape: str, mesh_config: MeshConfig, hosts: Hosts, folder: Path) -> 
             "logits": to_host(logits),
             "loss": float(loss),
             "gradients": to_canonical(cfg, grads),
-            "losses": losses,
+            **_end_of(distributed.to_training_state(cfg, state), steps),
             "held out": distributed.evaluate(cfg, train, state.params, cases.EVALUATION, mesh),
         }
-        saved = save_checkpoint(folder, cfg, distributed.to_training_state(cfg, state), {}, hosts=hosts)
-        for other in cases.meshes(mesh_config.size):  # the checkpoint on every mesh of as many devices
+        # what is not finite is not saved
+        to_save = cases.meshes(mesh_config.size) if shape != "overflow" else []
+        saved = folder
+        if to_save:
+            saved = save_checkpoint(folder, cfg, distributed.to_training_state(cfg, state), {}, hosts=hosts)
+        for other in to_save:  # the checkpoint on every mesh of as many devices
             mesh = distributed.make_mesh(other, hosts.device)
             again = distributed.from_training_state(cfg, opt, load_checkpoint(saved, cfg)[1], mesh, np.float64)
             _compare(distributed.to_training_state(cfg, again), saved, f"{mesh_config} -> {other}")
@@ -82,11 +87,11 @@ def run_torch(shape: str, mesh_config: MeshConfig, hosts: Hosts, folder: Path) -
 
     from torch_llm import distributed
 
-    cfg, train, opt = cases.SHAPES[shape], cases.train_of(shape), cases.OPT
-    weights, data = cases.weights_of(cfg), cases.Batches(cfg)
+    cfg, train, opt = cases.SHAPES[shape], cases.train_of(shape), cases.opt_of(shape)
+    weights, data, start = cases.weights_of(cfg), cases.Batches(shape), cases.start_of(shape)
     first = distributed.ShardedTrainer(cfg, train, opt, mesh_config, hosts.device)
     trainer = distributed.ShardedTrainer(cfg, train, opt, mesh_config, hosts.device, init_weights=False)
-    trainer.from_training_state(start_state(weights))
+    trainer.from_training_state(start)
     inputs, targets = trainer.read_batch(data)
     with torch.no_grad():
         rows = distributed.whole_vocabulary(trainer.model(inputs))
@@ -104,14 +109,18 @@ def run_torch(shape: str, mesh_config: MeshConfig, hosts: Hosts, folder: Path) -
         "logits": logits,
         "loss": loss,
         "gradients": _all(grads),
-        "losses": [],
     }
-    trainer.fit(data, on_step=lambda step, _, metrics: results["losses"].append(metrics["loss"]))
+    steps: list[dict[str, float]] = []
+    trainer.fit(data, on_step=lambda step, _, metrics: steps.append(dict(metrics)))
+    results |= _end_of(trainer.to_training_state(), steps)
     parts = {f"{name} {trainer.shard_of(name)}": p for name, p in trainer.parameters.items()}
     _check_replicas({key: _digest(p.detach().cpu().numpy()) for key, p in parts.items()}, hosts)
     results["held out"] = trainer.evaluate(cases.EVALUATION)
-    saved = save_checkpoint(folder, cfg, trainer.to_training_state(), {}, hosts=hosts)
-    for other in cases.meshes(mesh_config.size):
+    to_save = cases.meshes(mesh_config.size) if shape != "overflow" else []
+    saved = folder
+    if to_save:
+        saved = save_checkpoint(folder, cfg, trainer.to_training_state(), {}, hosts=hosts)
+    for other in to_save:
         again = distributed.ShardedTrainer(cfg, train, opt, other, hosts.device, init_weights=False)
         again.from_training_state(load_checkpoint(saved, cfg)[1])
         _compare(again.to_training_state(), saved, f"{mesh_config} -> {other}")
@@ -120,6 +129,13 @@ def run_torch(shape: str, mesh_config: MeshConfig, hosts: Hosts, folder: Path) -
     if mesh_config.batch_shards > 1:
         results["short sums"] = _short_sums(cfg, mesh_config, hosts.device)
     return results
+
+
+def _end_of(state: TrainingState, steps: list[dict[str, float]]) -> Results:
+    """The state at the end of a run, and what the metrics of every step said."""
+    found: Results = {f"steps of {key}": np.array([float(s[key]) for s in steps]) for key in steps[0]}
+    parts = {"weights": state.weights, "mu": state.mu, "nu": state.nu}
+    return found | {key: _all(x) for key, x in parts.items()} | {"step": state.step, "adam_count": state.adam_count}
 
 
 def _check_replicas(parts: dict[str, bytes], hosts: Hosts) -> None:
@@ -143,7 +159,7 @@ def _short_sums(cfg: ModelConfig, mesh_config: MeshConfig, device: str) -> float
 
     train = dataclasses.replace(cases.TRAIN, compute_dtype="bfloat16", gradient_accumulation_steps=1)
     trainer = ShardedTrainer(cfg, train, cases.OPT, mesh_config, device)
-    trainer.loss_and_grads(*trainer.read_batch(cases.Batches(cfg)))
+    trainer.loss_and_grads(*trainer.read_batch(cases.Batches("llama")))
     grads = torch.cat([p.grad.reshape(-1) for p in trainer.parameters.values() if p.grad is not None])
     grads = grads[grads != 0]
     return (grads == grads.to(torch.bfloat16)).float().mean().item()
