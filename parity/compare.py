@@ -118,3 +118,15 @@ def joined(pieces: Iterable[list[list[int]]], n: int) -> list[list[int]]:
         for text, ids in zip(texts, piece, strict=True):
             text += ids
     return texts
+
+
+def crash(check: str, error: Exception) -> Row:
+    """A row for an exception; the side is the one whose package the traceback ends in."""
+    side, frame = "", error.__traceback__
+    while frame is not None:
+        module = frame.tb_frame.f_globals.get("__name__", "")
+        for prefix, name in (("jax_llm", "JAX"), ("torch_llm", "torch"), ("llm_common", "shared code")):
+            side = name if module.startswith(prefix) else side
+        frame = frame.tb_next
+    note = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+    return Row(check, "raised an error", "", float("nan"), 0, False, side or "the check itself", note)

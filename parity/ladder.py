@@ -16,7 +16,7 @@ from llm_common.budget import keep_freed_memory
 from llm_common.errors import UserError
 from llm_common.processes import end_with_parent
 from parity.common_checks import check_files, check_resume, check_schedule
-from parity.compare import Row
+from parity.compare import Row, crash
 from parity.config_checks import check_config
 from parity.data_checks import check_data, check_evaluation, check_tokenizer
 from parity.device_checks import check_device
@@ -147,15 +147,3 @@ def rows_of(check: str, settings: Settings) -> Iterator[Row]:
         yield from CHECKS[check](settings)
     except Exception as error:  # whatever a broken side raises is a finding, and the rows before it stay
         yield crash(check, error)
-
-
-def crash(check: str, error: Exception) -> Row:
-    """A row for an exception; the side is the one whose package the traceback ends in."""
-    side, frame = "", error.__traceback__
-    while frame is not None:
-        module = frame.tb_frame.f_globals.get("__name__", "")
-        for prefix, name in (("jax_llm", "JAX"), ("torch_llm", "torch"), ("llm_common", "shared code")):
-            side = name if module.startswith(prefix) else side
-        frame = frame.tb_next
-    note = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-    return Row(check, "raised an error", "", float("nan"), 0, False, side or "the check itself", note)

@@ -18,7 +18,7 @@ from llm_common.config import ModelConfig, OptimizerConfig, RopeScaling, Samplin
 from llm_common.errors import first_line
 from parity import drawn, spec, spec_run
 from parity.cases import random_batch, random_weights
-from parity.compare import EPS, Row, Tensors, tensor_errors, three_way, verdict, worst
+from parity.compare import EPS, Row, Tensors, crash, tensor_errors, three_way, verdict, worst
 from parity.drawn import Case, Space
 from parity.model_checks import CEILING, one_ulp_noise
 from parity.settings import Settings
@@ -381,8 +381,6 @@ def case_row(s: Settings, kind: str, case: Case, item: str, seed: int) -> Row:
     except Raised as error:
         return Row("runs", item, "", math.inf, 0, False, error.side, f"raised {error.note}")
     except Exception as error:
-        from parity.ladder import crash  # here, because the ladder has these checks
-
         return dataclasses.replace(crash("runs", error), item=item)
 
 
