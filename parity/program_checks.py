@@ -74,6 +74,7 @@ class Workshop:
         Tokenizer(self.merges, fast=False).save(folder / "bpe.json")
         (folder / "config.json").write_text(json.dumps(CONFIG), encoding="utf-8")
         (folder / "text.txt").write_text(END.join(self.documents), encoding="utf-8")
+        self.train_flags: list[Any] = []
         self.spec: dict[str, Any] = {}  # the specification's run, once it is made
 
     @property
@@ -124,6 +125,7 @@ def check_programs(s: Settings) -> Iterator[Row]:
             yield from _evaluated(shop)
             yield from _generated(shop)
             yield from _tuned(shop)
+            yield from _extended(shop)
         except Raised as error:
             note = f"raised {error.note}"
             yield Row("programs", "a program", "float64", math.nan, 0, False, error.side, note)
@@ -163,7 +165,7 @@ def _spec_run(shop: Workshop) -> dict[str, Any]:
     tokens, held = (np.load(shop.folder / name) for name in ("t.npy", "t-validation.npy"))
     weights = _weights(SEED)
     state = (weights, _zeros(weights), _zeros(weights), 0, 0)
-    numbers, kept = {}, {0: weights}
+    numbers, kept, start = {}, {0: weights}, state
     inputs, targets = (x[: EVAL_BATCHES * BATCH] for x in spec_run.held_out_rows(held, LENGTH))
     batch = lambda step: spec_run.batch(tokens, LENGTH, BATCH, SEED, step)
     for step in range(1, STEPS + 1):
@@ -173,7 +175,7 @@ def _spec_run(shop: Workshop) -> dict[str, Any]:
         if step % EVERY == 0:
             held_out = spec_run.held_out(state[0], inputs, targets, CONFIG, shop.bytes_of_ids, shop.end)
             numbers |= {f"held-out {key} after step {step}": x for key, x in held_out.items()}
-    return {"numbers": numbers, "weights": kept, "tokens": tokens, "held": held}
+    return {"numbers": numbers, "weights": kept, "tokens": tokens, "held": held, "start": start, "state": state}
 
 
 def _log_numbers(path: Path) -> dict[str, float]:
@@ -208,6 +210,7 @@ def _trained(shop: Workshop) -> Iterator[Row]:
     common = ["--model-config", folder / "config.json", "--data", folder / "t.npy", "--tokenizer", folder / "bpe.json"]
     common += ["--document-mask", "--save-every", EVERY, "--eval-batches", EVAL_BATCHES, "--keep-last", 1]
     common += ["--keep-best", 1, *flat(FLAGS)]
+    shop.train_flags = common
 
     def run(framework: str) -> Path:
         call("train", "--framework", framework, "--out", folder / framework, *common)
@@ -233,17 +236,8 @@ def _trained(shop: Workshop) -> Iterator[Row]:
         side,
         place="prune_checkpoints" if side else "",
     )
-    updates = []
-    for path in runs:
-        stored = safetensors.numpy.load_file(path / f"step-{STEPS:08d}" / "model.safetensors")
-        updates.append(
-            {name: x - expected["weights"][0][name] for name, x in stored.items() if name in expected["weights"][0]}
-        )
-    wanted = {name: x - expected["weights"][0][name] for name, x in expected["weights"][STEPS].items()}
-    row = three_way(
-        "programs", f"weights that train.py saves after {STEPS} steps", "float64", [*updates, wanted], UPDATE_ALLOWED
-    )
-    yield row if row.ok else Row(**{**vars(row), "place": "train.py"})
+    start, end = expected["start"], expected["state"]
+    yield _saved_row(f"state that train.py saves after {STEPS} steps", runs, start, end, STEPS)
 
 
 def _evaluated(shop: Workshop) -> Iterator[Row]:
@@ -317,6 +311,53 @@ def _generated(shop: Workshop) -> Iterator[Row]:
         note,
         "generate.py" if side else "",
     )
+
+
+LONGER = STEPS + 3
+
+
+def _extended(shop: Workshop) -> Iterator[Row]:
+    """Each run made longer in the other framework: from its newest checkpoint on, at the rates of the new total."""
+    folder, before = shop.folder, shop.spec
+    batch = lambda step: spec_run.batch(before["tokens"], LENGTH, BATCH, SEED, step)
+    opt = SimpleNamespace(**{**vars(OPT), "total_steps": LONGER})
+    state, rows = spec_run.train(before["state"], batch, LONGER, CONFIG, opt, shop.end)
+    expected = {f"{key} of step {STEPS + 1 + i}": x for i, row in enumerate(rows) for key, x in row.items()}
+    folders = {"jax": "torch", "torch": "jax"}  # who goes on with whose
+
+    def run(framework: str) -> Path:
+        path = folder / folders[framework]
+        call("train", "--framework", framework, "--out", path, *shop.train_flags, "--total-steps", LONGER)
+        return path
+
+    runs = on_both(FRAMEWORKS, run)
+    logs = [_log_numbers(path / "log.jsonl") for path in runs]
+    yield numbers_row("log of train.py, extended in the other framework", logs, expected, "train.py (resume)")
+    yield _saved_row(f"state that train.py saves after {LONGER} steps", runs, before["state"], state, LONGER)
+
+
+def _saved_row(item: str, runs: Sequence[Path], start: Any, end: Any, step: int) -> Row:
+    """What a checkpoint holds, read by safetensors and json: what moved since `start`, the moments, the counters."""
+    weights, mu, nu, steps, count = end
+    wanted = {name: x - start[0][name] for name, x in weights.items()}
+    wanted |= {f"mu.{k}": x for k, x in mu.items()} | {f"nu.{k}": x for k, x in nu.items()}
+    results = []
+    for path in runs:
+        folder = path / f"step-{step:08d}"
+        stored = safetensors.numpy.load_file(folder / "model.safetensors")
+        moments = safetensors.numpy.load_file(folder / "optimizer.safetensors")
+        counters = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+        found = {name: x - start[0][name] for name, x in stored.items() if name in start[0]} | moments
+        found |= {"step": np.array(counters["step"]), "adam_count": np.array(counters["adam_count"])}
+        results.append(found)
+    counts = {"step": np.array(float(steps)), "adam_count": np.array(float(count))}
+    for key, x in counts.items():
+        pair = [{key: np.array(float(r[key]))} for r in results]
+        row = three_way("programs", item, "float64", [*pair, {key: x}], 0.0, key)
+        if not row.ok:
+            return Row(**{**vars(row), "place": "state.json"})
+    row = three_way("programs", item, "float64", [*results, wanted], UPDATE_ALLOWED)
+    return row if row.ok else Row(**{**vars(row), "place": "train.py"})
 
 
 def _tuned(shop: Workshop) -> Iterator[Row]:
