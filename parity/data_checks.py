@@ -23,7 +23,7 @@ from parity import spec_run
 from parity.cases import families, random_weights
 from parity.compare import Row, shared, three_way
 from parity.settings import Settings
-from parity.trace import located
+from parity.trace import located_or
 
 FLOAT64_ALLOWED = 1e-12
 END = "<|endoftext|>"
@@ -199,7 +199,8 @@ def check_evaluation(s: Settings) -> Iterator[Row]:
         ),
     ]
     for item, cfg, fields, max_batches in cases:
-        yield located(_evaluation_row(s, item, cfg, fields, max_batches, length), s, cfg)
+        row = _evaluation_row(s, item, cfg, fields, max_batches, length)
+        yield located_or(row, s, cfg, "evaluate", fields.get("document_separator"))
 
 
 def _evaluation_row(

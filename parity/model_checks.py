@@ -26,7 +26,7 @@ from parity.compare import (
     worst,
 )
 from parity.settings import Settings
-from parity.trace import located, trace_cache
+from parity.trace import located, located_or, trace_cache
 
 # float64, logits, loss and gradients: measured at most 7e-15 over shapes and seeds; the smallest planted bug that
 # changes mathematics (an epsilon of 1e-6 for 1e-5 in the norm) changes logits by 1e-6, a RoPE table in float32 by 6e-9.
@@ -168,8 +168,11 @@ def _check_parts(s: Settings) -> Iterator[Row]:
         (f"logits in {chunks} parts", (1, chunks)),
     ):
         pairs = [*(side.loss_and_grads(weights, ids, targets, *parts) for side in s.sides("float64")), exact]
-        yield three_way("loss", item, "float64", [{"loss": np.array(loss)} for loss, _ in pairs], FLOAT64_ALLOWED)
-        yield three_way("gradients", item, "float64", [grads for _, grads in pairs], FLOAT64_ALLOWED)
+        place = "chunked_cross_entropy" if parts[1] > 1 else "loss_and_grads (accumulation)"
+        losses = [{"loss": np.array(loss)} for loss, _ in pairs]
+        yield located_or(three_way("loss", item, "float64", losses, FLOAT64_ALLOWED), s, None, place)
+        row = three_way("gradients", item, "float64", [grads for _, grads in pairs], FLOAT64_ALLOWED)
+        yield located_or(row, s, None, place)
 
 
 def _check_documents(s: Settings) -> Iterator[Row]:
@@ -186,11 +189,15 @@ def _check_documents(s: Settings) -> Iterator[Row]:
     for item, fields in (("documents apart", {}), ("documents apart, remat", {"remat": "full"})):
         sides = [side.variant(separator=separator, **fields) for side in s.sides("float64")]
         pairs = [*(side.loss_and_grads(weights, ids, targets) for side in sides), exact]
-        yield three_way("loss", item, "float64", [{"loss": np.array(loss)} for loss, _ in pairs], FLOAT64_ALLOWED)
-        yield three_way("gradients", item, "float64", [grads for _, grads in pairs], FLOAT64_ALLOWED)
+        place = "remat" if fields else "document mask"
+        losses = [{"loss": np.array(loss)} for loss, _ in pairs]
+        yield located_or(three_way("loss", item, "float64", losses, FLOAT64_ALLOWED), s, None, place, separator)
+        row = three_way("gradients", item, "float64", [grads for _, grads in pairs], FLOAT64_ALLOWED)
+        yield located_or(row, s, None, place, separator)
         if not fields:
             found = [{"logits": side.logits(weights, ids)} for side in sides]
-            yield three_way("logits", item, "float64", [*found, logits], FLOAT64_ALLOWED)
+            row = three_way("logits", item, "float64", [*found, logits], FLOAT64_ALLOWED)
+            yield located_or(row, s, None, place, separator)
 
 
 def _check_pooled(s: Settings, what: str, dtype: str) -> Iterator[Row]:

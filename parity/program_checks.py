@@ -192,6 +192,16 @@ def _log_numbers(path: Path) -> dict[str, float]:
     return found
 
 
+# Of which function a number of a log is.
+PLACES = {
+    "held-out": "evaluate",
+    "lr of": "learning_rate",
+    "skipped of": "train_step (skipped update)",
+    "loss of": "train_step",
+    "grad_norm of": "train_step",
+}
+
+
 def numbers_row(item: str, results: Sequence[dict[str, float]], expected: dict[str, float], place: str) -> Row:
     """One row for many single numbers, each compared by itself."""
     rows = []
@@ -200,7 +210,9 @@ def numbers_row(item: str, results: Sequence[dict[str, float]], expected: dict[s
         rows.append(three_way("programs", item, "float64", [*values, {key: np.array(float(x))}], ALLOWED, key))
     bad = [row for row in rows if not row.ok]
     row = bad[0] if bad else max(rows, key=lambda row: row.measured)
-    where = f"{place}: {row.note}" if bad else ""
+    where = ""
+    if bad:
+        where = next((x for word, x in PLACES.items() if word in row.note), place)
     return Row(**{**vars(row), "place": where, "item": f"{item} ({len(expected)} numbers)"})
 
 

@@ -27,7 +27,7 @@ class Settings:
     full: bool = False  # all values of every setting in them
     blamed_only: bool = False  # trace a row that fails on the side that it blames alone: twice as fast
     device: str = "cpu"  # of both frameworks; the specification is NumPy
-    attention: str = "reference"  # "auto": each framework's fastest kernel for the device, reference in float64
+    attention: str = "reference"  # "auto": each framework's fastest kernel for the device, reference in float64; "fused": not in float64
 
     def __post_init__(self) -> None:
         for dtype in self.dtypes:
@@ -36,8 +36,8 @@ class Settings:
         for field in ("batch", "length", "steps", "tokens"):
             if getattr(self, field) < 1:
                 raise UserError(f"{field} = {getattr(self, field)} must be at least 1")
-        if self.attention not in ("reference", "auto"):
-            raise UserError(f"attention = {self.attention!r} must be 'reference' or 'auto'")
+        if self.attention not in ("reference", "auto", "fused"):
+            raise UserError(f"attention = {self.attention!r} must be 'reference', 'auto' or 'fused'")
         check_length(self.cfg, self.length, "length")
         if not 0 <= self.seed < 2**32:
             raise UserError(f"seed = {self.seed} must lie in [0, 2^32)")

@@ -264,6 +264,14 @@ def located(row: Row, s: Settings, cfg: ModelConfig | None = None, separator: An
     return dataclasses.replace(row, place=place, note=found.sentence())
 
 
+def located_or(row: Row, s: Settings, cfg: ModelConfig | None, otherwise: str, separator: Any = None) -> Row:
+    """`located`, and where no module differs the function that a row is about, not the tensor that showed it."""
+    if row.ok:
+        return row
+    found = located(dataclasses.replace(row, place=""), s, cfg, separator)
+    return found if found.place else dataclasses.replace(found, place=otherwise)
+
+
 def trace(
     s: Settings,
     cfg: ModelConfig | None = None,

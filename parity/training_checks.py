@@ -25,7 +25,7 @@ from parity.compare import (
     worst,
 )
 from parity.settings import Settings
-from parity.trace import located
+from parity.trace import located, located_or
 
 # Error of the update p_n - p_0 in float64. An element whose gradient is near eps = 1e-8 turns a rounding error of 1e-17 into
 # 1e-9 of its own update, and there are few such: measured 1e-15 to 6e-13. A wrong beta, decay or correction shows above 1e-6.
@@ -117,14 +117,16 @@ def _float64_steps(s: Settings) -> Iterator[Row]:
     loose = dataclasses.replace(opt, max_grad_norm=2 * norm_curve[0][1])
     ends = [side.train(start_state(weights), loose, data, 1) for side in sides]
     ends.append(spec_train(s, start_state(weights), loose, data, 1)[0])
-    yield three_way("adamw", "moments, clip not active", "float64", [end.mu for end in ends], MOMENTS_ALLOWED)
+    row = three_way("adamw", "moments, clip not active", "float64", [end.mu for end in ends], MOMENTS_ALLOWED)
+    yield located_or(row, s, None, "clip")
 
     # a short schedule from warmup past its end, and no clipping
     opt = clipping_config(s, data, weights, warmup_steps=3, total_steps=7, max_grad_norm=None)
     ends = [side.train(start_state(weights), opt, data, 9) for side in sides]
     ends.append(spec_train(s, start_state(weights), opt, data, 9)[0])
     updates = [update_of(end.weights, weights) for end in ends]
-    yield three_way("adamw", "warmup 3, cosine to 7, 9 steps", "float64", updates, UPDATE_ALLOWED)
+    row = three_way("adamw", "warmup 3, cosine to 7, 9 steps", "float64", updates, UPDATE_ALLOWED)
+    yield located_or(row, s, None, "learning_rate")
 
     # an infinite weight: the norm is not finite, the update is skipped, the step counts
     broken = {name: x.copy() for name, x in weights.items()}
@@ -136,7 +138,8 @@ def _float64_steps(s: Settings) -> Iterator[Row]:
         still = not any(x.any() for x in (*end.mu.values(), *end.nu.values()))
         bad.append(not (same and still and end.step == 2 and end.adam_count == 0))
     side = verdict(*bad, alike=True)
-    yield Row("adamw", "a non-finite gradient skips the update", "float64", sum(bad), 0, not side, side)
+    place = "train_step (skipped update)" if side else ""
+    yield Row("adamw", "a non-finite gradient skips the update", "float64", sum(bad), 0, not side, side, place=place)
 
 
 def _update_noise(side, weights: Tensors, opt: OptimizerConfig, data: RandomBatches, end: TrainingState) -> float:
