@@ -183,13 +183,15 @@ class Order:
     def __call__(self, number: int) -> int:
         """Which of the n samples is the one with this number."""
         epoch, x = divmod(number, self.n)
-        if epoch != self._keys[0]:
+        of_epoch, keys = self._keys  # read once: threads may share this object, each in another epoch
+        if epoch != of_epoch:
             key = random_bits.fold_in(random_bits.fold_in(random_bits.key(self.seed), ORDER), epoch)
-            self._keys = epoch, random_bits.random_bits(key, self.ROUNDS).tolist()
+            keys = random_bits.random_bits(key, self.ROUNDS).tolist()
+            self._keys = epoch, keys
         mask = (1 << self._bits) - 1
         while True:
             left, right = x >> self._bits, x & mask
-            for key in self._keys[1]:
+            for key in keys:
                 left, right = right, left ^ (mix(right ^ key) & mask)
             x = left << self._bits | right
             if x < self.n:

@@ -91,6 +91,8 @@ def round_to(x: np.ndarray, dtype: str) -> np.ndarray:
     if dtype == "float64":
         return np.asarray(x, np.float64)
     x = np.asarray(x, np.float32)
+    if dtype == "float16":
+        x = x.astype(np.float16)
     if dtype == "bfloat16":
         bits = x.view(np.uint32)
         bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & np.uint32(0xFFFF0000)

@@ -180,7 +180,10 @@ def _border_rows(s: Settings, cfg: ModelConfig, name: str) -> Iterator[Row]:
             for (point, which), x in found.items()
             if x != ("float32" if (point, which) in wide else dtype)
         ]
-        wrong_dtypes.append(of(recorder.dtypes) + [f"{x}, on the way back" for x in of(recorder.back_dtypes)])
+        wrong = of(recorder.dtypes) + [f"{x}, on the way back" for x in of(recorder.back_dtypes)]
+        for decoding, start, _ in side.tapped_cache(weights, ids[:, :4], 1, lambda start, end: {}):
+            wrong += [f"{x}, decoding from position {start}" for x in of(decoding.dtypes)]
+        wrong_dtypes.append(wrong)
         shares.append({})
         for p in points:
             if p.name != "loss" and not any(q.name.startswith(p.name + ".") for q in points):

@@ -1,5 +1,7 @@
 """The token dataset: a pure function of the step that uses every window once an epoch."""
 
+import concurrent.futures
+import sys
 import time
 
 import numpy as np
@@ -245,3 +247,23 @@ def test_windows_as_a_source_of_grain(tmp_path):
     dataset = grain.MapDataset.source(windows).shuffle(seed=3).batch(11)
     found = np.sort(np.asarray(dataset[0]["inputs"]), axis=0).flatten()
     np.testing.assert_array_equal(found, np.arange(99))
+
+
+def test_threads_that_read_different_epochs_see_their_own_windows():
+    """What a dataset keeps of the last epoch is for speed alone: it is read and replaced as one."""
+    order = Order(5, 3)
+    expected = [Order(5, 3)(number) for number in range(40)]
+    wrong: list[int] = []
+
+    def read(first: int) -> None:
+        for _ in range(300):
+            wrong.extend(number for number in range(first, first + 5) if order(number) != expected[number])
+
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with concurrent.futures.ThreadPoolExecutor(4) as pool:
+            list(pool.map(read, (0, 5, 20, 35)))
+    finally:
+        sys.setswitchinterval(before)
+    assert not wrong
