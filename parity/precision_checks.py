@@ -17,11 +17,13 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import jax_llm.attention
+import jax_llm.chunked_loss
 import jax_llm.layers
 import jax_llm.loss
 import jax_llm.optim
 import jax_llm.rope
 import torch_llm.attention
+import torch_llm.chunked_loss
 import torch_llm.layers
 import torch_llm.loss
 import torch_llm.optim
@@ -40,7 +42,7 @@ DIFFERING_ALLOWED = 0.005
 # By how many ulps they may differ. An op that rounds inside (the norm before its gain, the probabilities before v) passes on a
 # neighbouring inner value times a factor, which is worth up to two ulps of the result. An ulp is that of the terms' sum of
 # magnitudes where there is a sum: terms that cancel leave their rounding behind.
-ULPS_ALLOWED = {"rms_norm": 2.0, "attention": 2.0}
+ULPS_ALLOWED = {"rms_norm": 2.0, "attention": 2.0, "chunked head gradient": 2.0}
 # float32: ||op - spec|| / ||spec|| in units of u = 2^-24. A sum over n = 32 terms and some ten operations after it;
 # measured over 300 seeds: at most 6 (the loss, where a large logit cancels); an op that rounds to bfloat16 inside shows 2^15.
 FLOAT32_UNITS = 16.0
@@ -58,6 +60,7 @@ def _inputs(seed: int, dtype: str) -> dict[str, np.ndarray]:
         "k": draw(2.0, 4, 33, 2, 16),
         "v": draw(1.0, 4, 33, 2, 16),
         "logits": draw(4.0, 4, 65, 96),
+        "head": draw(0.2, 96, 32),
     }
 
 
@@ -80,7 +83,21 @@ def _spec_ops(i: dict[str, np.ndarray], dtype: str) -> dict[str, np.ndarray]:
         "cross_entropy": -np.take_along_axis(log_probs, targets[..., None], axis=-1).mean(),
         "embedding": i["x"].reshape(-1, 32)[targets],
         "embedding gradient": rnd(_scatter(i["x"], targets)),
+        "chunked head gradient": rnd(sum(rnd(d.T @ x) for d, x in _chunks(i, rnd))),
     }
+
+
+CHUNKS = 5  # of 65 positions
+
+
+def _chunks(i: dict[str, np.ndarray], rnd: Callable[[np.ndarray], np.ndarray]) -> list[tuple[np.ndarray, np.ndarray]]:
+    """The gradient of a loss for the logits (n, V) of each chunk of positions, and what they are made of (n, D)."""
+    targets, found = _targets(i), []
+    for x, wanted in zip(np.split(i["x"], CHUNKS, axis=1), np.split(targets, CHUNKS, axis=1), strict=True):
+        hot = np.eye(96)[wanted]
+        d = rnd((spec.softmax(rnd(x @ i["head"].T)) - hot) / targets.size)
+        found.append((d.reshape(-1, 96), x.reshape(-1, 32)))
+    return found
 
 
 def _targets(i: dict[str, np.ndarray]) -> np.ndarray:
@@ -107,6 +124,9 @@ def _jax_ops(i: dict[str, np.ndarray], dtype: str) -> dict[str, Callable[[], Any
         "cross_entropy": lambda: jax_llm.loss.cross_entropy(a["logits"], targets),
         "embedding": lambda: layers.embedding(targets, rows),
         "embedding gradient": lambda: jax.vjp(lambda w: layers.embedding(targets, w), rows)[1](a["x"])[0],
+        "chunked head gradient": lambda: jax.grad(
+            lambda w: jax_llm.chunked_loss.chunked_cross_entropy(a["x"], w, targets, jnp.array(targets.size), CHUNKS)
+        )(a["head"]),
     }
 
 
@@ -121,6 +141,11 @@ def _torch_ops(i: dict[str, np.ndarray], dtype: str, device: torch.device) -> di
         table = rows.clone().requires_grad_()
         return torch.autograd.grad(layers.embedding(targets, table), table, a["x"])[0]
 
+    def chunked_head_gradient():
+        head, count = a["head"].clone().requires_grad_(), torch.tensor(targets.numel(), device=device)
+        loss = torch_llm.chunked_loss.chunked_cross_entropy(a["x"], head, targets, count, CHUNKS)
+        return torch.autograd.grad(loss, head)[0]
+
     return {
         "rms_norm": lambda: layers.rms_norm(a["x"], a["gain"], EPS_NORM),
         "apply_rope": lambda: torch_llm.rope.apply_rope(a["q"], cos, sin),
@@ -129,6 +154,7 @@ def _torch_ops(i: dict[str, np.ndarray], dtype: str, device: torch.device) -> di
         "cross_entropy": lambda: torch_llm.loss.cross_entropy(a["logits"], targets),
         "embedding": lambda: layers.embedding(targets, rows),
         "embedding gradient": embedding_gradient,
+        "chunked head gradient": chunked_head_gradient,
     }
 
 
@@ -284,6 +310,7 @@ def _summed_magnitudes(i: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         "apply_rope": np.concatenate([a * cos + b * sin, b * cos + a * sin], axis=-1),
         "attention": np.einsum("bnts,bsnh->btnh", probs, np.abs(np.repeat(i["v"], 2, axis=2))),
         "embedding gradient": _scatter(np.abs(i["x"]), _targets(i)),
+        "chunked head gradient": np.sum([np.abs(d).T @ np.abs(x) for d, x in _chunks(i, lambda x: x)], axis=0),
     }
 
 

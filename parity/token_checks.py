@@ -165,11 +165,13 @@ def _draws(s: Settings, dtype: str) -> Iterator[Row]:
     total = rows * length * n_settings
     side = verdict(unexplained[0] > 0, unexplained[1] > 0, unexplained[0] == unexplained[1])
     item = f"draws that differ without reason, of {total}"
-    yield Row("tokens", item, dtype, max(unexplained), 0, not side, side, "; ".join(notes[:5]))
+    place = "sample" if side else ""
+    yield Row("tokens", item, dtype, max(unexplained), 0, not side, side, "; ".join(notes[:5]), place)
     limit = max(1, math.floor(FLIPS_ALLOWED * total))
     side = verdict(flips[0] > limit, flips[1] > limit, False)
     item = f"draws within the margin of rounding, of {total}"
-    yield Row("tokens", item, dtype, max(flips), limit, not side, side, f"logit error {error:.1e}")
+    place = "sample" if side else ""
+    yield Row("tokens", item, dtype, max(flips), limit, not side, side, f"logit error {error:.1e}", place)
 
 
 def _first_flips(s: Settings) -> Row:
