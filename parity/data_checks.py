@@ -142,6 +142,8 @@ def _batches(s: Settings) -> Iterator[Row]:
                         part = dataset.batch(step, host, count)
                         whole = [spec_run.rows_of_host(x, host, count) for x in expected]
                         hosts_wrong += sum(_unequal(*pair) for pair in zip(part, whole, strict=True))
+                        again = ahead.batch(step, host, count)  # one process may read the parts of several
+                        ahead_wrong += sum(_unequal(*pair) for pair in zip(again, whole, strict=True))
     yield shared("data", f"tokens of batches of {len(FILES)} files that differ", wrong, place="TokenDataset.batch")
     yield shared("data", "arrays that are not int32", types, place="TokenDataset.batch")
     yield shared("data", "tokens that differ when read ahead", ahead_wrong, place="Prefetch")
@@ -159,7 +161,10 @@ def _examples(s: Settings) -> Iterator[Row]:
     bytes_of_ids = rng.integers(1, 9, 257)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "examples.npz"
-        write_examples(path, examples, Tokenizer([]))
+        too_long = ([1, 2, 3], [4, 5, 6])  # one more than what is asked for; others are just as long
+        write_examples(
+            path, [*examples[:2], too_long, *examples[2:], ([], [1]), ([1], [])], Tokenizer([]), max_length=5
+        )
         dataset = ExampleDataset(path, 5, 3, s.seed)
         for step in range(4):
             expected = spec_run.example_batch(examples, 5, 3, s.seed, step)
