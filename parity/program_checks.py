@@ -126,6 +126,7 @@ def check_programs(s: Settings) -> Iterator[Row]:
             yield from _generated(shop)
             yield from _tuned(shop)
             yield from _extended(shop)
+            yield _bfloat16(shop)
         except Raised as error:
             note = f"raised {error.note}"
             yield Row("programs", "a program", "float64", math.nan, 0, False, error.side, note)
@@ -136,18 +137,26 @@ def _prepared(shop: Workshop) -> Iterator[Row]:
     folder = shop.folder
     call("prepare_data", "--tokenizer", folder / "bpe.json", "--data", folder / "text.txt", "--out", folder / "t.npy",
          "--validation", 0.3)  # fmt: skip
-    files = [np.load(folder / name) for name in ("t.npy", "t-validation.npy")]
-    expected = sorted(tuple(spec_run.document([], shop.ids(text), shop.end)) for text in shop.documents)
-    found = sorted(
-        (*map(int, part), shop.end) for x in files for part in np.split(x, np.flatnonzero(x == shop.end) + 1)[:-1]
-        for part in [part[:-1]]
-    )  # fmt: skip
-    wrong = sum(a != b for a, b in zip(found, expected, strict=False)) + abs(len(found) - len(expected))
+    wrong = 0
+    for name, held in (("t.npy", False), ("t-validation.npy", True)):
+        documents = [text for text in shop.documents if spec_run.is_held_out(text, 0.3) == held]
+        wanted = [i for text in documents for i in spec_run.document([], shop.ids(text), shop.end)]
+        found = np.load(folder / name).tolist()
+        wrong += sum(a != b for a, b in zip(found, wanted, strict=False)) + abs(len(found) - len(wanted))
+    yield shared("programs", "tokens that prepare_data.py writes otherwise", wrong, place="prepare_data.py")
+    lines = [json.dumps({"q": f"wide {i}", "a": f"newer {i % 7}"}) for i in range(30)]
+    (folder / "many.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    call("prepare_data", "--tokenizer", folder / "bpe.json", "--data", folder / "many.jsonl", "--out", folder / "many.npz",
+         "--prompt-field", "q", "--answer-field", "a", "--validation", 0.4)  # fmt: skip
+    wrong = 0
+    for name, held in (("many.npz", False), ("many-validation.npz", True)):
+        texts = [(f"wide {i}", f"newer {i % 7}") for i in range(30)]
+        texts = [pair for pair in texts if spec_run.is_held_out("\n".join(pair), 0.4) == held]
+        wanted = [i for pair in texts for i in [*shop.ids("".join(pair)), shop.end]]
+        found = np.load(folder / name)["tokens"].tolist()
+        wrong += sum(a != b for a, b in zip(found, wanted, strict=False)) + abs(len(found) - len(wanted))
     yield shared(
-        "programs",
-        f"documents that prepare_data.py writes otherwise, of {len(expected)}",
-        wrong,
-        place="prepare_data.py",
+        "programs", "tokens of examples that prepare_data.py writes otherwise", wrong, place="prepare_examples"
     )
 
 
@@ -323,6 +332,38 @@ def _generated(shop: Workshop) -> Iterator[Row]:
         note,
         "generate.py" if side else "",
     )
+
+
+# The same weights, rounded to bfloat16, in the program that trains and in the one that evaluates: the order of float32 sums is all
+# that may differ, relative 1e-6; a held-out loss in float32 of a bfloat16 run is 1e-3 away.
+SAME_LOSS = 1e-5
+
+
+def _bfloat16(shop: Workshop) -> Row:
+    """The held-out loss of a bfloat16 run, as its log has it and as evaluate.py has it of the checkpoint of that step."""
+    folder = shop.folder
+    arguments = [
+        "--model-config",
+        folder / "config.json",
+        "--data",
+        folder / "t.npy",
+        "--tokenizer",
+        folder / "bpe.json",
+    ]
+    arguments += flat({**FLAGS, "--compute-dtype": "bfloat16", "--total-steps": 1, "--warmup-steps": 0})
+
+    def run(framework: str) -> float:
+        path = folder / f"bfloat16-{framework}"
+        call("train", "--framework", framework, "--out", path, *arguments)
+        in_run = _log_numbers(path / "log.jsonl")["held-out loss after step 1"]
+        flags = ["--data", folder / "t-validation.npy", "--device", "cpu", "--json"]
+        found = json.loads(call("evaluate", "--framework", framework, "--checkpoint", path, *flags).splitlines()[-1])
+        return abs(in_run - found["loss"]) / found["loss"]
+
+    jax, torch = on_both(FRAMEWORKS, run)
+    side = verdict(not jax <= SAME_LOSS, not torch <= SAME_LOSS, True)
+    item, place = "held-out loss of a run, beside evaluate.py of its checkpoint", "evaluate (in a run)" if side else ""
+    return Row("programs", item, "bfloat16", max(jax, torch), SAME_LOSS, not side, side, place=place)
 
 
 LONGER = STEPS + 3

@@ -4,6 +4,7 @@
 as values with the names that the configs of the packages have, or as plain numbers.
 """
 
+import hashlib
 import math
 
 import numpy as np
@@ -92,6 +93,12 @@ def _numbers_of(seed, n, batch_size, step):
     rows = range(step * batch_size, (step + 1) * batch_size)
     orders = {epoch: order(seed, epoch, n) for epoch in {row // n for row in rows}}
     return [int(orders[row // n][row % n]) for row in rows]
+
+
+def is_held_out(text, share):
+    """Whether a document is held out, by its text alone; of an example the text is prompt, newline, answer."""
+    number = int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big")
+    return number < share * 2**64
 
 
 def batch(tokens, length, batch_size, seed, step):
