@@ -266,20 +266,29 @@ def _evaluated(shop: Workshop) -> Iterator[Row]:
     folder, expected = shop.folder, shop.spec
     weights = expected["weights"][STEPS]
     rows = spec_run.held_out_rows(expected["held"], LENGTH)
-    texts = ["low lower, naïve", "你好 newest wide", "café"]
+    texts = ["low lower, quick brown naïve", "你好 newest zebras", "café"]  # of 24, 14 and one token
     (folder / "held.txt").write_text(END.join(texts), encoding="utf-8")
-    documents = [
-        [shop.end, *shop.ids(text)] for text in texts
-    ]  # predicted from the end of the text before, which is not counted
-    longest = max(map(len, documents)) - 1
-    inputs, targets = np.zeros((3, longest), np.int64), np.full((3, longest), spec.IGNORE_INDEX)
-    for row, ids in enumerate(documents):
-        inputs[row, : len(ids) - 1], targets[row, : len(ids) - 1] = ids[:-1], ids[1:]
+    documents = [shop.ids(text) for text in texts]  # each predicted from the end of a text
+    short, long = (spec_run.rolling_rows(documents, [shop.end], n) for n in (40, 5))
+    stored = np.load(folder / "many-validation.npz")
+    ids, starts, answers = (stored[name].tolist() for name in ("tokens", "starts", "answers"))
+    pairs = [(ids[a:b], ids[b:c]) for a, b, c in zip(starts, answers, starts[1:], strict=False)]
+    examples = spec_run.example_rows(pairs, max(len(q) + len(a) for q, a in pairs) - 1)
+
+    def of(rows: tuple[np.ndarray, np.ndarray], separator: int | None = None) -> dict[str, float]:
+        inputs, targets = rows
+        return spec_run.held_out(weights, inputs, targets, CONFIG, shop.bytes_of_ids, separator)
+
     for what, arguments, wanted in (
-        ("tokens", ["--data", folder / "t-validation.npy", "--batches", "all"],
-         spec_run.held_out(weights, *rows, CONFIG, shop.bytes_of_ids, shop.end)),
-        ("a text", ["--text", folder / "held.txt"], spec_run.held_out(weights, inputs, targets, CONFIG, shop.bytes_of_ids)),
-    ):  # fmt: skip
+        ("tokens", ["--data", folder / "t-validation.npy", "--batches", "all"], of(rows, shop.end)),
+        (
+            "examples",
+            ["--data", folder / "many-validation.npz", "--batches", "all", "--seq-len", 20],
+            of(examples, shop.end),
+        ),
+        ("a text", ["--text", folder / "held.txt"], of(short)),
+        ("a text in windows", ["--text", folder / "held.txt", "--seq-len", 5, "--batch-size", 2], of(long)),
+    ):
         flags = ["--device", "cpu", "--json", *arguments]
         run = lambda framework, flags=flags: json.loads(
             call("evaluate", "--framework", framework, "--checkpoint", folder / framework, *flags).splitlines()[-1]

@@ -84,30 +84,32 @@ LOW: Space = MODEL | {
 }
 # What a user names a feature by, where the specification cannot see deeper: the function that it decides about.
 PLACES = {
+    "overflow": "train_step (skipped update)",
     "micro_batches": "loss_and_grads (accumulation)",
     "chunks": "chunked_cross_entropy",
     "separators": "document mask",
     "remat": "remat",
     "scan": "scan_layers",
-    "counted": "cross_entropy",
-    "overflow": "train_step (skipped update)",
+    "attention": "dot_product_attention",
+    "clip": "clip",
+    "decay": "AdamW (decay)",
+    "betas": "AdamW",
+    "adam_eps": "AdamW",
     "resumed": "fit (counters)",
     "schedule": "learning_rate",
     "lr": "learning_rate",
-    "betas": "AdamW",
-    "adam_eps": "AdamW",
-    "decay": "AdamW (decay)",
-    "clip": "clip",
-    "prompts": "prefill",
-    "temperature": "sample",
-    "top_k": "filter_logits (top-k)",
-    "top_p": "filter_logits (top-p)",
-    "min_p": "filter_logits (min-p)",
+    "counted": "cross_entropy",
+    "top_k": "filter_logits",
+    "top_p": "filter_logits",
+    "min_p": "filter_logits",
     "stops": "generate (stop ids)",
     "numbers": "generate (text ids)",
-    "seed": "random_bits",
+    "prompts": "prefill",
     "chunk": "generate (chunk)",
+    "temperature": "sample",
+    "seed": "random_bits",
 }
+OTHERWISE = {"run": "train_step", "text": "generate", "low": "loss_and_grads"}  # where a case without any feature fails
 STEPS = 3
 
 
@@ -430,8 +432,10 @@ def explained(s: Settings, row: Row, kind: str, case: Case, seed: int) -> Row:
     note = f"{row.note}; smallest: parity run --case '{kind} {seed} {drawn.to_line({f: small[f] for f in features})}'"
     row = dataclasses.replace(row, note=note)
     cfg = config_of(small)
-    if kind == "low":
-        return row  # the tensor that is worst is the place: below rounding no module differs
+    if (
+        kind == "low"
+    ):  # by rounding no module can be told from another: what the case needs, or the tensor that is worst
+        return dataclasses.replace(row, place=next((x for f, x in PLACES.items() if f in features), row.place))
     if kind == "run":
         r = recipe(small, seed)
         shape = {"batch": r.fields["batch_size"], "length": small["length"]}
@@ -441,7 +445,7 @@ def explained(s: Settings, row: Row, kind: str, case: Case, seed: int) -> Row:
         found = located(row, dataclasses.replace(s, cfg=cfg, seed=seed), cfg)
     if found.place and found.place != row.place:
         return dataclasses.replace(row, place=found.place, note=f"{found.note}; {note}")
-    place = next((PLACES[f] for f in reversed(features) if f in PLACES), row.place)
+    place = next((x for f, x in PLACES.items() if f in features), row.place or OTHERWISE[kind])
     return dataclasses.replace(row, place=place)
 
 

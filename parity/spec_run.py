@@ -141,6 +141,27 @@ def held_out_rows(tokens, length):
     return inputs, targets
 
 
+def rolling_rows(documents, context, length):
+    """Documents one by one in windows of at most `length` inputs: inputs and targets (n, length), as lm-eval rolls them.
+
+    Every token is predicted once, but for a first one without a context. A window begins with the last token of the one before;
+    the last reaches as far back as a window does.
+    """
+    inputs, targets = [], []
+    for ids in documents:
+        whole, start = [*context, *ids], max(1, len(context))
+        end = min(len(whole), length + 1)
+        while start < len(whole):
+            first = max(0, end - 1 - length)
+            row, wanted = [0] * length, [IGNORE_INDEX] * length
+            row[: end - 1 - first] = whole[first : end - 1]
+            wanted[start - 1 - first : end - 1 - first] = whole[start:end]
+            inputs.append(row)
+            targets.append(wanted)
+            start, end = end, min(len(whole), end + length)
+    return np.array(inputs), np.array(targets)
+
+
 # --- evaluation
 
 
