@@ -266,7 +266,11 @@ def _evaluated(shop: Workshop) -> Iterator[Row]:
     folder, expected = shop.folder, shop.spec
     weights = expected["weights"][STEPS]
     rows = spec_run.held_out_rows(expected["held"], LENGTH)
-    texts = ["low lower, quick brown naïve", "你好 newest zebras", "café"]  # of 24, 14 and one token
+    texts = [
+        "low lower, quick brown naïve",
+        "你好 newest zebras",
+        "café",
+    ]  # one longer than a few windows of 5 tokens, one of a single token
     (folder / "held.txt").write_text(END.join(texts), encoding="utf-8")
     documents = [shop.ids(text) for text in texts]  # each predicted from the end of a text
     short, long = (spec_run.rolling_rows(documents, [shop.end], n) for n in (40, 5))
