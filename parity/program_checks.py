@@ -40,7 +40,7 @@ CONFIG: dict[str, Any] = {
     "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 6, "max_position_embeddings": 40,
     "rms_norm_eps": 3e-5, "rope_theta": 300.0, "tie_word_embeddings": False,
 }  # fmt: skip
-LENGTH, BATCH, STEPS, EVERY, SEED, EVAL_BATCHES = 8, 6, 6, 2, 11, 2
+LENGTH, BATCH, STEPS, EVERY, EVAL_EVERY, SEED, EVAL_BATCHES = 8, 6, 6, 2, 3, 11, 2
 OPT = SimpleNamespace(
     lr_max=2e-2, lr_min=3e-3, warmup_steps=2, total_steps=STEPS, beta1=0.8, beta2=0.9, eps=1e-6, weight_decay=0.3,
     max_grad_norm=0.7,
@@ -181,7 +181,9 @@ def _spec_run(shop: Workshop) -> dict[str, Any]:
         state, (row,) = spec_run.train(state, batch, step, CONFIG, OPT, shop.end)
         kept[step] = state[0]
         numbers |= {f"{key} of step {step}": x for key, x in row.items()}
-        if step % EVERY == 0:
+        if (
+            step % EVERY == 0 or step % EVAL_EVERY == 0
+        ):  # each checkpoint has its own, and some steps one without a checkpoint
             held_out = spec_run.held_out(state[0], inputs, targets, CONFIG, shop.bytes_of_ids, shop.end)
             numbers |= {f"held-out {key} after step {step}": x for key, x in held_out.items()}
     return {"numbers": numbers, "weights": kept, "tokens": tokens, "held": held, "start": start, "state": state}
@@ -229,7 +231,17 @@ def _trained(shop: Workshop) -> Iterator[Row]:
     folder, expected = shop.folder, _spec_run(shop)
     shop.spec = expected
     common = ["--model-config", folder / "config.json", "--data", folder / "t.npy", "--tokenizer", folder / "bpe.json"]
-    common += ["--document-mask", "--save-every", EVERY, "--eval-batches", EVAL_BATCHES, "--keep-last", 1]
+    common += [
+        "--document-mask",
+        "--save-every",
+        EVERY,
+        "--eval-every",
+        EVAL_EVERY,
+        "--eval-batches",
+        EVAL_BATCHES,
+        "--keep-last",
+        1,
+    ]
     common += ["--keep-best", 1, *flat(FLAGS)]
     shop.train_flags = common
 
@@ -245,6 +257,13 @@ def _trained(shop: Workshop) -> Iterator[Row]:
     losses = {n: expected["numbers"][f"held-out loss after step {n}"] for n in range(EVERY, STEPS + 1, EVERY)}
     keep = {f"step-{n:08d}" for n in (STEPS, min(losses, key=losses.__getitem__))}
     found = [{x.name for x in path.glob("step-*")} for path in runs]
+    recorded = [_recorded_losses(path) for path in runs]
+    yield numbers_row(
+        "held-out losses that checkpoints record",
+        recorded,
+        {name: losses[int(name[5:])] for name in keep},
+        "save_checkpoint",
+    )
     wrong = [len(names ^ keep) for names in found]
     side = verdict(wrong[0] > 0, wrong[1] > 0, found[0] == found[1])
     yield Row(
@@ -259,6 +278,12 @@ def _trained(shop: Workshop) -> Iterator[Row]:
     )
     start, end = expected["start"], expected["state"]
     yield _saved_row(f"state that train.py saves after {STEPS} steps", runs, start, end, STEPS)
+
+
+def _recorded_losses(path: Path) -> dict[str, float]:
+    """The held-out loss that every checkpoint of a run says it has."""
+    states = {x.parent.name: json.loads(x.read_text(encoding="utf-8")) for x in path.glob("step-*/state.json")}
+    return {name: state["settings"]["evaluation"]["loss"] for name, state in states.items()}
 
 
 def _evaluated(shop: Workshop) -> Iterator[Row]:
