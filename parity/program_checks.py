@@ -217,7 +217,7 @@ def numbers_row(item: str, results: Sequence[dict[str, float]], expected: dict[s
     """One row for many single numbers, each compared by itself."""
     rows = []
     for key, x in expected.items():
-        values = [{key: np.array(float(r[key]))} if key in r else {} for r in results]
+        values = [{key: np.array(float(r.get(key, math.nan)))} for r in results]  # one that is missing is no number
         rows.append(three_way("programs", item, "float64", [*values, {key: np.array(float(x))}], ALLOWED, key))
     bad = [row for row in rows if not row.ok]
     row = bad[0] if bad else max(rows, key=lambda row: row.measured)
@@ -283,7 +283,7 @@ def _trained(shop: Workshop) -> Iterator[Row]:
 def _recorded_losses(path: Path) -> dict[str, float]:
     """The held-out loss that every checkpoint of a run says it has."""
     states = {x.parent.name: json.loads(x.read_text(encoding="utf-8")) for x in path.glob("step-*/state.json")}
-    return {name: state["settings"]["evaluation"]["loss"] for name, state in states.items()}
+    return {name: state["settings"].get("evaluation", {}).get("loss", math.nan) for name, state in states.items()}
 
 
 def _evaluated(shop: Workshop) -> Iterator[Row]:
