@@ -89,13 +89,12 @@ BOOKKEEPING: dict[type, dict[str, tuple[str, str]]] = {
         "eval_batches": ("parity/program_checks.py", "--eval-batches"),
         "log_every": ("tests/parity/test_scripts.py", "log_every"),
     },
-    MeshConfig: dict.fromkeys(("data", "fsdp", "tensor"), ("tests/parity/test_sharded.py", "")),
+    MeshConfig: dict.fromkeys(("data", "fsdp", "tensor"), ("parity/sharded.py", "")),
     RopeScaling: dict.fromkeys(
         ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
         ("parity/config_checks.py", ""),
     ),
 }
-BOOKKEEPING[MeshConfig] |= {}
 
 
 class Shadowed:
