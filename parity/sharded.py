@@ -269,7 +269,8 @@ def compare(group: Group, shape: str, mesh: str, got: dict[str, Any]) -> Iterato
         found, wanted = got[f"steps of {key}"], np.array([r[key] for r in want.rows])
         finite = np.isfinite(wanted)
         wrong = np.abs(found - wanted)[finite].max() if found.shape == wanted.shape else math.inf
-        yield row(f"{key} of {len(wanted)} steps", float(wrong), 1e-11, "train_step")
+        name_of = "losses" if key == "loss" else key
+        yield row(f"{name_of} of {len(wanted)} steps", float(wrong), 1e-11, "train_step")
     counters = int(got["step"]) - want.end.step, int(got["adam_count"]) - want.end.adam_count
     yield row("counters that differ", sum(map(abs, counters)), 0, "fit (counters)")
     moments = lambda mu, nu: {**_without_poison(mu), **{f"nu.{k}": x for k, x in _without_poison(nu).items()}}
