@@ -168,7 +168,7 @@ def _drawn(args: argparse.Namespace, settings) -> bool:
         print_table(console, [row])
         return row.ok
     seconds, jobs = seconds_of(args.fuzz), args.jobs or min(2, os.cpu_count() or 1)
-    console.print(f"drawing cases with seed {settings.seed} for {seconds:.0f} s; the corpus of past finds first")
+    console.print(f"drawing cases with seed {settings.seed} for {seconds:.0f} s; past finds first, if any")
 
     def tell(done: int, one, row) -> None:
         if done % 20 == 0 or not row.ok:

@@ -19,7 +19,6 @@ from llm_common.config import ModelConfig, OptimizerConfig, RopeScaling, RunConf
 from llm_common.errors import UserError
 from llm_common.schedule import step_scalars
 from llm_common.sharding import MeshConfig
-from llm_common.tensors import tensor_shapes
 from parity import spec_run
 from parity.cases import RandomBatches, random_weights, start_state
 from parity.fuzz import Drawn, judge
@@ -217,11 +216,6 @@ def changed(**fields) -> tuple[dict, dict, dict, dict]:
 def test_accumulation_runs_micro_batches():
     before, after, torch_before, torch_after = changed(gradient_accumulation_steps=4)
     assert (before.get("scan of 4", 0), after.get("scan of 4", 0)) == (0, 1)
-    assert (
-        torch_after["aten._log_softmax"] == 4 * torch_before["aten._log_softmax"]
-        if "aten._log_softmax" in torch_before
-        else True
-    )
     assert torch_after["aten.embedding"] == 4 * torch_before["aten.embedding"]
 
 
@@ -341,9 +335,3 @@ def test_bookkeeping_has_its_tests():
         for field, (file, word) in fields.items():
             text = (root / file).read_text(encoding="utf-8")
             assert (word or field) in text, f"{cls.__name__}.{field}: {file} does not speak of it"
-
-
-def test_a_wrong_number_of_tensors_is_no_field():
-    """The shapes that shadows change are those of the checkpoint."""
-    assert len(tensor_shapes(preset("tiny"))) == len(set(tensor_shapes(preset("tiny"))))
-    assert RandomBatches(preset("tiny"), 0).batch(0)[0].dtype == np.int32
