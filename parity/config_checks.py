@@ -20,11 +20,11 @@ from llm_common.errors import UserError
 from parity import spec
 from parity.cases import random_batch, random_weights, variants
 from parity.compare import Row, shared, three_way
+from parity.model_checks import FLOAT64_ALLOWED
 from parity.settings import Settings
 from parity.spec_config import DEFAULTS, architecture
 from parity.trace import located
 
-FLOAT64_ALLOWED = 1e-12
 BASE: dict[str, Any] = {
     "vocab_size": 91, "hidden_size": 64, "intermediate_size": 40, "num_hidden_layers": 2, "num_attention_heads": 32,
     "num_key_value_heads": 4, "head_dim": 10, "max_position_embeddings": 48, "rms_norm_eps": 3e-5, "rope_theta": 5e5,
@@ -119,7 +119,7 @@ def check_config(s: Settings) -> Iterator[Row]:
             n += 1
             wrong += [f"{what}: {field}" for field in differing_fields(config)]
         row = shared("config", f"fields that {n} files of a {family} mean otherwise", len(wrong), place="from_hf")
-        yield row if row.ok else Row(**{**vars(row), "note": "; ".join(wrong[:4])})
+        yield row if row.ok else dataclasses.replace(row, note="; ".join(wrong[:4]))
     wrong = []
     more = {"Mistral without a window": dataclasses.replace(s.cfg, model_type="mistral", sliding_window=None)}
     for name, cfg in (variants(s.cfg) | more).items():
@@ -130,7 +130,7 @@ def check_config(s: Settings) -> Iterator[Row]:
         if (cfg.rope_scaling is None) != (read.rope_scaling is None):
             wrong.append(f"{name}: rope_scaling")
     row = shared("config", "fields of config.json as they are written", len(wrong), place="to_hf")
-    yield row if row.ok else Row(**{**vars(row), "note": "; ".join(wrong[:4])})
+    yield row if row.ok else dataclasses.replace(row, note="; ".join(wrong[:4]))
     if "float64" in s.dtypes:
         for family in DEFAULTS:
             yield _folder_row(s, family)
@@ -165,4 +165,4 @@ def _folder_row(s: Settings, family: str) -> Row:
         results = [{"logits": side.logits(read, ids)} for side in s.sides("float64", cfg)]
     wrong = [name for name in FIELDS if getattr(cfg, name) != getattr(architecture(config), name)]
     row = three_way("config", f"logits of a folder of a {family}", "float64", [*results, expected], FLOAT64_ALLOWED)
-    return Row(**{**vars(row), "place": "from_hf", "note": ", ".join(wrong)}) if wrong else located(row, s, cfg)
+    return dataclasses.replace(row, place="from_hf", note=", ".join(wrong)) if wrong else located(row, s, cfg)

@@ -22,10 +22,10 @@ from llm_common.tokenizer import Tokenizer
 from parity import spec_run
 from parity.cases import families, random_weights
 from parity.compare import Row, shared, three_way
+from parity.model_checks import FLOAT64_ALLOWED
 from parity.settings import Settings
 from parity.trace import located_or
 
-FLOAT64_ALLOWED = 1e-12
 END = "<|endoftext|>"
 TEXTS = [
     "The quick brown fox's tail; they'll say it isn't, we've 1234 reasons (or 56).  Two spaces,\ttabs\nand lines.\n\n",

@@ -5,6 +5,7 @@ unseen. What they leave behind is read by `json`, `numpy` and `safetensors`, and
 """
 
 import contextlib
+import dataclasses
 import importlib.util
 import io
 import json
@@ -23,16 +24,15 @@ import safetensors.numpy
 from llm_common import bpe_reference
 from llm_common.tokenizer import Tokenizer
 from parity import spec, spec_run
-from parity.cases import random_weights
+from parity.cases import random_weights, start_state
 from parity.compare import Row, Tensors, shared, three_way, verdict
 from parity.run_cases import Raised, on_both
 from parity.settings import Settings
 from parity.spec_config import architecture
+from parity.training_checks import UPDATE_ALLOWED
 
 SCRIPTS = Path(__file__).parents[1] / "scripts"
 ALLOWED = 1e-12  # numbers of a log, float64
-# Weights after the steps of a run, relative to what moved: as for the updates of `training_checks`, over six steps.
-UPDATE_ALLOWED = 1e-10
 END = "<|endoftext|>"
 FRAMEWORKS = ("jax", "torch")
 CONFIG: dict[str, Any] = {
@@ -113,7 +113,7 @@ def flat(flags: dict[str, Any]) -> list[Any]:
 
 def check_programs(s: Settings) -> Iterator[Row]:
     """The programs, on files."""
-    if "float64" not in s.dtypes or s.quick:
+    if "float64" not in s.dtypes:
         return
     if not SCRIPTS.is_dir():
         return  # installed without the repository
@@ -160,20 +160,17 @@ def _prepared(shop: Workshop) -> Iterator[Row]:
     )
 
 
-def _weights(seed: int) -> Tensors:
-    shapes, layers = spec.weight_shapes(CONFIG), CONFIG["num_hidden_layers"]
-    return {name: spec.initial_weight(seed, i, name, shape, layers) for i, (name, shape) in enumerate(shapes.items())}
-
-
-def _zeros(weights: Tensors) -> Tensors:
-    return {name: np.zeros(x.shape) for name, x in weights.items()}
+def _start(weights: Tensors) -> tuple[Any, ...]:
+    """The state before the first step, as the specification takes it."""
+    state = start_state(weights)
+    return state.weights, state.mu, state.nu, state.step, state.adam_count
 
 
 def _spec_run(shop: Workshop) -> dict[str, Any]:
     """The specification's run: the numbers of every step, held-out results, and the weights after each."""
     tokens, held = (np.load(shop.folder / name) for name in ("t.npy", "t-validation.npy"))
-    weights = _weights(SEED)
-    state = (weights, _zeros(weights), _zeros(weights), 0, 0)
+    weights = spec.initial_weights(SEED, CONFIG)
+    state = _start(weights)
     numbers, kept, start = {}, {0: weights}, state
     inputs, targets = (x[: EVAL_BATCHES * BATCH] for x in spec_run.held_out_rows(held, LENGTH))
     batch = lambda step: spec_run.batch(tokens, LENGTH, BATCH, SEED, step)
@@ -224,7 +221,7 @@ def numbers_row(item: str, results: Sequence[dict[str, float]], expected: dict[s
     where = ""
     if bad:
         where = next((x for word, x in PLACES.items() if word in row.note), place)
-    return Row(**{**vars(row), "place": where, "item": f"{item} ({len(expected)} numbers)"})
+    return dataclasses.replace(row, place=where, item=f"{item} ({len(expected)} numbers)")
 
 
 def _trained(shop: Workshop) -> Iterator[Row]:
@@ -446,9 +443,9 @@ def _saved_row(item: str, runs: Sequence[Path], start: Any, end: Any, step: int)
         pair = [{key: np.array(float(r[key]))} for r in results]
         row = three_way("programs", item, "float64", [*pair, {key: x}], 0.0, key)
         if not row.ok:
-            return Row(**{**vars(row), "place": "state.json"})
+            return dataclasses.replace(row, place="state.json")
     row = three_way("programs", item, "float64", [*results, wanted], UPDATE_ALLOWED)
-    return row if row.ok else Row(**{**vars(row), "place": "train.py"})
+    return row if row.ok else dataclasses.replace(row, place="train.py")
 
 
 def _tuned(shop: Workshop) -> Iterator[Row]:
@@ -470,9 +467,8 @@ def _tuned(shop: Workshop) -> Iterator[Row]:
             [len(shop.letters[i]) for i in ids]
         )  # in bytes: a token with one past the border is the answer's
         examples.append(spec_run.example([], ids, at.tolist(), len(question.encode()), shop.end))
-    start = {k: x.astype(np.float64) for k, x in weights.items()}
     batch = lambda step: spec_run.example_batch(examples, 12, 2, 4, step)
-    state = (start, _zeros(start), _zeros(start), 0, 0)
+    state = _start(weights)
     _, rows = spec_run.train(
         state, batch, 3, CONFIG, SimpleNamespace(**{**vars(OPT), "total_steps": 3, "max_grad_norm": None})
     )

@@ -19,16 +19,15 @@ from llm_common.checkpoint import TrainingState
 from llm_common.config import ModelConfig, OptimizerConfig, RopeScaling, SamplingConfig
 from llm_common.errors import UserError, first_line
 from parity import drawn, spec, spec_run
-from parity.cases import random_batch, random_weights
+from parity.cases import random_batch, random_weights, start_state
 from parity.compare import EPS, Row, Tensors, crash, tensor_errors, three_way, verdict, worst
 from parity.drawn import Case, Space
-from parity.model_checks import CEILING, one_ulp_noise
+from parity.model_checks import CEILING, FLOAT64_ALLOWED, one_ulp_noise
 from parity.settings import Settings
 from parity.token_checks import allowed_margin, draw_margin
 from parity.trace import located
 from parity.training_checks import MOMENTS_ALLOWED, UPDATE_ALLOWED, update_of
 
-FLOAT64_ALLOWED = 1e-12
 FAMILIES = ("llama", "qwen2", "qwen3", "mistral", "llama 3")
 # The values of a feature: the simplest first, then the one that the quicker ladder pairs with those of other features.
 MODEL: Space = {
@@ -491,8 +490,7 @@ def _skips_row(s: Settings) -> Row:
     cfg = config_of({name: values[0] for name, values in MODEL.items()})
     weights, data, opt = random_weights(cfg, s.seed), _Skipping(cfg, s.seed), OptimizerConfig(total_steps=6)
     weights["model.embed_tokens.weight"][POISON] = np.nan
-    zero = {name: np.zeros(x.shape) for name, x in weights.items()}
-    state = TrainingState(weights, zero, zero, 0, 0)
+    state = start_state(weights)
 
     def ended(run: Callable[[], Any]) -> str:
         try:
@@ -506,7 +504,7 @@ def _skips_row(s: Settings) -> Row:
         ended(lambda n=n: side.train(state, opt, data, 6, max_skipped_steps=n, batch_size=2)) for n in (1, 2, 3)
     ]
     results = on_both(s.sides("float64", cfg), of)
-    start = (weights, zero, zero, 0, 0)
+    start = (state.weights, state.mu, state.nu, 0, 0)
     expected = [ended(lambda n=n: spec_run.train(start, data.batch, 6, cfg, opt, max_skipped=n)) for n in (1, 2, 3)]
     wrong = [sum(a != b for a, b in zip(found, expected, strict=True)) for found in results]
     side = verdict(wrong[0] > 0, wrong[1] > 0, results[0] == results[1])

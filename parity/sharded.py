@@ -211,11 +211,7 @@ class Expected:
 def expected(shape: str) -> Expected:
     cfg, data, separator = SHAPES[shape], Batches(shape), train_of(shape).document_separator
     weights, start = weights_of(cfg), start_of(shape)
-    shapes = spec.weight_shapes(cfg)
-    init = {
-        name: spec.initial_weight(SEED, i, name, size, cfg.num_hidden_layers)
-        for i, (name, size) in enumerate(shapes.items())
-    }
+    init = spec.initial_weights(SEED, cfg)
     inputs, targets = data.batch(start.step)
     logits, _ = spec.forward(weights, inputs, cfg, separator=separator)
     loss, gradients = spec.loss_and_grads(weights, inputs, targets, cfg, separator=separator)

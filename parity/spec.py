@@ -304,6 +304,13 @@ def initial_weight(seed, index, name, shape, num_layers):
     return ((u - 0.5) * initial_width(name, num_layers)).reshape(shape)
 
 
+def initial_weights(seed, cfg):
+    """All weights before training."""
+    layers = architecture(cfg).num_hidden_layers
+    shapes = weight_shapes(cfg).items()
+    return {name: initial_weight(seed, i, name, shape, layers) for i, (name, shape) in enumerate(shapes)}
+
+
 def filtered(logits, sampling):
     """Logits (V,) over the temperature, with the excluded tokens at -inf."""
     logits = logits / sampling.temperature

@@ -243,11 +243,7 @@ def check_library(s: Settings) -> Iterator[Row]:
 
 def initial_weights(s: Settings) -> Tensors:
     """The start of a training run, as the specification makes it."""
-    shapes = spec.weight_shapes(s.cfg).items()
-    return {
-        name: spec.initial_weight(s.seed, i, name, shape, s.cfg.num_hidden_layers)
-        for i, (name, shape) in enumerate(shapes)
-    }
+    return spec.initial_weights(s.seed, s.cfg)
 
 
 def check_trajectory(s: Settings) -> Iterator[Row]:
