@@ -6,10 +6,12 @@ zero up to rounding. Every check has three witnesses, so a verdict names the sid
 
 import dataclasses
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import numpy as np
 
+from llm_common.errors import first_line
 from llm_common.tensors import Tensors
 
 # A gradient that is exactly zero, as that of q behind a softmax over one key, comes out as rounding noise: in float64 up to
@@ -132,3 +134,26 @@ def crash(check: str, error: Exception) -> Row:
         frame = frame.tb_next
     note = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
     return Row(check, "raised an error", "", float("nan"), 0, False, side or "the check itself", note)
+
+
+class Raised(Exception):
+    """One side raised, or both did."""
+
+    def __init__(self, side: str, note: str) -> None:
+        super().__init__(note)
+        self.side, self.note = side, note
+
+
+def on_both(sides: Any, call: Callable[[Any], Any]) -> list[Any]:
+    """What both sides give. Raises Raised, with the side that raised something."""
+    results, raised = [], []
+    for side in sides:
+        try:
+            results.append(call(side))
+            raised.append("")
+        except Exception as error:  # whatever a broken side raises is a finding
+            raised.append(f"{type(error).__name__}: {first_line(error)}")
+    if any(raised):
+        alike = raised[0].split(":")[0] == raised[1].split(":")[0]
+        raise Raised(verdict(bool(raised[0]), bool(raised[1]), alike), next(filter(None, raised)))
+    return results

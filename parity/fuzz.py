@@ -13,9 +13,10 @@ import numpy as np
 
 from llm_common.errors import UserError
 from parity import drawn
+from parity.case_space import SPACES, fix
 from parity.compare import Row
 from parity.ladder import processes
-from parity.run_cases import SPACES, case_row, explained, fix, quick_to_compile, short
+from parity.run_cases import case_row, explained, quick_to_compile, short
 from parity.settings import Settings
 
 CORPUS = Path(__file__).with_name("corpus.jsonl")

@@ -25,8 +25,7 @@ from llm_common import bpe_reference
 from llm_common.tokenizer import Tokenizer
 from parity import spec, spec_run
 from parity.cases import random_weights, start_state
-from parity.compare import Row, Tensors, shared, three_way, verdict
-from parity.run_cases import Raised, on_both
+from parity.compare import Raised, Row, Tensors, on_both, shared, three_way, verdict
 from parity.settings import Settings
 from parity.spec_config import architecture
 from parity.training_checks import UPDATE_ALLOWED

@@ -5,10 +5,11 @@ import pytest
 
 from llm_common.errors import UserError
 from parity import drawn
+from parity.case_space import SPACES, fix
 from parity.cli import main
 from parity.fuzz import Drawn, corpus, draw, judge, judge_and_explain, seconds_of
 from parity.planting import Edit, planted
-from parity.run_cases import SPACES, covering_cases, fix
+from parity.run_cases import covering_cases
 from parity.settings import Settings
 
 SPACE = {"a": (0, 1, 2), "b": (False, True), "c": ("x", "y", "z"), "d": (1.0, 2.0)}
