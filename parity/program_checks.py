@@ -4,41 +4,28 @@
 unseen. What they leave behind is read by `json`, `numpy` and `safetensors`, and compared with `spec_run.py`.
 """
 
-import contextlib
 import dataclasses
-import importlib.util
-import io
 import json
 import math
-import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 from typing import Any
-from unittest import mock
 
 import numpy as np
 import safetensors.numpy
 
-from llm_common import bpe_reference
-from llm_common.tokenizer import Tokenizer
 from parity import spec, spec_run
 from parity.cases import random_weights, start_state
 from parity.compare import Raised, Row, Tensors, on_both, shared, three_way, verdict
 from parity.settings import Settings
 from parity.spec_config import architecture
 from parity.training_checks import UPDATE_ALLOWED
+from parity.workshop import CONFIG, END, SCRIPTS, Workshop, call, flat
 
-SCRIPTS = Path(__file__).parents[1] / "scripts"
 ALLOWED = 1e-12  # numbers of a log, float64
-END = "<|endoftext|>"
 FRAMEWORKS = ("jax", "torch")
-CONFIG: dict[str, Any] = {
-    "model_type": "qwen2", "vocab_size": 301, "hidden_size": 16, "intermediate_size": 20, "num_hidden_layers": 2,
-    "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 6, "max_position_embeddings": 40,
-    "rms_norm_eps": 3e-5, "rope_theta": 300.0, "tie_word_embeddings": False,
-}  # fmt: skip
 LENGTH, BATCH, STEPS, EVERY, EVAL_EVERY, SEED, EVAL_BATCHES = 8, 6, 6, 2, 3, 11, 2
 OPT = SimpleNamespace(
     lr_max=2e-2, lr_min=3e-3, warmup_steps=2, total_steps=STEPS, beta1=0.8, beta2=0.9, eps=1e-6, weight_decay=0.3,
@@ -56,58 +43,6 @@ FLAGS = {
     "--log-every": 1,
 }
 PROMPTS = ("The low", "wide é", "new")
-
-
-class Workshop:
-    """A folder with a tokenizer, texts, a config and what the programs make of them."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        text = "low lower lowest new newer newest wide wider widest, naïve café 你好. " * 3
-        self.merges = bpe_reference.train([text], 44, END)
-        self.letters = [bytes([b]) for b in range(256)] + [a + b for a, b in self.merges]
-        self.bytes_of_ids = np.array([*map(len, self.letters), 0])
-        words = [w for w in text.split() if w]
-        rng = np.random.default_rng(5)
-        self.documents = [" ".join(rng.choice(words, rng.integers(2, 9))) for _ in range(40)]
-        Tokenizer(self.merges, fast=False).save(folder / "bpe.json")
-        (folder / "config.json").write_text(json.dumps(CONFIG), encoding="utf-8")
-        (folder / "text.txt").write_text(END.join(self.documents), encoding="utf-8")
-        self.train_flags: list[Any] = []
-        self.spec: dict[str, Any] = {}  # the specification's run, once it is made
-
-    @property
-    def end(self) -> int:
-        return len(self.letters)
-
-    def ids(self, text: str) -> list[int]:
-        return bpe_reference.encode(text, self.merges, END)
-
-    def text(self, ids: Sequence[int]) -> str:
-        return b"".join(self.letters[i] for i in ids).decode("utf-8", "replace")
-
-
-def load_script(name: str) -> ModuleType:
-    """A program of the repository as a module, run as little as an import runs it."""
-    path = SCRIPTS / f"{name}.py"
-    found = importlib.util.spec_from_file_location(f"parity_program_{name}", path)
-    assert found is not None and found.loader is not None  # noqa: PT018
-    module = importlib.util.module_from_spec(found)
-    with mock.patch.object(sys, "path", [str(SCRIPTS), *sys.path]):
-        found.loader.exec_module(module)
-    return module
-
-
-def call(name: str, *arguments: object) -> str:
-    """What a program prints, called as from a command line."""
-    module, out = load_script(name), io.StringIO()
-    with mock.patch.object(sys, "argv", [f"{name}.py", *map(str, arguments)]), contextlib.redirect_stdout(out):
-        module.main()
-    return out.getvalue()
-
-
-def flat(flags: dict[str, Any]) -> list[Any]:
-    return [x for pair in flags.items() for x in pair]
 
 
 def check_programs(s: Settings) -> Iterator[Row]:
@@ -131,6 +66,11 @@ def check_programs(s: Settings) -> Iterator[Row]:
             yield Row("programs", "a program", "float64", math.nan, 0, False, error.side, note)
 
 
+def _mismatches(found: list[int], wanted: list[int]) -> int:
+    """Ids that differ, place by place, and those that one of the two lacks."""
+    return sum(a != b for a, b in zip(found, wanted, strict=False)) + abs(len(found) - len(wanted))
+
+
 def _prepared(shop: Workshop) -> Iterator[Row]:
     """Documents to tokens: each in one of the two files, encoded and ended as the definition says."""
     folder = shop.folder
@@ -141,7 +81,7 @@ def _prepared(shop: Workshop) -> Iterator[Row]:
         documents = [text for text in shop.documents if spec_run.is_held_out(text, 0.3) == held]
         wanted = [i for text in documents for i in spec_run.document([], shop.ids(text), shop.end)]
         found = np.load(folder / name).tolist()
-        wrong += sum(a != b for a, b in zip(found, wanted, strict=False)) + abs(len(found) - len(wanted))
+        wrong += _mismatches(found, wanted)
     yield shared("programs", "tokens that prepare_data.py writes otherwise", wrong, place="prepare_data.py")
     lines = [json.dumps({"q": f"wide {i}", "a": f"newer {i % 7}"}) for i in range(30)]
     (folder / "many.jsonl").write_text("\n".join(lines), encoding="utf-8")
@@ -153,7 +93,7 @@ def _prepared(shop: Workshop) -> Iterator[Row]:
         texts = [pair for pair in texts if spec_run.is_held_out("\n".join(pair), 0.4) == held]
         wanted = [i for pair in texts for i in [*shop.ids("".join(pair)), shop.end]]
         found = np.load(folder / name)["tokens"].tolist()
-        wrong += sum(a != b for a, b in zip(found, wanted, strict=False)) + abs(len(found) - len(wanted))
+        wrong += _mismatches(found, wanted)
     yield shared(
         "programs", "tokens of examples that prepare_data.py writes otherwise", wrong, place="prepare_examples"
     )
@@ -177,9 +117,7 @@ def _spec_run(shop: Workshop) -> dict[str, Any]:
         state, (row,) = spec_run.train(state, batch, step, CONFIG, OPT, shop.end)
         kept[step] = state[0]
         numbers |= {f"{key} of step {step}": x for key, x in row.items()}
-        if (
-            step % EVERY == 0 or step % EVAL_EVERY == 0
-        ):  # each checkpoint has its own, and some steps one without a checkpoint
+        if step % EVERY == 0 or step % EVAL_EVERY == 0:  # with each checkpoint, and without one
             held_out = spec_run.held_out(state[0], inputs, targets, CONFIG, shop.bytes_of_ids, shop.end)
             numbers |= {f"held-out {key} after step {step}": x for key, x in held_out.items()}
     return {"numbers": numbers, "weights": kept, "tokens": tokens, "held": held, "start": start, "state": state}
@@ -287,11 +225,7 @@ def _evaluated(shop: Workshop) -> Iterator[Row]:
     folder, expected = shop.folder, shop.spec
     weights = expected["weights"][STEPS]
     rows = spec_run.held_out_rows(expected["held"], LENGTH)
-    texts = [
-        "low lower, quick brown naïve",
-        "你好 newest zebras",
-        "café",
-    ]  # one longer than a few windows of 5 tokens, one of a single token
+    texts = ["low lower, quick brown naïve", "你好 newest zebras", "café"]  # some longer than windows of 5 tokens
     (folder / "held.txt").write_text(END.join(texts), encoding="utf-8")
     documents = [shop.ids(text) for text in texts]  # each predicted from the end of a text
     short, long = (spec_run.rolling_rows(documents, [shop.end], n) for n in (40, 5))
@@ -462,9 +396,7 @@ def _tuned(shop: Workshop) -> Iterator[Row]:
     examples = []
     for question, answer in pairs:
         ids = shop.ids(question + answer)
-        at = np.cumsum(
-            [len(shop.letters[i]) for i in ids]
-        )  # in bytes: a token with one past the border is the answer's
+        at = np.cumsum([len(shop.letters[i]) for i in ids])  # in bytes
         examples.append(spec_run.example([], ids, at.tolist(), len(question.encode()), shop.end))
     batch = lambda step: spec_run.example_batch(examples, 12, 2, 4, step)
     state = _start(weights)

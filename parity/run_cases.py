@@ -210,9 +210,7 @@ def explained(s: Settings, row: Row, kind: str, case: Case, seed: int) -> Row:
     note = f"{row.note}; smallest: parity run --case '{kind} {seed} {drawn.to_line({f: small[f] for f in features})}'"
     row = dataclasses.replace(row, note=note)
     cfg = config_of(small)
-    if (
-        kind == "low"
-    ):  # by rounding no module can be told from another: what the case needs, or the tensor that is worst
+    if kind == "low":  # rounding hides modules: the place is what the case needs, or the worst tensor
         return dataclasses.replace(row, place=next((x for f, x in PLACES.items() if f in features), row.place))
     if kind == "run":
         r = recipe(small, seed)
