@@ -6,7 +6,7 @@ zero up to rounding. Every check has three witnesses, so a verdict names the sid
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -86,6 +86,19 @@ def three_way(check: str, item: str, dtype: str, results: Sequence[Tensors], all
     side = verdict(jax_error > allowed, torch_error > allowed, alike)
     where = name if len(spec) > 1 else ""
     return Row(check, item, dtype, measured, allowed, not side, side, ", ".join(x for x in (where, note) if x), where)
+
+
+def each_number(
+    check: str, item: str, results: Sequence[Mapping[str, Any]], expected: Mapping[str, Any], allowed: float
+) -> Row:
+    """A row for single float64 numbers of JAX, torch and the specification, whose name is the note: the first that differs, or the
+    worst. Each is compared by itself: among others it would be measured against their norm. One that is missing is no number.
+    """
+    rows = []
+    for key, x in expected.items():
+        values = [{key: np.array(float(found.get(key, math.nan)))} for found in (*results, {key: x})]
+        rows.append(three_way(check, item, "float64", values, allowed, key))
+    return next((row for row in rows if not row.ok), max(rows, key=lambda row: row.measured))
 
 
 def round_to(x: np.ndarray, dtype: str) -> np.ndarray:

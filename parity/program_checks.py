@@ -18,7 +18,7 @@ import safetensors.numpy
 
 from parity import spec, spec_run
 from parity.cases import random_weights, start_state
-from parity.compare import Raised, Row, Tensors, on_both, shared, three_way, verdict
+from parity.compare import Raised, Row, Tensors, each_number, on_both, shared, three_way, verdict
 from parity.settings import Settings
 from parity.spec_config import architecture
 from parity.training_checks import UPDATE_ALLOWED
@@ -41,6 +41,13 @@ FLAGS = {
     "--compute-dtype": "float64",
     "--device": "cpu",
     "--log-every": 1,
+}
+KEEPING = {
+    "--save-every": EVERY,
+    "--eval-every": EVAL_EVERY,
+    "--eval-batches": EVAL_BATCHES,
+    "--keep-last": 1,
+    "--keep-best": 1,
 }
 PROMPTS = ("The low", "wide é", "new")
 
@@ -149,15 +156,8 @@ PLACES = {
 
 def numbers_row(item: str, results: Sequence[dict[str, float]], expected: dict[str, float], place: str) -> Row:
     """One row for many single numbers, each compared by itself."""
-    rows = []
-    for key, x in expected.items():
-        values = [{key: np.array(float(r.get(key, math.nan)))} for r in results]  # one that is missing is no number
-        rows.append(three_way("programs", item, "float64", [*values, {key: np.array(float(x))}], ALLOWED, key))
-    bad = [row for row in rows if not row.ok]
-    row = bad[0] if bad else max(rows, key=lambda row: row.measured)
-    where = ""
-    if bad:
-        where = next((x for word, x in PLACES.items() if word in row.note), place)
+    row = each_number("programs", item, results, expected, ALLOWED)
+    where = "" if row.ok else next((x for word, x in PLACES.items() if word in row.note), place)
     return dataclasses.replace(row, place=where, item=f"{item} ({len(expected)} numbers)")
 
 
@@ -165,18 +165,7 @@ def _trained(shop: Workshop) -> Iterator[Row]:
     folder, expected = shop.folder, _spec_run(shop)
     shop.spec = expected
     common = ["--model-config", folder / "config.json", "--data", folder / "t.npy", "--tokenizer", folder / "bpe.json"]
-    common += [
-        "--document-mask",
-        "--save-every",
-        EVERY,
-        "--eval-every",
-        EVAL_EVERY,
-        "--eval-batches",
-        EVAL_BATCHES,
-        "--keep-last",
-        1,
-    ]
-    common += ["--keep-best", 1, *flat(FLAGS)]
+    common += ["--document-mask", *flat(FLAGS | KEEPING)]
     shop.train_flags = common
 
     def run(framework: str) -> Path:

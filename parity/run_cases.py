@@ -20,7 +20,19 @@ from llm_common.errors import UserError
 from parity import drawn, spec, spec_run
 from parity.case_space import MODEL, OTHERWISE, PLACES, POISON, SPACES, config_of, fix, recipe
 from parity.cases import random_batch, random_weights, start_state
-from parity.compare import EPS, Raised, Row, Tensors, crash, on_both, tensor_errors, three_way, verdict, worst
+from parity.compare import (
+    EPS,
+    Raised,
+    Row,
+    Tensors,
+    crash,
+    each_number,
+    on_both,
+    tensor_errors,
+    three_way,
+    verdict,
+    worst,
+)
 from parity.drawn import Case, Space
 from parity.model_checks import CEILING, FLOAT64_ALLOWED, one_ulp_noise
 from parity.settings import Settings
@@ -50,9 +62,6 @@ def _outcome(case: Case, start: TrainingState, state: TrainingState, rows: list[
     return {"numbers": numbers, "moments": moments, "update": update_of(clean(state.weights), clean(start.weights))}
 
 
-ALLOWED = {"numbers": FLOAT64_ALLOWED, "moments": MOMENTS_ALLOWED, "update": UPDATE_ALLOWED}
-
-
 def run_row(s: Settings, case: Case, item: str, seed: int) -> Row:
     """A run of a case on both sides and in the specification: the first kind of number that differs, or the worst that holds."""
     r = recipe(case, seed)
@@ -66,21 +75,10 @@ def run_row(s: Settings, case: Case, item: str, seed: int) -> Row:
 
     outcomes = on_both(s.sides("float64", r.cfg), run)
     expected = _outcome(case, r.state, TrainingState(*values), rows)
-    found = []
-    for kind, allowed in ALLOWED.items():
-        # a single number is compared by itself: among others it would be measured against their norm
-        groups = [{k: x} for k, x in expected[kind].items()] if kind == "numbers" else [expected[kind]]
-        for group in groups:
-            results = [{k: o[kind].get(k) for k in group} for o in outcomes]
-            missing = lambda result: any(x is None for x in result.values())
-            if any(map(missing, results)):
-                side = verdict(missing(results[0]), missing(results[1]), True)
-                found.append(Row("runs", item, "float64", math.inf, allowed, False, side, f"no {next(iter(group))}"))
-                continue
-            row = three_way(
-                "runs", item, "float64", [*results, group], allowed, next(iter(group)) if len(group) == 1 else kind
-            )
-            found.append(row)
+    of = lambda kind: [outcome[kind] for outcome in outcomes]
+    found = [each_number("runs", item, of("numbers"), expected["numbers"], FLOAT64_ALLOWED)]
+    for kind, allowed in (("moments", MOMENTS_ALLOWED), ("update", UPDATE_ALLOWED)):
+        found.append(three_way("runs", item, "float64", [*of(kind), expected[kind]], allowed, kind))
     bad = [row for row in found if not row.ok]
     return bad[0] if bad else max(found, key=lambda row: row.measured / row.allowed)
 
