@@ -88,6 +88,14 @@ def three_way(check: str, item: str, dtype: str, results: Sequence[Tensors], all
     return Row(check, item, dtype, measured, allowed, not side, side, ", ".join(x for x in (where, note) if x), where)
 
 
+def worse_side(check: str, item: str, dtype: str, errors: Sequence[Mapping[str, float]], allowed: float) -> Row:
+    """A row for errors of JAX and of torch by name, each judged for itself: the worst decides, and is the place if it is too large."""
+    (jax_name, jax_error), (torch_name, torch_error) = (worst(dict(found)) for found in errors)
+    side = verdict(not jax_error <= allowed, not torch_error <= allowed, True)
+    name = jax_name if jax_error >= torch_error else torch_name
+    return Row(check, item, dtype, max(jax_error, torch_error), allowed, not side, side, name, name if side else "")
+
+
 def each_number(
     check: str, item: str, results: Sequence[Mapping[str, Any]], expected: Mapping[str, Any], allowed: float
 ) -> Row:

@@ -22,7 +22,7 @@ from parity.compare import Raised, Row, Tensors, each_number, on_both, shared, t
 from parity.settings import Settings
 from parity.spec_config import architecture
 from parity.training_checks import UPDATE_ALLOWED
-from parity.workshop import CONFIG, END, SCRIPTS, Workshop, call, flat
+from parity.workshop import CONFIG, END, SCRIPTS, Workshop, call, flat, log_numbers, recorded_losses
 
 ALLOWED = 1e-12  # numbers of a log, float64
 FRAMEWORKS = ("jax", "torch")
@@ -130,20 +130,6 @@ def _spec_run(shop: Workshop) -> dict[str, Any]:
     return {"numbers": numbers, "weights": kept, "tokens": tokens, "held": held, "start": start, "state": state}
 
 
-def _log_numbers(path: Path) -> dict[str, float]:
-    """The numbers that a run's log has, under the names of `_spec_run`."""
-    found: dict[str, float] = {}
-    for line in path.read_text(encoding="utf-8").splitlines():
-        row = json.loads(line)
-        if row.get("event") == "evaluation":
-            keys = ("loss", "perplexity", "tokens", "bytes", "bits_per_byte")
-            found |= {f"held-out {key} after step {row['step']}": row[key] for key in keys if key in row}
-        elif "event" not in row and "loss" in row:
-            keys = ("loss", "grad_norm", "lr", "skipped")
-            found |= {f"{key} of step {row['step']}": float(row[key]) for key in keys if key in row}
-    return found
-
-
 # Of which function a number of a log is.
 PLACES = {
     "held-out": "evaluate",
@@ -173,14 +159,14 @@ def _trained(shop: Workshop) -> Iterator[Row]:
         return folder / framework
 
     runs = on_both(FRAMEWORKS, run)
-    logs = [_log_numbers(path / "log.jsonl") for path in runs]
+    logs = [log_numbers(path / "log.jsonl") for path in runs]
     yield numbers_row("log of train.py", logs, expected["numbers"], "train.py")
 
     # the newest and the best are kept, and nothing else
     losses = {n: expected["numbers"][f"held-out loss after step {n}"] for n in range(EVERY, STEPS + 1, EVERY)}
     keep = {f"step-{n:08d}" for n in (STEPS, min(losses, key=losses.__getitem__))}
     found = [{x.name for x in path.glob("step-*")} for path in runs]
-    recorded = [_recorded_losses(path) for path in runs]
+    recorded = [recorded_losses(path) for path in runs]
     yield numbers_row(
         "held-out losses that checkpoints record",
         recorded,
@@ -201,12 +187,6 @@ def _trained(shop: Workshop) -> Iterator[Row]:
     )
     start, end = expected["start"], expected["state"]
     yield _saved_row(f"state that train.py saves after {STEPS} steps", runs, start, end, STEPS)
-
-
-def _recorded_losses(path: Path) -> dict[str, float]:
-    """The held-out loss that every checkpoint of a run says it has."""
-    states = {x.parent.name: json.loads(x.read_text(encoding="utf-8")) for x in path.glob("step-*/state.json")}
-    return {name: state["settings"].get("evaluation", {}).get("loss", math.nan) for name, state in states.items()}
 
 
 def _evaluated(shop: Workshop) -> Iterator[Row]:
@@ -312,7 +292,7 @@ def _bfloat16(shop: Workshop) -> Row:
     def run(framework: str) -> float:
         path = folder / f"bfloat16-{framework}"
         call("train", "--framework", framework, "--out", path, *arguments)
-        in_run = _log_numbers(path / "log.jsonl")["held-out loss after step 1"]
+        in_run = log_numbers(path / "log.jsonl")["held-out loss after step 1"]
         flags = ["--data", folder / "t-validation.npy", "--device", "cpu", "--json"]
         found = json.loads(call("evaluate", "--framework", framework, "--checkpoint", path, *flags).splitlines()[-1])
         return abs(in_run - found["loss"]) / found["loss"]
@@ -341,7 +321,7 @@ def _extended(shop: Workshop) -> Iterator[Row]:
         return path
 
     runs = on_both(FRAMEWORKS, run)
-    logs = [_log_numbers(path / "log.jsonl") for path in runs]
+    logs = [log_numbers(path / "log.jsonl") for path in runs]
     yield numbers_row("log of train.py, extended in the other framework", logs, expected, "train.py (resume)")
     yield _saved_row(f"state that train.py saves after {LONGER} steps", runs, before["state"], state, LONGER)
 
@@ -401,7 +381,7 @@ def _tuned(shop: Workshop) -> Iterator[Row]:
 
     def run(framework: str) -> dict[str, float]:
         call("train", "--framework", framework, "--out", folder / f"tuned-{framework}", *flat(flags))
-        return _log_numbers(folder / f"tuned-{framework}" / "log.jsonl")
+        return log_numbers(folder / f"tuned-{framework}" / "log.jsonl")
 
     yield numbers_row(
         "log of train.py from other weights, on examples", on_both(FRAMEWORKS, run), expected, "train.py --init-from"

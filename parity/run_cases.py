@@ -31,7 +31,7 @@ from parity.compare import (
     tensor_errors,
     three_way,
     verdict,
-    worst,
+    worse_side,
 )
 from parity.drawn import Case, Space
 from parity.model_checks import CEILING, FLOAT64_ALLOWED, one_ulp_noise
@@ -179,10 +179,7 @@ def low_row(s: Settings, case: Case, item: str, seed: int) -> Row:
         return {k: e / ceiling[k] for k, e in found.items()}
 
     shares = on_both(dataclasses.replace(s, attention=case["attention"]).sides(dtype, cfg), shares_of)
-    (jax_name, jax_share), (torch_name, torch_share) = worst(shares[0]), worst(shares[1])
-    side = verdict(not jax_share <= 1, not torch_share <= 1, True)
-    name = jax_name if jax_share >= torch_share else torch_name
-    return Row("runs", item, dtype, max(jax_share, torch_share), 1.0, not side, side, name, name if side else "")
+    return worse_side("runs", item, dtype, shares, 1.0)
 
 
 ROWS = {"run": run_row, "text": text_row, "low": low_row}

@@ -4,6 +4,7 @@ import contextlib
 import importlib.util
 import io
 import json
+import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -75,3 +76,23 @@ def call(name: str, *arguments: object) -> str:
 
 def flat(flags: dict[str, Any]) -> list[Any]:
     return [x for pair in flags.items() for x in pair]
+
+
+def log_numbers(path: Path) -> dict[str, float]:
+    """The numbers that a run's log has, by name and step."""
+    found: dict[str, float] = {}
+    for line in path.read_text(encoding="utf-8").splitlines():
+        row = json.loads(line)
+        if row.get("event") == "evaluation":
+            keys = ("loss", "perplexity", "tokens", "bytes", "bits_per_byte")
+            found |= {f"held-out {key} after step {row['step']}": row[key] for key in keys if key in row}
+        elif "event" not in row and "loss" in row:
+            keys = ("loss", "grad_norm", "lr", "skipped")
+            found |= {f"{key} of step {row['step']}": float(row[key]) for key in keys if key in row}
+    return found
+
+
+def recorded_losses(path: Path) -> dict[str, float]:
+    """The held-out loss that every checkpoint of a run says it has."""
+    states = {x.parent.name: json.loads(x.read_text(encoding="utf-8")) for x in path.glob("step-*/state.json")}
+    return {name: state["settings"].get("evaluation", {}).get("loss", math.nan) for name, state in states.items()}

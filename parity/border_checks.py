@@ -1,0 +1,101 @@
+"""Low precision inside whole models: the dtype at every module's border, outputs that are rounded as they should be, and sums of
+gradients over micro-batches.
+"""
+
+import dataclasses
+import math
+from collections.abc import Iterator
+
+import numpy as np
+
+from llm_common.config import ModelConfig, OptimizerConfig
+from parity import spec
+from parity.cases import random_batch, random_weights, start_state
+from parity.compare import Row, round_to, tensor_errors, verdict, worse_side, worst
+from parity.points import given, specification
+from parity.settings import Settings
+
+
+def border_rows(s: Settings, cfg: ModelConfig, name: str, differing_allowed: float) -> Iterator[Row]:
+    """Every module of a family in bfloat16, given the specification's rounded inputs: the dtype at its borders, forward and back,
+    and the share of its output's elements that are not the correctly rounded ones."""
+    dtype, rnd = "bfloat16", lambda x: round_to(x, "bfloat16")
+    weights = random_weights(cfg, s.seed, dtype)
+    ids, targets = random_batch(cfg, s.seed, s.batch, s.length)
+    points, _, _ = specification(weights, ids, targets, cfg, rnd)
+    forward, backward = given(points)
+    wrong_dtypes: list[list[str]] = []
+    shares: list[dict[str, float]] = []
+    for side in s.sides(dtype, cfg):
+        recorder, _, _ = side.tapped(weights, ids, targets, forward, backward)
+        wide = {
+            (p, k) for p, k in recorder.dtypes if (p == "loss" and k == "out") or (".apply_rope" in p and k != "in0")
+        }
+        wide -= {key for key in wide if ".apply_rope" in key[0] and key[1] == "out"}
+        of = lambda found, wide=wide: [
+            f"{point} ({which}): {x}"
+            for (point, which), x in found.items()
+            if x != ("float32" if (point, which) in wide else dtype)
+        ]
+        wrong = of(recorder.dtypes) + [f"{x}, on the way back" for x in of(recorder.back_dtypes)]
+        for decoding, start, _ in side.tapped_cache(weights, ids[:, :4], 1, lambda start, end: {}):
+            wrong += [f"{x}, decoding from position {start}" for x in of(decoding.dtypes)]
+        wrong_dtypes.append(wrong)
+        shares.append({})
+        for p in points:
+            if p.name != "loss" and not any(q.name.startswith(p.name + ".") for q in points):
+                found, output = recorder.forward.get((p.name, "out")), p.output
+                if p.name.endswith("norm"):  # normalised, rounded, and then times the gain
+                    ones = np.ones(p.output.shape[-1])
+                    output = rnd(rnd(spec.rms_norm(p.inputs[0], ones, cfg.rms_norm_eps)) * weights[p.name + ".weight"])
+                least = 2 / p.output.size  # a single element is no share
+                differs = math.inf if found is None or found.shape != output.shape else float((found != output).mean())
+                shares[-1][p.name] = max(0.0, differs - least)
+    side = verdict(bool(wrong_dtypes[0]), bool(wrong_dtypes[1]), wrong_dtypes[0] == wrong_dtypes[1])
+    first = next((x for wrong in wrong_dtypes for x in wrong), "")
+    item = f"borders of modules in another dtype; {name}"
+    yield Row("precision", item, dtype, max(map(len, wrong_dtypes)), 0, not side, side, first, first.split(" ")[0])
+    (jax_name, jax_share), (torch_name, torch_share) = worst(shares[0]), worst(shares[1])
+    side = verdict(jax_share > differing_allowed, torch_share > differing_allowed, jax_name == torch_name)
+    place = (jax_name if jax_share >= torch_share else torch_name) if side else ""
+    item = f"outputs of modules: share of elements that differ; {name}"
+    yield Row("precision", item, dtype, max(jax_share, torch_share), differing_allowed, not side, side, place, place)
+
+
+# Four micro-batches with as many counted targets each, in the moments that one step of a run leaves, which with beta1 = 0 are the
+# gradients. What is left is the order of a float32 sum, 4 roundings of 2^-24, and what a compiler fuses otherwise; a sum in
+# bfloat16 rounds three times, 2^-9 each.
+ACCUMULATED = 2.0**-13
+
+
+def accumulator_row(s: Settings, dtype: str) -> Row:
+    """Gradients of accumulated micro-batches against the sum, in float64, of those of each alone."""
+    cfg, n = dataclasses.replace(s.cfg, num_hidden_layers=1), 4
+    weights = random_weights(cfg, s.seed, dtype)
+    ids, targets = (x.astype(np.int32) for x in random_batch(cfg, s.seed, n, s.length, ignored=False))
+    opt = OptimizerConfig(beta1=0.0, max_grad_norm=None)
+
+    @dataclasses.dataclass
+    class One:
+        rows: slice
+
+        def batch(self, step: int, host: int = 0, n_hosts: int = 1):
+            return ids[self.rows], targets[self.rows]
+
+    errors = []
+    for side in s.sides(dtype, cfg):
+        of = lambda rows, micro_batches, side=side: (
+            side.train(
+                start_state(weights, "float32"),
+                opt,
+                One(rows),
+                1,
+                batch_size=n,
+                gradient_accumulation_steps=micro_batches,
+            ).mu
+        )
+        whole, parts = of(slice(None), n), [of(slice(i, i + 1), 1) for i in range(n)]
+        total = {name: np.array(sum(part[name].astype(np.float64) / n for part in parts)) for name in whole}
+        errors.append(tensor_errors(whole, total))
+    row = worse_side("precision", "sum of micro-batches' gradients", dtype, errors, ACCUMULATED)
+    return row if row.ok else dataclasses.replace(row, place="loss_and_grads (accumulation)")
