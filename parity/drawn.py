@@ -94,5 +94,5 @@ def from_line(text: str, space: Space, fix: Fix) -> Case:
         value = tuple(value) if isinstance(value, list) else value
         if value not in space[name]:
             raise ValueError(f"{name} = {value!r} is not one of {', '.join(map(repr, space[name]))}")
-        case[name] = value
+        case[name] = space[name][space[name].index(value)]  # 1 for true, true for 1
     return fix(case)

@@ -22,6 +22,15 @@ class Point:
     d_inputs: tuple[np.ndarray, ...] = ()  # of the first inputs; a table has none
 
 
+@dataclasses.dataclass(frozen=True)
+class Fault:
+    """The first place where a side differs, forward, else backward, else in a weight's gradient."""
+
+    place: str
+    what: str
+    error: float
+
+
 def specification(
     w: Tensors, ids: np.ndarray, targets: np.ndarray, cfg: Any, rnd: Callable = spec.exact, separator: Any = None
 ):

@@ -53,6 +53,7 @@ def test_a_line_repeats_a_case():
         features = {name: case[name] for name in drawn.needed(case, space)}
         assert Drawn.parse(f"{kind} 7 {drawn.to_line(features)}").case() == case
     assert draw(3, 1) == draw(3, 1) != draw(7, 1)
+    assert Drawn.parse('run 1 {"layers":true,"tied":1}').case()["tied"] is True
     assert all(one.case() for one in corpus())
 
 
