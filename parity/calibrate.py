@@ -24,7 +24,8 @@ from llm_common.config import ModelConfig, preset
 from llm_common.processes import end_with_parent
 from llm_common.run_log import environment
 from parity.compare import Row
-from parity.ladder import CHECKS, rows_of, share_compiled
+from parity.compile_time import share_compiled
+from parity.ladder import CHECKS, rows_of
 from parity.noise import with_noise
 from parity.settings import Settings
 from parity.trace import local_allowed, own_errors, trace

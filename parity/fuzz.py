@@ -15,8 +15,9 @@ from llm_common.errors import UserError
 from parity import drawn
 from parity.case_space import SPACES, fix
 from parity.compare import Row
+from parity.compile_time import quick_to_compile
 from parity.ladder import processes
-from parity.run_cases import case_row, explained, quick_to_compile, short
+from parity.run_cases import case_row, explained, short
 from parity.settings import Settings
 
 CORPUS = Path(__file__).with_name("corpus.jsonl")

@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from typing import Any
 
-import jax
 import torch
 
 from llm_common.budget import keep_freed_memory
@@ -17,6 +16,7 @@ from llm_common.errors import UserError
 from llm_common.processes import end_with_parent
 from parity.common_checks import check_files, check_resume, check_schedule
 from parity.compare import Row, crash
+from parity.compile_time import add_flags, known_flags, quick_to_compile, share_compiled
 from parity.config_checks import check_config
 from parity.data_checks import check_data, check_evaluation, check_tokenizer
 from parity.device_checks import check_device
@@ -55,14 +55,10 @@ CHECKS: dict[str, Callable[[Settings], Iterator[Row]]] = {
 }
 
 SLOW = ("noise", "trajectory", "programs", "device", "library")  # what `parity run --quick` leaves out
-LONG = (
-    "runs",
-    "trajectory",
-    "programs",
-    "noise",
-    "tokens",
-    "gradients",
-)  # begun first where several processes share the checks
+# Begun first where several processes share the checks.
+LONG = ("runs", "trajectory", "noise", "precision", "programs", "gradients", "tokens", "cache")
+# Judged as a user's programs are compiled, on a CPU, too. `noise` also compares an optimised program with one that is not.
+OPTIMISED = ("init", "logits", "noise", "adamw", "library", "resume", "trajectory", "evaluation", "cache", "device")
 
 
 def run_checks(
@@ -115,25 +111,20 @@ def run_with_figures(
 def processes(jobs: int) -> Iterator[ProcessPoolExecutor]:
     """Processes that share the cores, and what they compile: a program that one has compiled the others read from a folder."""
     context = multiprocessing.get_context("spawn")  # a fork of a process with XLA's threads would hang
-    with tempfile.TemporaryDirectory() as cache, ProcessPoolExecutor(jobs, context, _start, (jobs, cache)) as pool:
+    flags = known_flags()
+    with tempfile.TemporaryDirectory() as cache, ProcessPoolExecutor(jobs, context, _start, (jobs, cache, flags)) as pool:
         yield pool
 
 
-def _start(jobs: int, cache: str) -> None:
+def _start(jobs: int, cache: str, flags: str) -> None:
     """XLA reads its threads when it is first used."""
     end_with_parent()
     keep_freed_memory()
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // jobs))
+    add_flags(flags)
     if jobs >= (os.cpu_count() or 1):
-        os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_cpu_multi_thread_eigen=false"
+        add_flags("--xla_cpu_multi_thread_eigen=false")
     share_compiled(cache)
-
-
-def share_compiled(cache: str) -> None:
-    """Read from a folder, and write to it, every program that JAX compiles in this process."""
-    jax.config.update("jax_compilation_cache_dir", cache)
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-    jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
 
 
 def _timed(check: str, settings: Settings) -> tuple[list[Row], float]:
@@ -143,7 +134,9 @@ def _timed(check: str, settings: Settings) -> tuple[list[Row], float]:
 
 def rows_of(check: str, settings: Settings) -> Iterator[Row]:
     """The rows of one check as they come; if it raises, the last of them is the error."""
+    quick = settings.device == "cpu" and not settings.full and (settings.quick or check not in OPTIMISED)
     try:
-        yield from CHECKS[check](settings)
+        with quick_to_compile() if quick else contextlib.nullcontext():
+            yield from CHECKS[check](settings)
     except Exception as error:  # whatever a broken side raises is a finding, and the rows before it stay
         yield crash(check, error)
