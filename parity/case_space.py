@@ -15,6 +15,7 @@ from llm_common.config import ModelConfig, OptimizerConfig, RopeScaling
 from parity import spec
 from parity.cases import random_batch, random_weights
 from parity.drawn import Case, Space
+from parity.spec_run import rows_of_host
 
 FAMILIES = ("llama", "qwen2", "qwen3", "mistral", "llama 3")
 # The values of a feature: the simplest first, then the one that the quicker ladder pairs with those of other features.
@@ -69,6 +70,15 @@ LOW: Space = MODEL | {
     "separators": (0, 2, 1),
     "remat": ("none", "full", "dots"),
 }
+# A run on a mesh of several processes or devices: whatever a mesh does not refuse.
+MESH: Space = {
+    "framework": ("jax", "torch"),
+    "mesh": ("data=2", "fsdp=2", "tensor=2", "data=4", "fsdp=4", "data=2,fsdp=2", "data=2,tensor=2", "fsdp=2,tensor=2"),
+    "vocab": (44,),
+    **{name: RUN[name] for name in RUN if name not in ("chunks", "heads")},
+    "heads": ((2, 2), (4, 2), (6, 2)),
+    "rows": (4, 8),
+}
 # What a user names a feature by, where the specification cannot see deeper: the function that it decides about.
 PLACES = {
     "overflow": "train_step (skipped update)",
@@ -96,7 +106,12 @@ PLACES = {
     "temperature": "sample",
     "seed": "random_bits",
 }
-OTHERWISE = {"run": "train_step", "text": "generate", "low": "loss_and_grads"}  # where a case without any feature fails
+OTHERWISE = {
+    "run": "train_step",
+    "mesh": "distributed",
+    "text": "generate",
+    "low": "loss_and_grads",
+}  # where a case without any feature fails
 STEPS = 3
 
 
@@ -105,15 +120,15 @@ def fix(case: Case) -> Case:
     return {**case, "overflow": "none"} if case.get("tied") and case.get("overflow", "none") != "none" else case
 
 
-SPACES: dict[str, Space] = {"run": RUN, "text": TEXT, "low": LOW}
+SPACES: dict[str, Space] = {"run": RUN, "text": TEXT, "low": LOW, "mesh": MESH}
 
 
 def config_of(case: Case) -> ModelConfig:
-    case = {name: values[0] for name, values in MODEL.items()} | {"layers": 2} | case
+    case = {name: values[0] for name, values in MODEL.items()} | {"layers": 2, "vocab": 41} | case
     family, (queries, kv) = case["family"], case["heads"]
     scaling = RopeScaling(4.0, 1.0, 3.0, 20) if family == "llama 3" else None
     return ModelConfig(
-        41,
+        case["vocab"],
         case["hidden"],
         20,
         case["layers"],
@@ -143,8 +158,12 @@ class Batches:
     def separators(self) -> tuple[int, ...]:
         return (7, 11)[: self.case["separators"]]
 
-    @functools.lru_cache(maxsize=16)  # noqa: B019
     def batch(self, step: int, host: int = 0, n_hosts: int = 1) -> tuple[np.ndarray, np.ndarray]:
+        inputs, targets = self._whole(step)
+        return rows_of_host(inputs, host, n_hosts), rows_of_host(targets, host, n_hosts)
+
+    @functools.lru_cache(maxsize=16)  # noqa: B019
+    def _whole(self, step: int) -> tuple[np.ndarray, np.ndarray]:
         case, rng = self.case, np.random.default_rng((self.seed, 20, step))
         inputs, targets = random_batch(
             self.cfg, self.seed + 31 * step, case["micro_batches"] * case["rows"], case["length"], ignored=False
@@ -162,6 +181,9 @@ class Batches:
         if case["overflow"] != "none" and step == self.first + 1:
             inputs[0, 0], targets[0, -1] = POISON, 3  # a counted target sees it
         return inputs.astype(np.int32), targets.astype(np.int32)
+
+    def fingerprint(self) -> dict[str, Any]:
+        return {}
 
 
 @dataclasses.dataclass
@@ -209,7 +231,7 @@ def recipe(case: Case, seed: int) -> Recipe:
     fields = {
         "batch_size": case["micro_batches"] * case["rows"],
         "gradient_accumulation_steps": case["micro_batches"],
-        "loss_chunks": case["chunks"],
+        "loss_chunks": case.get("chunks", 1),
         "document_separator": separator,
         "remat": case["remat"],
         "scan_layers": case["scan"],

@@ -112,7 +112,10 @@ def processes(jobs: int) -> Iterator[ProcessPoolExecutor]:
     """Processes that share the cores, and what they compile: a program that one has compiled the others read from a folder."""
     context = multiprocessing.get_context("spawn")  # a fork of a process with XLA's threads would hang
     flags = known_flags()
-    with tempfile.TemporaryDirectory() as cache, ProcessPoolExecutor(jobs, context, _start, (jobs, cache, flags)) as pool:
+    with (
+        tempfile.TemporaryDirectory() as cache,
+        ProcessPoolExecutor(jobs, context, _start, (jobs, cache, flags)) as pool,
+    ):
         yield pool
 
 

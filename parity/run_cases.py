@@ -15,6 +15,7 @@ import numpy as np
 from llm_common.checkpoint import TrainingState
 from llm_common.config import ModelConfig, OptimizerConfig, SamplingConfig
 from llm_common.errors import UserError
+from llm_common.sharding import MeshConfig
 from parity import drawn, spec, spec_run
 from parity.case_space import MODEL, OTHERWISE, PLACES, POISON, SPACES, config_of, fix, recipe
 from parity.cases import random_batch, random_weights, start_state
@@ -34,6 +35,7 @@ from parity.compare import (
 from parity.drawn import Case, Space
 from parity.model_checks import CEILING, FLOAT64_ALLOWED, one_ulp_noise
 from parity.settings import Settings
+from parity.sharded import Group, run_group
 from parity.token_checks import allowed_margin, draw_margin
 from parity.trace import located
 from parity.training_checks import MOMENTS_ALLOWED, UPDATE_ALLOWED, update_of
@@ -180,7 +182,22 @@ def low_row(s: Settings, case: Case, item: str, seed: int) -> Row:
     return worse_side("runs", item, dtype, shares, 1.0)
 
 
-ROWS = {"run": run_row, "text": text_row, "low": low_row}
+def mesh_row(s: Settings, case: Case, item: str, seed: int) -> Row:
+    """A run of a case on a mesh, on processes or devices of its own: the first figure that differs, or the worst that holds."""
+    framework, mesh = case["framework"], case["mesh"]
+    size, line = MeshConfig.parse(mesh).size, f"{seed} {drawn.to_line(case)}"
+    shape = (1, size) if framework == "jax" else (size, 1)
+    try:
+        rows = run_group(Group(framework, *shape, ((line, mesh),)))
+    except UserError as error:
+        raise Raised("JAX" if framework == "jax" else "torch", str(error)) from None
+    bad = [row for row in rows if not row.ok]
+    row = bad[0] if bad else max(rows, key=lambda row: row.measured / (row.allowed or 1.0))
+    return dataclasses.replace(row, check="runs", item=f"{item}: {row.item.partition(': ')[2]}")
+
+
+ROWS = {"run": run_row, "text": text_row, "low": low_row, "mesh": mesh_row}
+HERE = ("run", "text", "low")  # what the ladder judges; meshes are those of `parity sharded` and of `parity run --fuzz`
 
 
 def case_row(s: Settings, kind: str, case: Case, item: str, seed: int) -> Row:
@@ -203,7 +220,10 @@ def explained(s: Settings, row: Row, kind: str, case: Case, seed: int) -> Row:
     note = f"{row.note}; smallest: parity run --case '{kind} {seed} {drawn.to_line({f: small[f] for f in features})}'"
     row = dataclasses.replace(row, note=note)
     cfg = config_of(small)
-    if kind == "low":  # rounding hides modules: the place is what the case needs, or the worst tensor
+    if kind in (
+        "low",
+        "mesh",
+    ):  # rounding hides modules, processes hide themselves: what the case needs, or the worst tensor
         return dataclasses.replace(row, place=next((x for f, x in PLACES.items() if f in features), row.place))
     if kind == "run":
         r = recipe(small, seed)
@@ -278,12 +298,14 @@ def _skips_row(s: Settings) -> Row:
 
 def _run_rows(s: Settings) -> Iterator[Row]:
     yield _skips_row(s)
-    for kind, space in SPACES.items():
+    for kind in HERE:
+        space = SPACES[kind]
         cases = covering_cases(kind, s.full)
         for i, case in enumerate(cases[:2] if s.quick else cases):
             row = case_row(s, kind, case, f"{kind} {i + 1} of {len(cases)}: {short(case, space)}", s.seed)
             yield explained(s, row, kind, case, s.seed)
-    for i, (kind, space) in enumerate(SPACES.items()):
+    for i, kind in enumerate(HERE):
+        space = SPACES[kind]
         case = drawn.draw(space, np.random.default_rng((s.seed, 23, i)), fix)
         row = case_row(s, kind, case, f"{kind} drawn with seed {s.seed}: {short(case, space)}", s.seed)
         yield explained(s, row, kind, case, s.seed)

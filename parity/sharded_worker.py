@@ -5,6 +5,7 @@ python -m parity.sharded_worker '{"framework": "torch", "cases": [...], "out": "
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import json
 import sys
@@ -21,8 +22,9 @@ from llm_common.hosts import Hosts
 from llm_common.processes import end_with_launcher
 from llm_common.sharding import MeshConfig
 from llm_common.tensors import Tensors
-from parity import sharded as cases
+from parity import mesh_cases as cases
 from parity.planting import planted
+from parity.sharded import find_bug
 
 Results = dict[str, Any]
 
@@ -35,8 +37,8 @@ def run_jax(shape: str, mesh_config: MeshConfig, hosts: Hosts, folder: Path) -> 
     from jax_llm.checkpoint import to_canonical, to_host
     from jax_llm.train import loss_and_grads, make_model, x64
 
-    cfg, train, opt = cases.SHAPES[shape], cases.train_of(shape), cases.opt_of(shape)
-    weights, data, start = cases.weights_of(cfg), cases.Batches(shape), cases.start_of(shape)
+    case = cases.mesh_case(shape)
+    cfg, train, opt, weights, data, start = case.cfg, case.train, case.opt, case.weights, case.data, case.start
     with x64("float64"):
         mesh = distributed.make_mesh(mesh_config, hosts.device)
         first = distributed.init_state(cfg, train, opt, mesh)
@@ -53,7 +55,7 @@ def run_jax(shape: str, mesh_config: MeshConfig, hosts: Hosts, folder: Path) -> 
         state = distributed.from_training_state(cfg, opt, start, mesh, np.float64)
         steps: list[dict[str, float]] = []
         note = lambda step, state, metrics: steps.append(dict(metrics))
-        state = distributed.fit(state, cfg, train, opt, data, mesh, on_step=note)
+        state = distributed.fit(state, cfg, train, opt, data, mesh, case.until, note)
         for leaf in jax.tree.leaves(state.params):
             same = {str(shard.index): set() for shard in leaf.addressable_shards}
             for shard in leaf.addressable_shards:
@@ -65,10 +67,10 @@ def run_jax(shape: str, mesh_config: MeshConfig, hosts: Hosts, folder: Path) -> 
             "loss": float(loss),
             "gradients": to_canonical(cfg, grads),
             **_end_of(distributed.to_training_state(cfg, state), steps),
-            "held out": distributed.evaluate(cfg, train, state.params, cases.EVALUATION, mesh),
+            "held out": distributed.evaluate(cfg, train, state.params, case.evaluation, mesh),
         }
         # what is not finite is not saved
-        to_save = cases.meshes(mesh_config.size) if shape != "overflow" else []
+        to_save = cases.meshes(mesh_config.size) if case.poison is None else []
         saved = folder
         if to_save:
             saved = save_checkpoint(folder, cfg, distributed.to_training_state(cfg, state), {}, hosts=hosts)
@@ -87,8 +89,8 @@ def run_torch(shape: str, mesh_config: MeshConfig, hosts: Hosts, folder: Path) -
 
     from torch_llm import distributed
 
-    cfg, train, opt = cases.SHAPES[shape], cases.train_of(shape), cases.opt_of(shape)
-    weights, data, start = cases.weights_of(cfg), cases.Batches(shape), cases.start_of(shape)
+    case = cases.mesh_case(shape)
+    cfg, train, opt, weights, data, start = case.cfg, case.train, case.opt, case.weights, case.data, case.start
     first = distributed.ShardedTrainer(cfg, train, opt, mesh_config, hosts.device)
     trainer = distributed.ShardedTrainer(cfg, train, opt, mesh_config, hosts.device, init_weights=False)
     trainer.from_training_state(start)
@@ -111,12 +113,12 @@ def run_torch(shape: str, mesh_config: MeshConfig, hosts: Hosts, folder: Path) -
         "gradients": _all(grads),
     }
     steps: list[dict[str, float]] = []
-    trainer.fit(data, on_step=lambda step, _, metrics: steps.append(dict(metrics)))
+    trainer.fit(data, case.until, lambda step, _, metrics: steps.append(dict(metrics)))
     results |= _end_of(trainer.to_training_state(), steps)
     parts = {f"{name} {trainer.shard_of(name)}": p for name, p in trainer.parameters.items()}
     _check_replicas({key: _digest(p.detach().cpu().numpy()) for key, p in parts.items()}, hosts)
-    results["held out"] = trainer.evaluate(cases.EVALUATION)
-    to_save = cases.meshes(mesh_config.size) if shape != "overflow" else []
+    results["held out"] = trainer.evaluate(case.evaluation)
+    to_save = cases.meshes(mesh_config.size) if case.poison is None else []
     saved = folder
     if to_save:
         saved = save_checkpoint(folder, cfg, trainer.to_training_state(), {}, hosts=hosts)
@@ -129,6 +131,27 @@ def run_torch(shape: str, mesh_config: MeshConfig, hosts: Hosts, folder: Path) -
     if mesh_config.batch_shards > 1:
         results["short sums"] = _short_sums(cfg, mesh_config, hosts.device)
     return results
+
+
+def trace(framework: str, shape: str, mesh_config: MeshConfig, hosts: Hosts, folder: Path) -> Results:
+    """The first fault of a case, in words: place, what, error; nothing if there is none."""
+    from parity.mesh_trace import first_fault, jax_faults, merged, torch_faults  # they need both frameworks
+
+    case = cases.mesh_case(shape)
+    if framework == "jax":
+        from jax_llm import distributed
+        from jax_llm.train import x64
+
+        with x64("float64"):
+            found = jax_faults(case, distributed.make_mesh(mesh_config, hosts.device))
+    else:
+        from torch_llm.distributed import ShardedTrainer
+
+        trainer = ShardedTrainer(case.cfg, case.train, case.opt, mesh_config, hosts.device, init_weights=False)
+        trainer.from_canonical(case.weights)
+        trainer.step = case.start.step
+        found = torch_faults(case, trainer, mesh_config, hosts)
+    return {"fault": np.array([str(x) for x in first_fault(merged(hosts.gather(found))) or ()])}
 
 
 def _end_of(state: TrainingState, steps: list[dict[str, float]]) -> Results:
@@ -159,7 +182,7 @@ def _short_sums(cfg: ModelConfig, mesh_config: MeshConfig, device: str) -> float
 
     train = dataclasses.replace(cases.TRAIN, compute_dtype="bfloat16", gradient_accumulation_steps=1)
     trainer = ShardedTrainer(cfg, train, cases.OPT, mesh_config, device)
-    trainer.loss_and_grads(*trainer.read_batch(cases.Batches("llama")))
+    trainer.loss_and_grads(*trainer.read_batch(cases.Batches(cfg, None)))
     grads = torch.cat([p.grad.reshape(-1) for p in trainer.parameters.values() if p.grad is not None])
     grads = grads[grads != 0]
     return (grads == grads.to(torch.bfloat16)).float().mean().item()
@@ -184,8 +207,9 @@ def main() -> None:
     keep_freed_memory()
     hosts = join(task["framework"], task["device"])
     run = run_jax if task["framework"] == "jax" else run_torch
+    run = functools.partial(trace, task["framework"]) if task["trace"] else run
     out = Path(task["out"])
-    bug = cases.find_bug(task["bug"]) if task["bug"] else None
+    bug = find_bug(task["bug"]) if task["bug"] else None
     with planted([bug.edit]) if bug else contextlib.nullcontext():
         for number, (shape, mesh) in enumerate(task["cases"]):
             results = run(shape, MeshConfig.parse(mesh), hosts, out / f"run-{number}")

@@ -203,6 +203,7 @@ shared(
     "evaluation:Evaluation.__init__",
     "math.ceil((len(tokens) - 1) / seq_len)",
     "(len(tokens) - 1) // seq_len",
+    place="Evaluation.batches",
     **EVALUATION,
 )
 shared(
@@ -210,18 +211,23 @@ shared(
     "evaluation:Evaluation.batches",
     "np.full((self.batch_size, self.seq_len), IGNORED, np.int32)",
     "np.zeros((self.batch_size, self.seq_len), np.int32)",
-    place="tokens",
+    place="Evaluation.batches",
     **EVALUATION,
 )
 shared(
-    "bits per byte in nats", "evaluation:Evaluation.summary", "math.log(2)", "1.0", place="bits per byte", **EVALUATION
+    "bits per byte in nats",
+    "evaluation:Evaluation.summary",
+    "math.log(2)",
+    "1.0",
+    place="Evaluation.summary",
+    **EVALUATION,
 )
 shared(
     "bytes of the inputs",
     "evaluation:Evaluation.n_bytes",
     "self.tokens[1 : 1 + self.n_targets]",
     "self.tokens[: self.n_targets]",
-    place="bits per byte",
+    place="Evaluation.n_bytes",
     **EVALUATION,
 )
 jax(
@@ -229,7 +235,7 @@ jax(
     "evaluate:evaluate",
     "total, count = total + float(to_host(loss).astype(np.float64).sum()), count + int(to_host(n).sum())",
     "total, count = total + float(to_host(loss).sum()) / int(to_host(n).sum()), count + 1",
-    place="tokens",
+    place="evaluate",
     **EVALUATION,
 )
 torch(
@@ -237,7 +243,7 @@ torch(
     "evaluate:evaluate",
     "total, count = total + float(loss.double().sum()), count + int(n.sum())",
     "total, count = float(loss.double().sum()), count + int(n.sum())",
-    place="loss",
+    place="evaluate",
     **EVALUATION,
 )
 
