@@ -75,8 +75,9 @@ MESH: Space = {
     "framework": ("jax", "torch"),
     "mesh": ("data=2", "fsdp=2", "tensor=2", "data=4", "fsdp=4", "data=2,fsdp=2", "data=2,tensor=2", "fsdp=2,tensor=2"),
     "vocab": (44,),
-    **{name: RUN[name] for name in RUN if name not in ("chunks", "heads")},
+    **{name: RUN[name] for name in RUN if name not in ("chunks", "heads", "head_dim")},
     "heads": ((2, 2), (4, 2), (6, 2)),
+    "head_dim": (4, 8),
     "rows": (4, 8),
 }
 # What a user names a feature by, where the specification cannot see deeper: the function that it decides about.
