@@ -271,10 +271,13 @@ def _report(args: argparse.Namespace) -> bool:
 
 
 def _sharded(args: argparse.Namespace) -> bool:
+    from parity.compile_time import add_flags, known_flags
     from parity.report import conclude, make_console, print_progress
     from parity.sharded import GROUPS, QUICK, SHARDING_BUGS, TWO_GPUS, plant, run_group
 
     console, start = make_console(), time.perf_counter()
+    if args.device == "cpu":
+        add_flags(known_flags())
     if args.bugs:
         with ThreadPoolExecutor(2) as pool:
             outcomes = list(zip(SHARDING_BUGS, pool.map(plant, SHARDING_BUGS), strict=True))

@@ -4,6 +4,7 @@ The lines of `corpus.jsonl` beside this file, if it is there, are tried first: w
 """
 
 import dataclasses
+import itertools
 import time
 from collections.abc import Callable
 from concurrent.futures import FIRST_COMPLETED, Future, wait
@@ -16,13 +17,15 @@ from parity import drawn
 from parity.case_space import SPACES, fix
 from parity.compare import Row
 from parity.compile_time import quick_to_compile
+from parity.jax_side import clear_caches
 from parity.ladder import processes
 from parity.run_cases import case_row, explained, short
 from parity.settings import Settings
 
 CORPUS = Path(__file__).with_name("corpus.jsonl")
 KINDS = ("run", "low", "run", "text")  # in turn
-MESH_EVERY = 25  # and of so many one on a mesh: its processes take ten times as long as another case
+FORGET_EVERY = 25
+MESH_EVERY = 24  # and of so many one on a mesh: its processes take ten times as long as another case
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,6 +68,7 @@ def draw(number: int, seed: int) -> Drawn:
 
 
 def judge(settings: Settings, one: Drawn) -> Row:
+    """The row of a case."""
     case = one.case()
     with quick_to_compile():
         return case_row(settings, one.kind, case, f"{one.kind} {short(case, SPACES[one.kind])}", one.seed)
@@ -74,6 +78,13 @@ def judge_and_explain(settings: Settings, one: Drawn) -> Row:
     """The row of a case, and its place if it fails."""
     with quick_to_compile():
         return explained(settings, judge(settings, one), one.kind, one.case(), one.seed)
+
+
+def _judge_of_many(settings: Settings, one: Drawn, number: int) -> Row:
+    """`judge`, in a process that judges thousands: compiled programs, 15 MB a case, are forgotten now and then."""
+    if number % FORGET_EVERY == 0:
+        clear_caches()
+    return judge(settings, one)
 
 
 def corpus() -> list[Drawn]:
@@ -90,13 +101,14 @@ def fuzz(
     """
     end, number, done = time.monotonic() + seconds, first, 0
     waiting: dict[Future[Row], Drawn] = {}
+    begun = itertools.count(1)
     past = corpus()
     with processes(jobs) as pool:
         while True:
             while len(waiting) < 2 * jobs and (past or time.monotonic() < end):
                 one = past.pop(0) if past else draw(number, settings.seed)
                 number += not past
-                waiting[pool.submit(judge, settings, one)] = one
+                waiting[pool.submit(_judge_of_many, settings, one, next(begun))] = one
             if not waiting:
                 return done, None, None
             for future in wait(waiting, return_when=FIRST_COMPLETED).done:

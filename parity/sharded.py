@@ -220,7 +220,7 @@ def environment(group: Group, process: int, port: int, device: str) -> dict[str,
     """The environment of one process of a group, as torchrun or a cluster would make it."""
     variables = {"PYTHONPATH": os.pathsep.join(sys.path), "LOCAL_RANK": str(process)}
     if device == "cpu":
-        flags = f"--xla_force_host_platform_device_count={group.devices}"
+        flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={group.devices}"
         variables |= {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
     if group.framework == "jax" and group.processes > 1:
         variables |= {
