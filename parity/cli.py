@@ -170,11 +170,17 @@ def _drawn(args: argparse.Namespace, settings) -> bool:
     seconds, jobs = seconds_of(args.fuzz), args.jobs or min(2, os.cpu_count() or 1)
     console.print(f"drawing cases with seed {settings.seed} for {seconds:.0f} s; past finds first, if any")
 
+    shares: dict[str, float] = {}
+
     def tell(done: int, one, row) -> None:
+        share = row.measured / row.allowed if row.allowed else row.measured
+        shares[one.kind] = max(shares.get(one.kind, 0.0), share)
         if done % 20 == 0 or not row.ok:
             console.print(f"  {done} cases ({time.perf_counter() - start:.0f} s)")
 
     done, found, row = fuzz(settings, seconds, jobs, tell)
+    largest = ", ".join(f"{kind} {share:.2g}" for kind, share in sorted(shares.items()))
+    console.print(f"largest figure by kind, in units of what is allowed: {largest}")
     if found is None or row is None:
         console.print(f"{done} drawn cases, no difference; seed {settings.seed}")
         return True
