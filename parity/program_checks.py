@@ -165,26 +165,10 @@ def _trained(shop: Workshop) -> Iterator[Row]:
     # the newest and the best are kept, and nothing else
     losses = {n: expected["numbers"][f"held-out loss after step {n}"] for n in range(EVERY, STEPS + 1, EVERY)}
     keep = {f"step-{n:08d}" for n in (STEPS, min(losses, key=losses.__getitem__))}
-    found = [{x.name for x in path.glob("step-*")} for path in runs]
     recorded = [recorded_losses(path) for path in runs]
-    yield numbers_row(
-        "held-out losses that checkpoints record",
-        recorded,
-        {name: losses[int(name[5:])] for name in keep},
-        "save_checkpoint",
-    )
-    wrong = [len(names ^ keep) for names in found]
-    side = verdict(wrong[0] > 0, wrong[1] > 0, found[0] == found[1])
-    yield Row(
-        "programs",
-        "checkpoints kept: newest and best",
-        "",
-        max(wrong),
-        0,
-        not side,
-        side,
-        place="prune_checkpoints" if side else "",
-    )
+    of_kept = {name: losses[int(name[5:])] for name in keep}
+    yield numbers_row("held-out losses that checkpoints record", recorded, of_kept, "save_checkpoint")
+    yield _kept_row("checkpoints kept: newest and best", runs, losses)
     start, end = expected["start"], expected["state"]
     yield _saved_row(f"state that train.py saves after {STEPS} steps", runs, start, end, STEPS)
 
@@ -351,38 +335,61 @@ def _saved_row(item: str, runs: Sequence[Path], start: Any, end: Any, step: int)
 
 
 def _tuned(shop: Workshop) -> Iterator[Row]:
-    """Fine-tuning: examples out of a file, weights out of somebody else's folder."""
+    """Fine-tuning: examples out of a file, weights out of somebody else's folder, at rates that soon make held-out answers worse."""
     folder = shop.folder
     (folder / "other").mkdir()
     (folder / "other" / "config.json").write_text(json.dumps(CONFIG), encoding="utf-8")
     weights = {k: x.astype(np.float32) for k, x in random_weights(architecture(CONFIG), 77).items()}
     safetensors.numpy.save_file(weights, folder / "other" / "model.safetensors", {"format": "pt"})
     pairs = [("low ", "lowest"), ("new", "er café"), ("wide wider ", "widest"), ("a", "b"), ("你 ", "好")]
+    examples = _prepared_examples(shop, pairs, "e")
+    held = spec_run.example_rows(_prepared_examples(shop, [("你 ", "好")], "e-held"), 12)
+    batch = lambda step: spec_run.example_batch(examples, 12, 2, 4, step)
+    state = _start(weights)
+    changed = {"total_steps": 3, "max_grad_norm": None, "lr_max": 0.3, "warmup_steps": 0}
+    expected, losses = {}, {}
+    for step in (1, 2, 3):
+        state, (row,) = spec_run.train(state, batch, step, CONFIG, SimpleNamespace(**{**vars(OPT), **changed}))
+        expected |= {f"{key} of step {step}": x for key, x in row.items()}
+        held_out = spec_run.held_out(state[0], *held, CONFIG, shop.bytes_of_ids)
+        expected |= {f"held-out {key} after step {step}": x for key, x in held_out.items()}
+        losses[step] = held_out["loss"]
+    assert min(losses, key=losses.__getitem__) == 1, losses  # the first step's batch has the held-out pair
+    flags = {
+        **FLAGS, "--seed": 4, "--batch-size": 2, "--seq-len": 12, "--total-steps": 3, "--max-grad-norm": "none",
+        "--gradient-accumulation-steps": 1, "--init-from": folder / "other", "--data": folder / "e.npz",
+        "--tokenizer": folder / "bpe.json", "--lr-max": 0.3, "--warmup-steps": 0,
+        "--save-every": 1, "--eval-every": 1, "--keep-last": 1, "--keep-best": 1, "--eval-data": folder / "e-held.npz",
+    }  # fmt: skip
+
+    def run(framework: str) -> Path:
+        call("train", "--framework", framework, "--out", folder / f"tuned-{framework}", *flat(flags))
+        return folder / f"tuned-{framework}"
+
+    runs = on_both(FRAMEWORKS, run)
+    logs = [log_numbers(path / "log.jsonl") for path in runs]
+    yield numbers_row("log of train.py from other weights, on examples", logs, expected, "train.py --init-from")
+    yield _kept_row("checkpoints kept: the newest, and an older one that is best", runs, losses)
+
+
+def _prepared_examples(shop: Workshop, pairs: list[tuple[str, str]], name: str) -> list[tuple[list[int], list[int]]]:
+    """Pairs of prompt and answer in a file that prepare_data.py makes, and their ids as the definition has them."""
     lines = [json.dumps({"q": q, "a": a}) for q, a in pairs]
-    (folder / "pairs.jsonl").write_text("\n".join(lines), encoding="utf-8")
-    call("prepare_data", "--tokenizer", folder / "bpe.json", "--data", folder / "pairs.jsonl", "--out", folder / "e.npz",
-         "--prompt-field", "q", "--answer-field", "a")  # fmt: skip
+    (shop.folder / f"{name}.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    call("prepare_data", "--tokenizer", shop.folder / "bpe.json", "--data", shop.folder / f"{name}.jsonl",
+         "--out", shop.folder / f"{name}.npz", "--prompt-field", "q", "--answer-field", "a")  # fmt: skip
     examples = []
     for question, answer in pairs:
         ids = shop.ids(question + answer)
         at = np.cumsum([len(shop.letters[i]) for i in ids])  # in bytes
         examples.append(spec_run.example([], ids, at.tolist(), len(question.encode()), shop.end))
-    batch = lambda step: spec_run.example_batch(examples, 12, 2, 4, step)
-    state = _start(weights)
-    _, rows = spec_run.train(
-        state, batch, 3, CONFIG, SimpleNamespace(**{**vars(OPT), "total_steps": 3, "max_grad_norm": None})
-    )
-    expected = {f"{key} of step {i + 1}": x for i, row in enumerate(rows) for key, x in row.items()}
-    flags = {
-        **FLAGS, "--seed": 4, "--batch-size": 2, "--seq-len": 12, "--total-steps": 3, "--max-grad-norm": "none",
-        "--gradient-accumulation-steps": 1, "--init-from": folder / "other", "--data": folder / "e.npz",
-        "--tokenizer": folder / "bpe.json",
-    }  # fmt: skip
+    return examples
 
-    def run(framework: str) -> dict[str, float]:
-        call("train", "--framework", framework, "--out", folder / f"tuned-{framework}", *flat(flags))
-        return log_numbers(folder / f"tuned-{framework}" / "log.jsonl")
 
-    yield numbers_row(
-        "log of train.py from other weights, on examples", on_both(FRAMEWORKS, run), expected, "train.py --init-from"
-    )
+def _kept_row(item: str, runs: Sequence[Path], losses: dict[int, float]) -> Row:
+    """Which checkpoints are left of a run that keeps one newest and one best. losses: held-out, by the step of a checkpoint."""
+    keep = {f"step-{n:08d}" for n in (max(losses), min(losses, key=losses.__getitem__))}
+    found = [{x.name for x in path.glob("step-*")} for path in runs]
+    wrong = [len(names ^ keep) for names in found]
+    side = verdict(wrong[0] > 0, wrong[1] > 0, found[0] == found[1])
+    return Row("programs", item, "", max(wrong), 0, not side, side, place="prune_checkpoints" if side else "")
