@@ -1,7 +1,8 @@
 """Where two optimizers part: one whole step of each side from a common state and given gradients, quantity by quantity."""
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import numpy as np
 
@@ -9,7 +10,7 @@ from llm_common.checkpoint import TrainingState
 from llm_common.config import ModelConfig, OptimizerConfig
 from parity import spec, spec_run
 from parity.cases import random_batch, random_weights
-from parity.compare import global_norm, tensor_errors
+from parity.compare import Tensors, global_norm, tensor_errors
 from parity.points import Fault
 from parity.settings import Settings
 
@@ -23,6 +24,7 @@ class OptimizerTrace:
     mu: dict[str, float]
     nu: dict[str, float]
     update: dict[str, float]
+    reading: str = ""  # what an update that is wrong would be right with
 
 
 def trace_optimizers(s: Settings, cfg: ModelConfig) -> Iterator[OptimizerTrace]:
@@ -53,13 +55,40 @@ def trace_optimizers(s: Settings, cfg: ModelConfig) -> Iterator[OptimizerTrace]:
         metrics: dict[str, float] = {}
         with side.given_gradients(loss, grads):
             end = side.train(state, opt, Data(), 4, lambda step, state, m, metrics=metrics: metrics.update(m))
-        yield OptimizerTrace(
+        found = OptimizerTrace(
             side.name,
             abs(metrics["grad_norm"] - norm) / norm,
             in_order(tensor_errors(end.mu, new_mu)),
             in_order(tensor_errors(end.nu, new_nu)),
             in_order(tensor_errors(update_of(end.weights), update_of(new))),
         )
+        if max(found.mu.values()) > OPTIMIZER_ALLOWED["mu"]:
+            ways = {"beta1": (mu, opt.beta1), "(1 - beta1) x clip factor": (clipped, 1.0 - opt.beta1)}
+            found = dataclasses.replace(found, reading=_reading(end.mu, ways))
+        elif max(found.nu.values()) > OPTIMIZER_ALLOWED["nu"]:
+            squares = {name: g * g for name, g in clipped.items()}
+            found = dataclasses.replace(
+                found, reading=_reading(end.nu, {"beta2": (nu, opt.beta2), "1 - beta2": (squares, 1.0 - opt.beta2)})
+            )
+        elif max(found.update.values()) > OPTIMIZER_ALLOWED["update"]:
+            lr, (one, two) = spec_run.learning_rate(opt, 3), (1.0 - b**3 for b in (opt.beta1, opt.beta2))
+            direction = {k: (new_mu[k] / one) / (np.sqrt(new_nu[k] / two) + opt.eps) for k in weights}
+            decayed = {k: x if x.ndim >= 2 else np.zeros_like(x) for k, x in weights.items()}
+            ways = {"-lr": (direction, -lr), "-lr x decay": (decayed, -lr * opt.weight_decay)}
+            found = dataclasses.replace(found, reading=_reading(update_of(end.weights), ways))
+        yield found
+
+
+def _reading(found: Tensors, ways: Mapping[str, tuple[Any, float]]) -> str:
+    """Found tensors as a sum of others with one factor each: the factors, if such a sum it is, beside what they should be."""
+    flat = lambda tensors: np.concatenate([np.ravel(tensors[name]) for name in found])
+    basis, wanted = np.stack([flat(x) for x, _ in ways.values()], axis=1), flat(found)
+    factors, *_ = np.linalg.lstsq(basis, wanted, rcond=None)
+    if not np.linalg.norm(basis @ factors - wanted) <= 1e-8 * np.linalg.norm(wanted):
+        return ""
+    return ", ".join(
+        f"{name} = {x:.8g} for {right:.8g}" for x, (name, (_, right)) in zip(factors, ways.items(), strict=True)
+    )
 
 
 OPTIMIZER_ALLOWED = {"norm": 1e-12, "mu": 1e-12, "nu": 1e-12, "update": 1e-10}
@@ -73,7 +102,8 @@ def optimizer_fault(t: OptimizerTrace) -> Fault | None:
         errors = getattr(t, what)
         bad = [name for name, error in errors.items() if not error <= OPTIMIZER_ALLOWED[what]]
         if len(bad) == len(errors):
-            return Fault(f"optimizer: {what}", "in every tensor, given identical gradients", errors[bad[0]])
+            as_if = f"; as if {t.reading}" if t.reading else ""
+            return Fault(f"optimizer: {what}", f"in every tensor, given identical gradients{as_if}", errors[bad[0]])
         if bad:
             some = f"in {len(bad)} of {len(errors)} tensors, given identical gradients"
             return Fault(f"optimizer: {what} of {bad[0]}", some, errors[bad[0]])

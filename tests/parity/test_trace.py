@@ -7,6 +7,7 @@ import pytest
 
 from parity.cases import variants
 from parity.compare import BOTH, JAX, SHARED, TORCH
+from parity.mutants import uncompiled
 from parity.planting import Edit, planted
 from parity.points import Point, given, specification
 from parity.settings import Settings
@@ -101,6 +102,11 @@ def test_the_optimizer_is_traced_from_given_gradients():
     with planted(edits):
         found = trace(S)
     assert (found.side(), found.place()) == (SHARED, "optimizer: update")
+    assert "as if -lr = -0.00" in found.sentence()
+    with planted([Edit("jax_llm.optim:adamw", "(1.0 - beta1) * g", "g")]), uncompiled():
+        found = trace(S)
+    assert (found.side(), found.place()) == (JAX, "optimizer: mu")
+    assert "as if beta1 = 0.9 for 0.9, (1 - beta1) x clip factor = 1 for 0.1" in found.sentence()
 
 
 def test_the_specifications_points_fit_together():
