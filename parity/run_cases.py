@@ -149,11 +149,10 @@ LOW_FACTOR, MOVES = 4.0, 4
 
 
 def low_row(s: Settings, case: Case, item: str, seed: int) -> Row:
-    """Loss and gradients of both sides in a low precision, against what rounding explains."""
+    """Loss and gradients of a step of a run in a low precision on both sides, against what rounding explains."""
     cfg, dtype = config_of(case), case["dtype"]
-    weights, parts = random_weights(cfg, seed, dtype), (case["micro_batches"], case["chunks"])
+    weights, separator = random_weights(cfg, seed, dtype), (7, 11)[: case["separators"]] or None
     ids, targets = random_batch(cfg, seed, case["micro_batches"] * case["rows"], case["length"])
-    separator = (7, 11)[: case["separators"]] or None
     if separator is not None:
         ids[np.random.default_rng((seed, 26)).random(ids.shape) < 0.15] = separator[0]
 
@@ -170,16 +169,37 @@ def low_row(s: Settings, case: Case, item: str, seed: int) -> Row:
         noise = one_ulp_noise((seed + 7 * i) % 2**32, dtype)
         noises.append(errors(everything({k: noise(x) for k, x in weights.items()}, noise)))
     ceiling = {k: LOW_FACTOR * CEILING[dtype] * max(max(n[k] for n in noises), EPS[dtype]) for k in exact}
+    fields = {
+        "batch_size": len(ids),
+        "gradient_accumulation_steps": case["micro_batches"],
+        "loss_chunks": case["chunks"],
+        "document_separator": separator,
+        "remat": case["remat"],
+        "compile": "off",
+    }
+    # With beta1 = 0 and no clip the first moments are the gradients.
+    opt, data = OptimizerConfig(beta1=0.0, max_grad_norm=None), Always((ids.astype(np.int32), targets.astype(np.int32)))
 
     def shares_of(side) -> dict[str, float]:
-        loss, grads = side.variant(remat=case["remat"], separator=separator).loss_and_grads(
-            weights, ids, targets, *parts
+        losses: list[float] = []
+        end = side.train(
+            start_state(weights, "float32"), opt, data, 1, lambda step, state, m: losses.append(m["loss"]), **fields
         )
-        found = errors({"loss": np.array(loss), **grads})
+        found = errors({"loss": np.array(losses[0]), **{k: x.astype(np.float64) for k, x in end.mu.items()}})
         return {k: e / ceiling[k] for k, e in found.items()}
 
     shares = on_both(dataclasses.replace(s, attention=case["attention"]).sides(dtype, cfg), shares_of)
     return worse_side("runs", item, dtype, shares, 1.0)
+
+
+@dataclasses.dataclass(frozen=True)
+class Always:
+    """A dataset whose every batch is the same."""
+
+    rows: tuple[np.ndarray, np.ndarray]
+
+    def batch(self, step: int, host: int = 0, n_hosts: int = 1) -> tuple[np.ndarray, np.ndarray]:
+        return self.rows
 
 
 def mesh_row(s: Settings, case: Case, item: str, seed: int) -> Row:

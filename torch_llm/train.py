@@ -10,7 +10,7 @@ B batch, T positions.
 """
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 
 import numpy as np
 import torch
@@ -48,6 +48,29 @@ def batch_loss(
     return cross_entropy(functional_call(model, weights, (inputs,)), targets, count)
 
 
+_uncompiled_loss = batch_loss
+
+
+@contextlib.contextmanager
+def weights_in_place(model: CausalLM, weights: dict[str, Tensor]) -> Iterator[None]:
+    """While this is open a model's weights are these.
+
+    `functional_call` puts them there for the forward pass alone; what remat computes again in the backward pass needs them, too.
+    """
+    own = dict(model.named_parameters())
+
+    def put(tensors: Mapping[str, Tensor]) -> None:
+        for name, x in tensors.items():
+            path, _, last = name.rpartition(".")
+            model.get_submodule(path)._parameters[last] = x  # pyright: ignore[reportArgumentType]
+
+    try:
+        put(weights)
+        yield
+    finally:
+        put(own)
+
+
 def loss_and_grads(
     model: CausalLM,
     inputs: Tensor,
@@ -69,10 +92,12 @@ def loss_and_grads(
     count = (targets != IGNORE_INDEX).sum()
     model.zero_grad()
     losses = []
+    computes_again = model.model.remat != "none" and batch_loss is _uncompiled_loss
     for micro_batch in zip(inputs.chunk(accumulation_steps), targets.chunk(accumulation_steps), strict=True):
-        loss = batch_loss(model, weights, *micro_batch, count, loss_chunks)
-        losses.append(loss.detach())
-        grads = torch.autograd.grad(loss, list(weights.values()), allow_unused=True)
+        with weights_in_place(model, weights) if computes_again else contextlib.nullcontext():
+            loss = batch_loss(model, weights, *micro_batch, count, loss_chunks)
+            losses.append(loss.detach())
+            grads = torch.autograd.grad(loss, list(weights.values()), allow_unused=True)
         for p, g in zip(masters.values(), grads, strict=True):
             if g is None:
                 continue

@@ -206,6 +206,25 @@ def test_ways_to_save_memory_change_nothing(settings):
         np.testing.assert_allclose(grads[name], x, atol=1e-14)
 
 
+@pytest.mark.parametrize("remat", ["full", "dots"])
+@pytest.mark.parametrize("chunks", [1, 3])
+def test_what_is_computed_again_has_the_rounded_weights(remat, chunks):
+    """In bfloat16, uncompiled: the backward pass finds the weights of the forward pass, not the float32 masters."""
+    grads = {}
+    for way in ("none", remat):
+        train = TrainConfig(
+            batch_size=6, seq_len=9, compute_dtype="bfloat16", remat=way, loss_chunks=chunks,
+            gradient_accumulation_steps=2, compile="off", attention_backend="reference",
+        )  # fmt: skip
+        trainer = Trainer(CFG, train, OptimizerConfig())
+        ids, targets = (torch.tensor(x) for x in random_batch(CFG, 0, 6, 9))
+        trainer.loss_and_grads(ids, targets)
+        grads[way] = {name: p.grad.clone() for name, p in trainer.model.named_parameters()}
+        assert all(p.dtype == torch.float32 for p in trainer.model.parameters())
+    for name, x in grads["none"].items():
+        assert torch.equal(grads[remat][name], x), name
+
+
 def test_rematerialisation_keeps_less():
     """What the backward pass keeps of the forward pass, in elements: "full" keeps the least."""
     kept = {}
