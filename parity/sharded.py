@@ -136,13 +136,23 @@ def compare(group: Group, shape: str, mesh: str, got: dict[str, Any]) -> Iterato
 # --- groups of processes
 
 
-def run_group(group: Group, bug: str | None = None, device: str = "cpu") -> list[Row]:
-    """Run a group's cases on the devices of a kind, "cpu" or "gpu". Raises UserError with the process's own words if one of them fails.
+class _Ended(Exception):
+    """A process of a group ended with an error of its own."""
 
-    The rows of a case that fails have the place at which a second run of it, traced, differs first.
+
+def run_group(group: Group, bug: str | None = None, device: str = "cpu") -> list[Row]:
+    """Run a group's cases on the devices of a kind, "cpu" or "gpu". Raises UserError with a process's own words if it refuses.
+
+    A case that fails is run a second time, traced: its rows have the place that differs first, or the function they are about.
     """
+    try:
+        results = _run(group, bug, device)
+    except _Ended as error:
+        place = next((place for words, place in ENDED.items() if words in str(error)), "distributed")
+        note, side = f"raised {error}", "JAX" if group.framework == "jax" else group.framework
+        return [Row(str(group), "raised an error", "", math.inf, 0, False, side, note, place)]
     rows: list[Row] = []
-    for (shape, mesh), got in zip(group.cases, _run(group, bug, device), strict=True):
+    for (shape, mesh), got in zip(group.cases, results, strict=True):
         found = list(compare(group, shape, mesh, got))
         if any(not row.ok for row in found):
             found = _traced(found, dataclasses.replace(group, cases=((shape, mesh),)), bug, device)
@@ -150,17 +160,42 @@ def run_group(group: Group, bug: str | None = None, device: str = "cpu") -> list
     return rows
 
 
+# What processes compare of themselves, and the functions that they then find fault with.
+ENDED = {
+    "replicas differ": "replicas: gradients or weights of their own",
+    "checkpoint ": "to_training_state, from_training_state",
+}
+# The function that a row is about, the first of those that fail; where a trace shows a module, that is the place.
+FUNCTIONS = {
+    "initial weights": "init_weights",
+    "logits": "forward on a mesh",
+    "loss of uneven rows": "loss_and_grads",
+    "gradients of 8 bits": "shard (reduce dtype)",
+    "gradients": "loss_and_grads",
+    "grad_norm": "grad_norm",
+    "lr ": "learning_rate",
+    "skipped": "train_step (skipped update)",
+    "counters": "fit (counters)",
+    "losses": "train_step",
+    "moments": "train_step",
+    "update": "train_step",
+    "held-out loss": "evaluate",
+    "tokens of texts": "generator",
+}
+
+
 def _traced(rows: list[Row], group: Group, bug: str | None, device: str) -> list[Row]:
+    """Rows of which some fail, with their place."""
+    items = [row.item.partition(": ")[2] for row in rows if not row.ok]
+    place = next(place for words, place in FUNCTIONS.items() if any(item.startswith(words) for item in items))
     try:
         fault = [str(x) for x in _run(group, bug, device, trace=True)[0]["fault"]]
-    except UserError as error:
-        fault = ["", f"not traced: {error}", ""]
-    if not fault:
         note = "operation by operation the first micro-batch is right, there and back"
-        return [row if row.ok else dataclasses.replace(row, note=note) for row in rows]
-    place, what, error = fault
-    note = f"differs first at {place}, {what}: {float(error):.1e}" if place else what
-    return [row if row.ok else dataclasses.replace(row, place=place or row.place, note=note) for row in rows]
+        if fault:
+            place, note = fault[0], f"differs first at {fault[0]}, {fault[1]}: {float(fault[2]):.1e}"
+    except (UserError, _Ended) as error:
+        note = f"not traced: {error}"
+    return [row if row.ok else dataclasses.replace(row, place=place, note=note) for row in rows]
 
 
 def _run(group: Group, bug: str | None, device: str, trace: bool = False) -> list[dict[str, Any]]:
@@ -196,7 +231,8 @@ def _run(group: Group, bug: str | None, device: str, trace: bool = False) -> lis
                 lines = next((x for x in outputs if "Error" in x), output).strip().splitlines() or [
                     str(process.returncode)
                 ]
-                raise UserError(f"{group}: {next((x for x in reversed(lines) if 'Error' in x), lines[-1])}")
+                line = next((x for x in reversed(lines) if "Error" in x), lines[-1])
+                raise UserError(f"{group}: {line}") if "UserError" in line else _Ended(f"{group}: {line}")
         found = []
         for i in range(len(group.cases)):
             with np.load(Path(folder) / f"{i}.npz") as got:
@@ -249,7 +285,7 @@ def plant(bug: ShardingBug) -> tuple[bool, str]:
     group = Group(bug.framework, bug.processes, bug.devices, ((bug.shape, bug.mesh),))
     try:
         rows = [row for row in run_group(group, bug.name) if not row.ok]
-        red = [f"{row.item.split(': ')[1]}; {row.place}: {row.note}" for row in rows]
+        red = [f"{row.item.rpartition(': ')[2]}; {row.place}: {row.note}" for row in rows]
     except UserError as error:
         red = [str(error)]
     return bool(red) and bug.item in red[0], red[0] if red else "nothing"
