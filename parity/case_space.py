@@ -85,7 +85,7 @@ PLACES = {
     "overflow": "train_step (skipped update)",
     "micro_batches": "loss_and_grads (accumulation)",
     "chunks": "chunked_cross_entropy",
-    "separators": "document mask",
+    "separators": "inside_documents",
     "remat": "remat",
     "scan": "scan_layers",
     "attention": "dot_product_attention",

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import warnings
 from collections.abc import Iterator
 
 import jax
@@ -38,6 +39,8 @@ def known_flags() -> str:
 
 def share_compiled(cache: str) -> None:
     """Read from a folder, and write to it, every program that JAX compiles in this process."""
+    # what another process is still writing is compiled once more
+    warnings.filterwarnings("ignore", message="Error reading persistent compilation cache entry")
     jax.config.update("jax_compilation_cache_dir", cache)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)

@@ -189,7 +189,7 @@ def _check_documents(s: Settings) -> Iterator[Row]:
     for item, fields in (("documents apart", {}), ("documents apart, remat", {"remat": "full"})):
         sides = [side.variant(separator=separator, **fields) for side in s.sides("float64")]
         pairs = [*(side.loss_and_grads(weights, ids, targets) for side in sides), exact]
-        place = "remat" if fields else "document mask"
+        place = "remat" if fields else "inside_documents"
         losses = [{"loss": np.array(loss)} for loss, _ in pairs]
         yield located_or(three_way("loss", item, "float64", losses, FLOAT64_ALLOWED), s, None, place, separator)
         row = three_way("gradients", item, "float64", [grads for _, grads in pairs], FLOAT64_ALLOWED)

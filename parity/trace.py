@@ -239,6 +239,9 @@ def located(row: Row, s: Settings, cfg: ModelConfig | None = None, separator: An
             return dataclasses.replace(other, note=f"without gradients {other.note}")
         note = "uncompiled and with gradients no module differs: only the compiled program does"
         return dataclasses.replace(row, note=f"{row.note}; {note}")
+    if separator is not None:  # positions and masks of documents reach modules that are right without them
+        if not trace(s, cfg, optimizer=False, only=only).place():
+            place = "inside_documents"
     return dataclasses.replace(row, place=place, note=found.sentence())
 
 
@@ -267,7 +270,8 @@ def trace(
     weights = random_weights(cfg, s.seed, dtype)
     ids, targets = random_batch(cfg, s.seed, s.batch, s.length)
     if separator is not None:  # documents of a few tokens each
-        ids[np.random.default_rng((s.seed, 24)).random(ids.shape) < 0.2] = np.atleast_1d(separator)[0]
+        rng, ends = np.random.default_rng((s.seed, 24)), np.atleast_1d(separator)
+        ids = np.where(rng.random(ids.shape) < 0.2, rng.choice(ends, ids.shape), ids)
     expected = specification(weights, ids, targets, cfg, lambda x: round_to(x, dtype), separator)
     sides = s.sides(dtype, cfg)
     sides = sides if separator is None else tuple(side.variant(separator=separator) for side in sides)

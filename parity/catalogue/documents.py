@@ -10,6 +10,7 @@ jax(
     "documents:inside_documents",
     SEEN,
     "causal_mask(t, t, window)[None, None]",
+    place="inside_documents",
     **APART,
 )
 torch(
@@ -18,6 +19,7 @@ torch(
     "torch.cumsum(ends, dim=1) - ends",
     "torch.cumsum(ends, dim=1)",
     quick=True,
+    place="inside_documents",
     **APART,
 )
 jax(
@@ -25,9 +27,17 @@ jax(
     "documents:inside_documents",
     "jnp.cumsum(ends, axis=1) - ends",
     "jnp.cumsum(ends, axis=1)",
+    place="inside_documents",
     **APART,
 )
-torch("documents see what is after them", "documents:inside_documents", SEEN, "same[:, None]", **APART)
+torch(
+    "documents see what is after them",
+    "documents:inside_documents",
+    SEEN,
+    "same[:, None]",
+    place="inside_documents",
+    **APART,
+)
 torch(
     "the mask forgotten where layers are computed again",
     "model:Transformer.forward",
@@ -47,6 +57,7 @@ both(
         "torch.cumsum(ends, dim=1) - ends",
         "(torch.cumsum(ends, dim=1) - ends).clamp(max=1)",
     ),
+    place="inside_documents",
     **APART,
 )
 jax(
@@ -54,6 +65,7 @@ jax(
     "documents:inside_documents",
     "[input_ids == x for x in separators]",
     "[input_ids == x for x in separators[:1]]",
+    place="inside_documents",
     **APART,
 )
 torch(
@@ -61,5 +73,6 @@ torch(
     "documents:inside_documents",
     "[input_ids == x for x in separators]",
     "[input_ids == x for x in separators[-1:]]",
+    place="inside_documents",
     **APART,
 )
