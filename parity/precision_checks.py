@@ -302,7 +302,7 @@ def _dtype_rows(s: Settings, dtype: str) -> Iterator[Row]:
     # scores: the products q k^T, which are the first matrix product of attention
     scores = [{ops["attention"]["first product"]} for ops in (jax_ops, torch_ops)]
     found.append(("attention scores", scores[0], scores[1]))
-    found.append(("moments", *_moment_dtypes(wide)))
+    found.append(("moments", *_moment_dtypes(dtype, wide)))
     wrong = [[what for what, *dtypes in found if dtypes[k] - {wide}] for k in (0, 1)]
     side = verdict(bool(wrong[0]), bool(wrong[1]), wrong[0] == wrong[1])
     note = "; ".join(f"{label}: {', '.join(w)}" for label, w in zip(("JAX", "torch"), wrong, strict=True) if w)
@@ -359,12 +359,12 @@ def _dispatched_dtypes(op: Callable[[], Any]) -> dict[str, Any]:
     return recorder.found
 
 
-def _moment_dtypes(master: str) -> tuple[set[str], set[str]]:
-    """The dtypes of Adam's moments for master weights of a dtype."""
+def _moment_dtypes(dtype: str, master: str) -> tuple[set[str], set[str]]:
+    """The dtypes of Adam's moments, and in torch of the master weights, which are its optimizer's, for parameters of a dtype."""
     with jax.enable_x64(master == "float64"):
         params = {"w": jnp.ones((2, 2), jnp.dtype(master))}
         state = jax_llm.optim.adamw(0.9, 0.95, 1e-8, 0.1).init(params)
         jax_dtypes = {str(x.dtype) for x in jax.tree.leaves(state)}
-    p = torch.nn.Parameter(torch.ones(2, 2, dtype=getattr(torch, master)))
-    moments = torch_llm.optim.AdamW([p], 1e-3, 0.9, 0.95, 1e-8, 0.1).moments(p)
-    return jax_dtypes, {str(x.dtype).removeprefix("torch.") for x in moments}
+    p = torch.nn.Parameter(torch.ones(2, 2, dtype=getattr(torch, dtype)))
+    optimizer = torch_llm.optim.AdamW([p], 1e-3, 0.9, 0.95, 1e-8, 0.1)
+    return jax_dtypes, {str(x.dtype).removeprefix("torch.") for x in (*optimizer.moments(p), optimizer.master(p))}

@@ -24,7 +24,7 @@ from torch_llm.evaluate import evaluator
 from torch_llm.generate import fuse_projections, generate, generator
 from torch_llm.kv_cache import KVCache
 from torch_llm.model import CausalLM, empty_model
-from torch_llm.optim import make_optimizer
+from torch_llm.optim import gradient, make_optimizer
 from torch_llm.train import Trainer, loss_and_grads, matmul_precision, select_device
 
 
@@ -62,7 +62,7 @@ class TorchSide:
 
     def initial_weights(self, seed: int) -> Tensors:
         train = TrainConfig(seed=seed, compute_dtype=self.dtype, seq_len=1)
-        return _float64(checkpoint.to_canonical(Trainer(self.cfg, train, OptimizerConfig(), self.device).model))
+        return _float64(checkpoint.to_training_state(Trainer(self.cfg, train, OptimizerConfig(), self.device)).weights)
 
     def logits(self, weights: Tensors, ids: np.ndarray) -> np.ndarray:
         with torch.no_grad(), self.scope():
@@ -96,27 +96,23 @@ class TorchSide:
         accumulation_steps: int = 1,
         loss_chunks: int = 1,
     ) -> tuple[float, Tensors]:
-        model, dtype = self._model(weights), getattr(torch, self.dtype)
+        model = self._model(weights)
         with self.scope():
             batch = self._tensor(ids), self._tensor(targets)
-            loss = loss_and_grads(model, *batch, dtype, accumulation_steps, loss_chunks)
+            loss = loss_and_grads(model, *batch, accumulation_steps, loss_chunks)
         return float(loss), self._gradients(model)
 
     def tapped(self, weights: Tensors, ids: np.ndarray, targets: np.ndarray, given: Values, given_back: Values):
         """One loss and its gradients under taps: what they recorded, the loss, the gradients."""
         recorder, model = TorchRecorder(given, given_back), self._model(weights)
         with self.scope(), recorder.attached(model):
-            loss = torch_llm.train.loss_and_grads(
-                model, self._tensor(ids), self._tensor(targets), getattr(torch, self.dtype)
-            )
+            loss = torch_llm.train.loss_and_grads(model, self._tensor(ids), self._tensor(targets))
         return recorder, float(loss), self._gradients(model)
 
     def _gradients(self, model: CausalLM) -> Tensors:
         """The gradients left in a model; zero where there is none."""
-        grads = {name: np.zeros(p.shape) for name, p in model.named_parameters()}
-        return grads | {
-            name: p.grad.double().cpu().numpy() for name, p in model.named_parameters() if p.grad is not None
-        }
+        grads = {name: (p, gradient(p)) for name, p in model.named_parameters()}
+        return {name: np.zeros(p.shape) if g is None else g.double().cpu().numpy() for name, (p, g) in grads.items()}
 
     def tapped_cache(self, weights: Tensors, ids: np.ndarray, prompt: int, values: Callable[[int, int], Values]):
         """What taps record while ids are fed as `cached_logits` feeds them: recorder, first and last position."""

@@ -239,9 +239,9 @@ def located(row: Row, s: Settings, cfg: ModelConfig | None = None, separator: An
             return dataclasses.replace(other, note=f"without gradients {other.note}")
         note = "uncompiled and with gradients no module differs: only the compiled program does"
         return dataclasses.replace(row, note=f"{row.note}; {note}")
-    if separator is not None:  # positions and masks of documents reach modules that are right without them
-        if not trace(s, cfg, optimizer=False, only=only).place():
-            place = "inside_documents"
+    # positions and masks of documents reach modules that are right without them
+    if separator is not None and not trace(s, cfg, optimizer=False, only=only).place():
+        place = "inside_documents"
     return dataclasses.replace(row, place=place, note=found.sentence())
 
 

@@ -76,7 +76,6 @@ def main() -> int:
 
 def ours(framework: str, cfg: ModelConfig, train: TrainConfig, opt: OptimizerConfig, data, held_out: Evaluation, args):
     """A run of one of our sides: the loss of each step, and the held-out loss at the end."""
-    from functools import partial
 
     losses: list[float] = []
     keep = lambda step, state, metrics: losses.append(metrics["loss"])
@@ -85,8 +84,7 @@ def ours(framework: str, cfg: ModelConfig, train: TrainConfig, opt: OptimizerCon
     if framework == "torch":
         trainer = side.Trainer(cfg, train, opt, device)
         trainer.fit(data, on_step=lambda *x: keep(*x))
-        evaluate = partial(import_side("torch", "evaluate").evaluate, trainer.model, train.compute_dtype)
-        total, count = evaluate(held_out)
+        total, count = import_side("torch", "evaluate").evaluate(trainer.model, held_out)
     else:
         import jax
 

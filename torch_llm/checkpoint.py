@@ -29,16 +29,21 @@ def from_canonical(model: CausalLM, weights: Tensors) -> CausalLM:
     return model
 
 
+def as_tensor(array: np.ndarray) -> torch.Tensor:
+    """An array as a tensor, to be read and copied: the two share their memory, which may be a file's."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # nothing writes into a view of a file
+        return torch.from_numpy(np.asarray(array))
+
+
 @torch.no_grad()
 def copy(p: torch.Tensor, array: np.ndarray) -> None:
     """Write an array into a tensor."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # the array may be a view of a file, which is read and not written
-        p.copy_(torch.from_numpy(np.asarray(array)))
+    p.copy_(as_tensor(array))
 
 
 def to_canonical(model: CausalLM) -> dict[str, np.ndarray]:
-    """Canonical tensors, each a NumPy array of its own, from a model's parameters."""
+    """Canonical tensors, each a NumPy array of its own, from a model's parameters. A trainer's masters: `to_training_state`."""
     parameters = dict(model.named_parameters())
     return {name: _array(parameters[name]) for name in tensor_shapes(model.cfg)}
 
@@ -49,14 +54,22 @@ def to_training_state(trainer: Trainer) -> TrainingState:
     parameters = dict(trainer.model.named_parameters())
     moments = {name: trainer.optimizer.moments(parameters[name]) for name in tensor_shapes(trainer.cfg)}
     mu, nu = ({name: _array(pair[i]) for name, pair in moments.items()} for i in (0, 1))
-    return TrainingState(to_canonical(trainer.model), mu, nu, trainer.step, trainer.optimizer.count)
+    weights = {name: _array(x) for name, x in trainer.masters().items()}
+    return TrainingState(weights, mu, nu, trainer.step, trainer.optimizer.count)
+
+
+def load_weights(trainer: Trainer, weights: Tensors) -> None:
+    """Copy canonical weights into a trainer's masters, and rounded into its model."""
+    check_tensors(trainer.cfg, weights, "weights")
+    for name, p in trainer.model.named_parameters():
+        trainer.optimizer.set_master(p, as_tensor(weights[name]))
 
 
 def from_training_state(trainer: Trainer, saved: TrainingState) -> Trainer:
     """Put a saved state into a trainer, which then goes on from it; returns the trainer."""
     for moment, label in ((saved.mu, "mu"), (saved.nu, "nu")):
         check_tensors(trainer.cfg, moment, label)
-    from_canonical(trainer.model, saved.weights)
+    load_weights(trainer, saved.weights)
     for name, p in trainer.model.named_parameters():
         mu, nu = trainer.optimizer.moments(p)
         copy(mu, saved.mu[name])

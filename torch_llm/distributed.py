@@ -210,8 +210,8 @@ class ShardedTrainer(Trainer):
         self._cross_entropy = cross_entropy
         super().__init__(cfg, train, opt, device, init_weights)
 
-    def _make_model(self, backend: str, dtype: torch.dtype) -> None:
-        mesh, separator = self.mesh, self.train.document_separator
+    def _make_model(self, backend: str) -> None:
+        mesh, separator, dtype = self.mesh, self.train.document_separator, getattr(torch, self.train.master_dtype)
         self.model, self.parameters = cut_model(
             self.cfg, mesh, backend, dtype, self.compute_dtype, self.device, self.train.remat, separator
         )

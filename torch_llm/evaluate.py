@@ -10,7 +10,6 @@ from functools import partial
 
 import torch
 from torch import Tensor
-from torch.func import functional_call
 
 from llm_common.config import ModelConfig, TrainConfig
 from llm_common.errors import UserError
@@ -20,28 +19,31 @@ from torch_llm.attention import resolve_backend
 from torch_llm.checkpoint import from_canonical
 from torch_llm.loss import cross_entropy_sum
 from torch_llm.model import CausalLM, empty_model
-from torch_llm.train import cast, first_not_finite, matmul_precision, select_device
+from torch_llm.train import first_not_finite, matmul_precision, select_device
 
 
-def batch_loss(model: CausalLM, weights: dict[str, Tensor], inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+def batch_loss(model: CausalLM, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     """Of each row: sum of the losses in nats and number of counted targets, (B,) each, for inputs and targets (B, T)."""
-    logits = functional_call(model, weights, (inputs,))
+    logits = model(inputs)
     losses, counts = zip(*(cross_entropy_sum(*row) for row in zip(logits, targets, strict=True)), strict=True)
     return torch.stack(losses), torch.stack(counts)
 
 
 @torch.no_grad()
-def evaluate(model: CausalLM, compute_dtype: str, evaluation: Evaluation) -> tuple[float, int]:
-    """Sum of the losses in nats over all held-out tokens, rows added up in float64, and how many tokens those are."""
+def evaluate(model: CausalLM, evaluation: Evaluation) -> tuple[float, int]:
+    """Sum of the losses in nats over all held-out tokens, rows added up in float64, and how many tokens those are.
+
+    With the weights as the model has them: a trainer's are those of the compute dtype.
+    """
     total, count = 0.0, 0
-    device, weights = model.model.norm.weight.device, cast(model, getattr(torch, compute_dtype))
-    with matmul_precision(compute_dtype):
+    device, dtype = model.model.norm.weight.device, str(model.model.norm.weight.dtype).removeprefix("torch.")
+    with matmul_precision(dtype):
         for inputs, targets in evaluation.batches():
             ids, labels = (torch.tensor(x, device=device).long() for x in (inputs, targets))
-            loss, n = batch_loss(model, weights, ids, labels)
+            loss, n = batch_loss(model, ids, labels)
             total, count = total + float(loss.double().sum()), count + int(n.sum())
             if not math.isfinite(total):
-                why = first_not_finite(model, ids, labels, getattr(torch, compute_dtype))
+                why = first_not_finite(model, ids, labels)
                 raise UserError(f"the loss is not finite: {why}")
     return total, count
 
@@ -55,4 +57,4 @@ def evaluator(cfg: ModelConfig, weights: Tensors, train: TrainConfig, device: st
         empty_model(cfg, backend, getattr(torch, train.compute_dtype), target, separator=train.document_separator),
         weights,
     )
-    yield partial(evaluate, model, train.compute_dtype)
+    yield partial(evaluate, model)

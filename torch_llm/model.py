@@ -8,6 +8,8 @@ the matrix products; "full", everything but the layer's input.
 `state_dict()` holds exactly the canonical tensors: tables and caches are not parameters, a tied head has no weight.
 """
 
+import math
+from collections.abc import Iterator, Mapping
 from functools import partial
 
 import torch
@@ -116,19 +118,31 @@ class CausalLM(nn.Module):
             x = torch.take_along_dim(x, last[:, None, None], dim=1)  # (B, 1, D)
         return self.model.embed_tokens.attend(x) if self.lm_head is None else self.lm_head(x)
 
+    def head_weight(self) -> Tensor:
+        """The head's matrix (V, D): its own, or the embedding's if it is tied."""
+        return self.model.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
+
     @torch.no_grad()
     def init_weights(self, seed: int) -> "CausalLM":
-        """Initial weights, bit-identical to JAX's from the same seed: uniform, keyed by the canonical name's index."""
+        """Initial weights, bit-identical to JAX's from the same seed, rounded to the model's dtype."""
         parameters = dict(self.named_parameters())
-        for i, name in enumerate(tensor_shapes(self.cfg)):
-            p, width = parameters[name], init_range(self.cfg, name)
-            if width is None:
-                p.fill_(init_constant(name))
-                continue
-            key = random_bits.fold_in(random_bits.key(seed, p.device), i)
-            u = random_bits.uniform(random_bits.random_bits(key, p.numel()), p.dtype)
-            p.copy_(((u - 0.5) * torch.tensor(width, dtype=p.dtype)).reshape(p.shape))
+        for name, x in initial_tensors(self.cfg, seed, upcast(self.model.norm.weight[:0]).dtype, parameters):
+            parameters[name].copy_(x)
         return self
+
+
+def initial_tensors(
+    cfg: ModelConfig, seed: int, dtype: torch.dtype, like: Mapping[str, Tensor]
+) -> Iterator[tuple[str, Tensor]]:
+    """The initial weights one by one, by canonical name, in `dtype`: uniform, keyed by the name's index. like: for the devices."""
+    for i, (name, shape) in enumerate(tensor_shapes(cfg).items()):
+        device, width = like[name].device, init_range(cfg, name)
+        if width is None:
+            yield name, torch.full(shape, init_constant(name), dtype=dtype, device=device)
+            continue
+        key = random_bits.fold_in(random_bits.key(seed, device), i)
+        u = random_bits.uniform(random_bits.random_bits(key, math.prod(shape)), dtype)
+        yield name, ((u - 0.5) * torch.tensor(width, dtype=dtype)).reshape(shape)
 
 
 def empty_model(

@@ -3,6 +3,7 @@
 Any module can be trained with them, and `torch.optim.AdamW` can take their place in a training loop.
 """
 
+import itertools
 from collections.abc import Iterable
 from functools import reduce
 from typing import Any
@@ -80,8 +81,17 @@ def clipped_update(
         old.copy_(torch.where(finite, x, old))
 
 
+def gradient(p: Tensor) -> Tensor | None:
+    """A parameter's gradient: the sum of its micro-batches in float32 where one is kept, as `main_grad`, else `grad`."""
+    main: Tensor | None = getattr(p, "main_grad", None)
+    return p.grad if main is None else main
+
+
 class AdamW(torch.optim.Optimizer):
     """p <- p - lr * (m_hat / (sqrt(v_hat) + eps) + weight_decay * p), the decay on the old p.
+
+    The arithmetic is float32 (float64 for float64). A parameter of another dtype has a float32 master, which is state as the moments
+    are: the update is the master's, and the parameter is the master rounded.
 
     `group["lr"]` is set from outside before each step. `count` is the number of updates made, one for all parameters.
     A parameter without a gradient counts as one with zero gradient, as it does in JAX.
@@ -123,28 +133,61 @@ class AdamW(torch.optim.Optimizer):
             scalars = (group["lr"], *bias_corrections(beta1, beta2, self.count))
             device = group["params"][0].device
             if self._compiled is not None:
-                # a wider dtype would make the whole update as wide
-                dtype = wide_dtype(group["params"])
+                dtype = wide_dtype(group["params"])  # a wider one would make the whole update as wide
                 on_host = torch.tensor(scalars, dtype=dtype, pin_memory=device.type == "cuda")
                 scalars = list(on_host.to(device, non_blocking=True).unbind())
                 factor = torch.ones((), device=device) if factor is None else factor
                 finite = torch.ones((), dtype=torch.bool, device=device) if finite is None else finite
             for p in group["params"]:
-                g = torch.zeros_like(p) if p.grad is None else p.grad
-                mu, nu = self.moments(p)
+                g = gradient(p)
+                g = torch.zeros_like(p) if g is None else g
+                master, (mu, nu) = self.master(p), self.moments(p)
                 if self._compiled is None:
-                    g = g.to(p.dtype)
-                    adamw_update(p, mu, nu, g if factor is None else g * factor, scalars, *settings)
+                    g = g.to(master.dtype)
+                    adamw_update(master, mu, nu, g if factor is None else g * factor, scalars, *settings)
                 else:
-                    flat = [x.detach().reshape(-1) for x in (p, mu, nu, g)]  # views: one shape for the program to know
+                    flat = [
+                        x.detach().reshape(-1) for x in (master, mu, nu, g)
+                    ]  # views: one shape for the program to know
                     self._compiled(*flat, factor, finite, scalars, *settings)
+                if master is not p:
+                    p.copy_(master)
+
+    def master(self, p: nn.Parameter) -> Tensor:
+        """What an update changes: the parameter itself, or its float32 master, at the start the parameter's value."""
+        if p.dtype == wide_dtype([p]):
+            return p
+        return self._state(p)["master"]
 
     def moments(self, p: nn.Parameter) -> tuple[Tensor, Tensor]:
         """Running means of a parameter's gradients and of their squares, zero at the start."""
+        state = self._state(p)
+        return state["mu"], state["nu"]
+
+    def _state(self, p: nn.Parameter) -> dict[str, Tensor]:
         state = self.state[p]
         if not state:
-            state["mu"], state["nu"] = torch.zeros_like(p), torch.zeros_like(p)
-        return state["mu"], state["nu"]
+            wide = wide_dtype([p])
+            state["mu"], state["nu"] = (torch.zeros_like(p, dtype=wide) for _ in range(2))
+            if p.dtype != wide:
+                state["master"] = p.detach().to(wide)
+        return state
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As of any optimizer. torch rounds what it loads to the parameter's dtype; masters and moments keep theirs."""
+        super().load_state_dict(state_dict)
+        numbers = itertools.chain(*(group["params"] for group in state_dict["param_groups"]))
+        for number, p in zip(numbers, itertools.chain(*(g["params"] for g in self.param_groups)), strict=True):
+            for key, x in state_dict["state"].get(number, {}).items():
+                self.state[p][key] = x.detach().clone().to(p.device)
+
+    @torch.no_grad()
+    def set_master(self, p: nn.Parameter, value: Tensor) -> None:
+        """Write a value into a parameter's master, and rounded into the parameter."""
+        master = self.master(p)
+        master.copy_(value)
+        if master is not p:
+            p.copy_(master)
 
 
 def make_optimizer(cfg: OptimizerConfig, module: nn.Module) -> AdamW:

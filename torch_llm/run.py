@@ -16,7 +16,7 @@ from llm_common.data import Dataset
 from llm_common.run import Run
 from llm_common.sharding import MeshConfig
 from torch_llm import distributed
-from torch_llm.checkpoint import from_canonical, from_training_state, to_training_state
+from torch_llm.checkpoint import from_training_state, load_weights, to_training_state
 from torch_llm.evaluate import evaluate
 from torch_llm.train import Trainer, select_device
 
@@ -35,12 +35,12 @@ def fit_and_save(run: Run, device: str = "auto") -> Path:
         if saved is not None:
             from_training_state(trainer, saved)
         elif run.initial is not None:
-            from_canonical(trainer.model, run.initial)
+            load_weights(trainer, run.initial)
 
         # what the run may ask of the trainer: to be read, and its held-out loss
         readers = (
             lambda: to_training_state(trainer),
-            lambda evaluation: evaluate(trainer.model, run.train.compute_dtype, evaluation),
+            lambda evaluation: evaluate(trainer.model, evaluation),
         )
         trainer.fit(run.dataset, on_step=lambda step, _, metrics: run.after_step(step, metrics, *readers))
         return run.finish(trainer.step, *readers)

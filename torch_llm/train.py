@@ -10,12 +10,11 @@ B batch, T positions.
 """
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import torch
-from torch import Tensor
-from torch.func import functional_call
+from torch import Tensor, nn
 
 from llm_common.budget import host_memory, host_memory_used
 from llm_common.config import ModelConfig, OptimizerConfig, TrainConfig, check_length
@@ -28,90 +27,62 @@ from llm_common.tensors import check_batch, tensor_shapes
 from torch_llm.attention import resolve_backend, takes_blocks
 from torch_llm.chunked_loss import chunked_cross_entropy
 from torch_llm.loss import IGNORE_INDEX, cross_entropy
-from torch_llm.model import CausalLM, empty_model
-from torch_llm.optim import clip_factor, global_norm, make_optimizer
+from torch_llm.model import CausalLM, empty_model, initial_tensors
+from torch_llm.optim import clip_factor, global_norm, gradient, make_optimizer, wide_dtype
 
 
-def cast(model: CausalLM, dtype: torch.dtype) -> dict[str, Tensor]:
-    """A model's weights by name, in a dtype, as leaves of their own; in the model's dtype they share its memory."""
-    return {name: p.detach().to(dtype) for name, p in model.named_parameters()}
-
-
-def batch_loss(
-    model: CausalLM, weights: dict[str, Tensor], inputs: Tensor, targets: Tensor, count: Tensor, loss_chunks: int = 1
-) -> Tensor:
-    """Sum of the losses of inputs and targets (B, T) over `count`, with weights in the place of the model's own."""
+def batch_loss(model: CausalLM, inputs: Tensor, targets: Tensor, count: Tensor, loss_chunks: int = 1) -> Tensor:
+    """Sum of the losses of inputs and targets (B, T) over `count`."""
     if loss_chunks > 1:
-        own = {name.removeprefix("model."): w for name, w in weights.items() if name.startswith("model.")}
-        x = functional_call(model.model, own, (inputs,))  # (B, T, D)
-        return chunked_cross_entropy(x, head_weight(weights), targets, count, loss_chunks)
-    return cross_entropy(functional_call(model, weights, (inputs,)), targets, count)
-
-
-_uncompiled_loss = batch_loss
-
-
-@contextlib.contextmanager
-def weights_in_place(model: CausalLM, weights: dict[str, Tensor]) -> Iterator[None]:
-    """While this is open a model's weights are these.
-
-    `functional_call` puts them there for the forward pass alone; what remat computes again in the backward pass needs them, too.
-    """
-    own = dict(model.named_parameters())
-
-    def put(tensors: Mapping[str, Tensor]) -> None:
-        for name, x in tensors.items():
-            path, _, last = name.rpartition(".")
-            model.get_submodule(path)._parameters[last] = x  # pyright: ignore[reportArgumentType]
-
-    try:
-        put(weights)
-        yield
-    finally:
-        put(own)
+        x = model.model(inputs)  # (B, T, D)
+        return chunked_cross_entropy(x, model.head_weight(), targets, count, loss_chunks)
+    return cross_entropy(model(inputs), targets, count)
 
 
 def loss_and_grads(
     model: CausalLM,
     inputs: Tensor,
     targets: Tensor,
-    compute_dtype: torch.dtype,
     accumulation_steps: int = 1,
     loss_chunks: int = 1,
     batch_loss: Callable[..., Tensor] = batch_loss,
 ) -> Tensor:
-    """Mean loss of a batch; its gradient is left in the `.grad` of the master weights, in compute_dtype. inputs, targets: (B, T).
+    """Mean loss of a batch; its gradients are left in the parameters, where `optim.gradient` finds them. inputs, targets: (B, T).
 
-    The masters are cast to compute_dtype once, here. With accumulation the batch is cut into `accumulation_steps`
-    micro-batches, one after the other; the gradients are added up in float32, and the mean is over all counted tokens of the
-    batch. loss_chunks: how many parts the logits are made in, one after the other. batch_loss: that function, or a compiled form
-    of it.
+    With accumulation the batch is cut into `accumulation_steps` micro-batches, one after the other; the gradients are added up in
+    float32, and the mean is over all counted tokens of the batch. loss_chunks: how many parts the logits are made in, one after the
+    other. batch_loss: that function, or a compiled form of it.
     """
-    masters = dict(model.named_parameters())
-    weights = {name: p.requires_grad_() for name, p in cast(model, compute_dtype).items()}
     count = (targets != IGNORE_INDEX).sum()
     model.zero_grad()
     losses = []
-    computes_again = model.model.remat != "none" and batch_loss is _uncompiled_loss
-    for micro_batch in zip(inputs.chunk(accumulation_steps), targets.chunk(accumulation_steps), strict=True):
-        with weights_in_place(model, weights) if computes_again else contextlib.nullcontext():
-            loss = batch_loss(model, weights, *micro_batch, count, loss_chunks)
+    with summed_in_float32(model) if accumulation_steps > 1 else contextlib.nullcontext():
+        for micro_batch in zip(inputs.chunk(accumulation_steps), targets.chunk(accumulation_steps), strict=True):
+            loss = batch_loss(model, *micro_batch, count, loss_chunks)
+            loss.backward()
             losses.append(loss.detach())
-            grads = torch.autograd.grad(loss, list(weights.values()), allow_unused=True)
-        for p, g in zip(masters.values(), grads, strict=True):
-            if g is None:
-                continue
-            if accumulation_steps == 1:
-                p.grad_dtype = g.dtype  # no float32 copy of what is used once
-                p.grad = g
-            else:
-                p.grad = g.to(p.dtype) if p.grad is None else p.grad.add_(g)
     return torch.stack(losses).sum()
 
 
-def head_weight(weights: dict[str, Tensor]) -> Tensor:
-    """The head's matrix (V, D): its own, or the embedding's if it is tied."""
-    return weights.get("lm_head.weight", weights["model.embed_tokens.weight"])
+@contextlib.contextmanager
+def summed_in_float32(model: nn.Module) -> Iterator[None]:
+    """While this is open the gradients of parameters of a narrower dtype are added up in float32, as `main_grad`."""
+    narrow = [p for p in model.parameters() if p.dtype != wide_dtype([p])]
+
+    def add(p: Tensor) -> None:
+        assert p.grad is not None
+        main = getattr(p, "main_grad", None)
+        setattr(p, "main_grad", p.grad.to(wide_dtype([p])) if main is None else main.add_(p.grad))  # noqa: B010
+        p.grad = None
+
+    for p in narrow:
+        setattr(p, "main_grad", None)  # noqa: B010
+    handles = [p.register_post_accumulate_grad_hook(add) for p in narrow]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 @contextlib.contextmanager
@@ -198,7 +169,10 @@ def device_kind(device: str) -> str:
 
 
 class Trainer:
-    """A training run. `model` holds the masters; `step` counts steps and `optimizer.count` the updates made."""
+    """A training run. `model` is in the compute dtype, and `optimizer` owns the masters of its parameters and their moments.
+
+    `step` counts steps and `optimizer.count` the updates made.
+    """
 
     def __init__(
         self,
@@ -213,12 +187,11 @@ class Trainer:
         self.cfg, self.train, self.opt, self.device = cfg, train, opt, torch.device(device)
         self.compute_dtype = getattr(torch, train.compute_dtype)
         backend = resolve_backend(train.attention_backend, train.compute_dtype)
-        master_dtype = getattr(torch, train.master_dtype)
         upcast_dtype = torch.promote_types(self.compute_dtype, torch.float32)
         self._batch_loss = batch_loss
         self._unsettled: StepMetrics | None = None  # of a step whose update was counted before it was known to be one
         self.step = 0
-        self._make_model(backend, master_dtype)
+        self._make_model(backend)
         if init_weights:
             self.init_weights()
         self.compiled = compiles(train, self.device)
@@ -229,13 +202,23 @@ class Trainer:
 
     # What a trainer for many devices does in another way: `torch_llm.distributed.ShardedTrainer`.
 
-    def _make_model(self, backend: str, dtype: torch.dtype) -> None:
-        self.model = empty_model(self.cfg, backend, dtype, self.device, self.train.remat, self.train.document_separator)
+    def _make_model(self, backend: str) -> None:
+        train = self.train
+        self.model = empty_model(
+            self.cfg, backend, self.compute_dtype, self.device, train.remat, train.document_separator
+        )
         self.optimizer = make_optimizer(self.opt, self.model)
 
     def init_weights(self) -> None:
-        """Fill in the initial weights of `train.seed`."""
-        self.model.init_weights(self.train.seed)
+        """Fill in the initial weights of `train.seed`: into the masters, which are rounded afterwards."""
+        parameters, dtype = dict(self.model.named_parameters()), getattr(torch, self.train.master_dtype)
+        for name, x in initial_tensors(self.cfg, self.train.seed, dtype, parameters):
+            self.optimizer.set_master(parameters[name], x)
+
+    def masters(self) -> dict[str, Tensor]:
+        """The weights as the optimizer keeps them, by canonical name, in float32 (float64 for float64)."""
+        parameters = dict(self.model.named_parameters())
+        return {name: self.optimizer.master(parameters[name]).detach() for name in tensor_shapes(self.cfg)}
 
     def _compile(self) -> None:
         # a program for each shape: of one for any shape, which a second shape brings, the compiler fails on a GPU
@@ -243,14 +226,14 @@ class Trainer:
         self.optimizer.compile_update()
 
     def loss_and_grads(self, inputs: Tensor, targets: Tensor) -> Tensor:
-        """Mean loss of a batch, with the gradients left in the masters' `.grad`."""
+        """Mean loss of a batch, with the gradients left in the parameters."""
         steps, chunks = self.train.gradient_accumulation_steps, self.train.loss_chunks
-        return loss_and_grads(self.model, inputs, targets, self.compute_dtype, steps, chunks, self._batch_loss)
+        return loss_and_grads(self.model, inputs, targets, steps, chunks, self._batch_loss)
 
     @torch.no_grad()
     def grad_norm(self) -> Tensor:
         """The global norm of the gradients."""
-        return global_norm(p.grad for p in self.model.parameters() if p.grad is not None)
+        return global_norm(g for g in map(gradient, self.model.parameters()) if g is not None)
 
     def read_batch(self, dataset: Dataset) -> tuple[Tensor, Tensor]:
         """Inputs and targets of this step, each (B, T), on the device. Raises UserError for an id outside the vocabulary."""
@@ -261,7 +244,7 @@ class Trainer:
 
     def first_not_finite(self, inputs: Tensor, targets: Tensor) -> str:
         """Which tensor is the first that is not finite, for people."""
-        return first_not_finite(self.model, inputs, targets, self.compute_dtype)
+        return first_not_finite(self.model, inputs, targets)
 
     # The same for both.
 
@@ -392,22 +375,22 @@ def watch_outputs(model: CausalLM, forward: Callable[[], Tensor]) -> tuple[Tenso
 
 
 @torch.no_grad()
-def first_not_finite(model: CausalLM, inputs: Tensor, targets: Tensor, compute_dtype: torch.dtype) -> str:
+def first_not_finite(model: CausalLM, inputs: Tensor, targets: Tensor) -> str:
     """Which tensor is the first that is not finite: a weight, else a module's output in the order in which they are computed,
     else the loss, else a gradient in the order of the backward pass. For people; runs the model once more, uncompiled.
     """
-    weights, names = cast(model, compute_dtype), list(tensor_shapes(model.cfg))
+    parameters, names = dict(model.named_parameters()), list(tensor_shapes(model.cfg))
     for name in names:
-        if not finite(weights[name]):
+        if not finite(parameters[name]):
             return f"the weight {name} is the first tensor that is not finite"
-    logits, found = watch_outputs(model, lambda: functional_call(model, weights, (inputs,)))
+    logits, found = watch_outputs(model, lambda: model(inputs))
     if found:
         return f"{found}; all weights are finite"
     if not finite(cross_entropy(logits, targets)):
         return "the loss is the first tensor that is not finite; all logits are finite"
     with torch.enable_grad():
-        loss_and_grads(model, inputs, targets, compute_dtype)
-    grads = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+        loss_and_grads(model, inputs, targets)
+    grads = {name: p.grad for name, p in parameters.items() if p.grad is not None}
     for name in reversed(names):
         if name in grads and not finite(grads[name]):
             return f"the gradient of {name} is the first tensor that is not finite; the loss is finite"

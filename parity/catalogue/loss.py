@@ -51,8 +51,8 @@ jax(
 torch(
     "shifted twice",
     "train:batch_loss",
-    "cross_entropy(functional_call(model, weights, (inputs,)), targets, count)",
-    "cross_entropy(functional_call(model, weights, (inputs,))[:, :-1], targets[:, 1:], count)",
+    "cross_entropy(model(inputs), targets, count)",
+    "cross_entropy(model(inputs)[:, :-1], targets[:, 1:], count)",
     place="the model",
     **LOSS,
 )
@@ -98,8 +98,8 @@ jax(
 torch(
     "last micro-batch alone",
     "train:loss_and_grads",
-    "p.grad = g.to(p.dtype) if p.grad is None else p.grad.add_(g)",
-    "p.grad = g.to(p.dtype)",
+    "loss.backward()",
+    "model.zero_grad()\nloss.backward()",
     "gradients",
 )
 alike(

@@ -131,9 +131,9 @@ jax(
 torch("no update at all", "optim:AdamW.step", "...", "self.count += 1", place=MU, **STEP)
 torch(
     "moments in bfloat16",
-    "optim:AdamW.moments",
-    "(torch.zeros_like(p), torch.zeros_like(p))",
-    "(torch.zeros_like(p, dtype=torch.bfloat16), torch.zeros_like(p, dtype=torch.bfloat16))",
+    "optim:AdamW._state",
+    "torch.zeros_like(p, dtype=wide)",
+    "torch.zeros_like(p, dtype=torch.bfloat16)",
     "precision",
     "moments",
     dtype="bfloat16",

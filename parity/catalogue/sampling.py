@@ -33,9 +33,9 @@ shared(
 jax("keys count from 1", "model:init_params", "enumerate(shapes)", "enumerate(shapes, 1)", "init", EMBED)
 torch(
     "keys by sorted names",
-    "model:CausalLM.init_weights",
-    "enumerate(tensor_shapes(self.cfg))",
-    "enumerate(sorted(tensor_shapes(self.cfg)))",
+    "model:initial_tensors",
+    "enumerate(tensor_shapes(cfg).items())",
+    "enumerate(sorted(tensor_shapes(cfg).items()))",
     "init",
     EMBED,
 )

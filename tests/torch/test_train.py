@@ -121,7 +121,26 @@ def test_training_lowers_the_loss_in_bfloat16_with_float32_masters():
     trainer = Trainer(CFG, TrainConfig(batch_size=3, seq_len=13, compute_dtype="bfloat16"), OPT)
     trainer.fit(Batches(CFG, 0, n=1), on_step=lambda step, t, m: losses.append(m["loss"]))
     assert losses[-1] < losses[0] - 0.5
-    assert {p.dtype for p in trainer.model.parameters()} == {torch.float32}
+    assert {p.dtype for p in trainer.model.parameters()} == {torch.bfloat16}
+    masters = trainer.masters()
+    assert {x.dtype for x in masters.values()} == {torch.float32}
+    for name, p in trainer.model.named_parameters():
+        assert torch.equal(p, masters[name].bfloat16())
+        assert {x.dtype for x in trainer.optimizer.moments(p)} == {torch.float32}
+    assert any((x != x.bfloat16()).any() for x in masters.values())
+
+
+def test_the_optimizers_state_keeps_its_width():
+    """`torch.optim.Optimizer` rounds what it loads to the dtype of the parameter."""
+    trainers = [Trainer(CFG, TrainConfig(batch_size=3, seq_len=13, compute_dtype="bfloat16"), OPT) for _ in range(2)]
+    trainers[0].fit(Batches(CFG, 0), 2)
+    trainers[1].optimizer.load_state_dict(trainers[0].optimizer.state_dict())
+    for p, q in zip(*(trainer.model.parameters() for trainer in trainers), strict=True):
+        pairs = zip(trainers[0].optimizer.moments(p), trainers[1].optimizer.moments(q), strict=True)
+        for x, y in (*pairs, (trainers[0].optimizer.master(p), trainers[1].optimizer.master(q))):
+            assert x.dtype == y.dtype == torch.float32
+            assert torch.equal(x, y)
+            assert x.data_ptr() != y.data_ptr()
 
 
 def test_skips_stop_the_run_with_a_diagnosis():
@@ -184,7 +203,7 @@ def grads_of(train, seed=0):
     targets[2:4] = -100
     targets[0, 1:] = -100
     steps = train.gradient_accumulation_steps
-    loss = loss_and_grads(model, torch.tensor(ids), torch.tensor(targets), torch.float64, steps)
+    loss = loss_and_grads(model, torch.tensor(ids), torch.tensor(targets), steps)
     return float(loss), {name: p.grad.numpy() for name, p in model.named_parameters()}
 
 
@@ -209,7 +228,7 @@ def test_ways_to_save_memory_change_nothing(settings):
 @pytest.mark.parametrize("remat", ["full", "dots"])
 @pytest.mark.parametrize("chunks", [1, 3])
 def test_what_is_computed_again_has_the_rounded_weights(remat, chunks):
-    """In bfloat16, uncompiled: the backward pass finds the weights of the forward pass, not the float32 masters."""
+    """In bfloat16, uncompiled: the backward pass finds the weights of the forward pass."""
     grads = {}
     for way in ("none", remat):
         train = TrainConfig(
@@ -219,8 +238,8 @@ def test_what_is_computed_again_has_the_rounded_weights(remat, chunks):
         trainer = Trainer(CFG, train, OptimizerConfig())
         ids, targets = (torch.tensor(x) for x in random_batch(CFG, 0, 6, 9))
         trainer.loss_and_grads(ids, targets)
-        grads[way] = {name: p.grad.clone() for name, p in trainer.model.named_parameters()}
-        assert all(p.dtype == torch.float32 for p in trainer.model.parameters())
+        grads[way] = {name: optim.gradient(p).clone() for name, p in trainer.model.named_parameters()}
+        assert all(g.dtype == torch.float32 for g in grads[way].values())
     for name, x in grads["none"].items():
         assert torch.equal(grads[remat][name], x), name
 
@@ -269,7 +288,7 @@ def not_finite(change, **settings):
     change(weights)
     ids, targets = random_batch(CFG, 0)
     model = empty_model(CFG, "reference", torch.float32, "cpu", **settings)
-    return first_not_finite(from_canonical(model, weights), torch.tensor(ids), torch.tensor(targets), torch.float32)
+    return first_not_finite(from_canonical(model, weights), torch.tensor(ids), torch.tensor(targets))
 
 
 def test_the_first_tensor_that_is_not_finite_is_named():
