@@ -105,7 +105,7 @@ PLACES = {
     "prompts": "prefill",
     "chunk": "generate (chunk)",
     "temperature": "sample",
-    "seed": "random_bits",
+    "seed": "generate (seed)",
 }
 OTHERWISE = {
     "run": "train_step",

@@ -92,7 +92,8 @@ def _init_row(s: Settings, dtype: str, seed: int) -> Row:
     differing = [_differing_elements(a, expected) for a in sides]
     pair = _differing_elements(sides[0], sides[1])
     side = verdict(differing[0] > 0, differing[1] > 0, pair == 0)
-    place = next((name for name, x in expected.items() if any(_differs(a, name, x) for a in sides)), "")
+    first = next((name for name, x in expected.items() if any(_differs(a, name, x) for a in sides)), "")
+    place = f"initial weights: {first}" if first else ""
     return Row(
         "init", f"elements that differ, seed {seed}", dtype, max(*differing, pair), 0, not side, side, place, place
     )

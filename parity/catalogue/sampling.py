@@ -4,7 +4,7 @@ from parity.catalogue.mutant import ATTENTION, alike, area, both, jax, shared, t
 
 # --- start of training and random bits
 area("random bits and initial weights")
-EMBED = "model.embed_tokens.weight"
+EMBED = "initial weights: model.embed_tokens.weight"
 shared(
     "no residual scale",
     "tensors:init_range",
