@@ -12,8 +12,8 @@ from unittest import mock
 import numpy as np
 
 from llm_common.config import ModelConfig, OptimizerConfig, SamplingConfig
-from parity import spec
-from parity.cases import random_batch, random_weights, start_state
+from parity import spec, spec_run
+from parity.cases import Always, random_batch, random_weights, start_state
 from parity.compare import Row, round_to, tensor_errors, verdict, worse_side, worst
 from parity.points import given, specification
 from parity.settings import Settings
@@ -116,20 +116,13 @@ def accumulator_row(s: Settings, dtype: str) -> Row:
     ids, targets = (x.astype(np.int32) for x in random_batch(cfg, s.seed, n, s.length, ignored=False))
     opt = OptimizerConfig(beta1=0.0, max_grad_norm=None)
 
-    @dataclasses.dataclass
-    class One:
-        rows: slice
-
-        def batch(self, step: int, host: int = 0, n_hosts: int = 1):
-            return ids[self.rows], targets[self.rows]
-
     errors = []
     for side in s.sides(dtype, cfg):
         of = lambda rows, micro_batches, side=side: (
             side.train(
                 start_state(weights, "float32"),
                 opt,
-                One(rows),
+                Always((ids[rows], targets[rows])),
                 1,
                 batch_size=n,
                 gradient_accumulation_steps=micro_batches,
@@ -140,3 +133,46 @@ def accumulator_row(s: Settings, dtype: str) -> Row:
         errors.append(tensor_errors(whole, total))
     row = worse_side("precision", "sum of micro-batches' gradients", dtype, errors, ACCUMULATED)
     return row if row.ok else dataclasses.replace(row, place="loss_and_grads (accumulation)")
+
+
+# A handful of float32 roundings, 2^-24 each, of the clip factor, its product with a gradient, two products and a sum, and for the
+# second moment a square; 32 of them. A gradient or a master rounded to bfloat16 on the way is 2^-9 off.
+STEPPED = 2.0**-19
+
+
+def optimizer_row(s: Settings, dtype: str, micro_batches: int) -> Row:
+    """A clipped step from the middle of a run in a low precision, against float64 arithmetic on the gradient that the run has.
+
+    The gradient is what a step with beta1 = 0 and no clip leaves in the first moments.
+    """
+    cfg, n = dataclasses.replace(s.cfg, num_hidden_layers=1), 2
+    weights, rng = random_weights(cfg, s.seed, "float32"), np.random.default_rng((s.seed, 27))
+    data = Always(tuple(x.astype(np.int32) for x in random_batch(cfg, s.seed, n, s.length, ignored=False)))
+    fields = {"batch_size": n, "gradient_accumulation_steps": micro_batches}
+    errors = []
+    for side in s.sides(dtype, cfg):
+        norms: list[float] = []
+        note = lambda step, state, metrics, norms=norms: norms.append(float(metrics["grad_norm"]))
+        opt = OptimizerConfig(beta1=0.0, max_grad_norm=None)
+        grads = side.train(start_state(weights, "float32"), opt, data, 1, note, **fields).mu
+        grads = {name: g.astype(np.float64) for name, g in grads.items()}
+        opt = OptimizerConfig(
+            lr_max=1e-2, warmup_steps=0, total_steps=9, beta1=0.8, beta2=0.9, max_grad_norm=norms[0] / 3
+        )
+        start = start_state(weights, "float32")
+        start.step, start.adam_count = 3, 2
+        for name, g in grads.items():
+            start.mu[name][...] = 0.1 * np.abs(g).mean() * rng.standard_normal(g.shape)
+            start.nu[name][...] = 0.1 * np.square(g).mean() * rng.random(g.shape)
+        as_float64 = lambda tensors: {name: x.astype(np.float64) for name, x in tensors.items()}
+        before = [as_float64(x) for x in (start.weights, start.mu, start.nu)]
+        clipped = {name: g / 3 for name, g in grads.items()}
+        wanted = spec.adamw_step(before[0], before[1], before[2], clipped, opt, spec_run.learning_rate(opt, 3), 3)
+        end = side.train(start, opt, data, 4, None, **fields)
+        found: dict[str, float] = {}
+        for what, x, y in zip(("weights", "mu", "nu"), (end.weights, end.mu, end.nu), wanted, strict=True):
+            found |= {f"{what} of {name}": e for name, e in tensor_errors(as_float64(x), y).items()}
+        errors.append(found)
+    item = f"clipped step of a run in {micro_batches} micro-batch" + ("es" if micro_batches > 1 else "")
+    row = worse_side("precision", item, dtype, errors, STEPPED)
+    return row if row.ok else dataclasses.replace(row, place="AdamW (precision)")

@@ -76,9 +76,15 @@ def check_init(s: Settings) -> Iterator[Row]:
         yield _init_row(s, dtype, s.seed)
         if dtype == "float32" or "float32" not in s.dtypes:
             yield _init_row(s, dtype, (s.seed + 0x9E3779B9) % 2**32)
+    if "float64" in s.dtypes:  # other tensors in other orders
+        for name in ("Qwen2: biases", "Qwen3: norms of q and k"):
+            for tied in (False, True):
+                cfg = dataclasses.replace(families(s.cfg)[name], tie_word_embeddings=tied)
+                what = f"; {name}{', tied' if tied else ''}"
+                yield _init_row(dataclasses.replace(s, cfg=cfg), "float64", s.seed, what)
 
 
-def _init_row(s: Settings, dtype: str, seed: int) -> Row:
+def _init_row(s: Settings, dtype: str, seed: int, what: str = "") -> Row:
     sides = [side.initial_weights(seed) for side in s.sides(dtype)]
     expected = {}
     for i, (name, shape) in enumerate(spec.weight_shapes(s.cfg).items()):
@@ -95,7 +101,15 @@ def _init_row(s: Settings, dtype: str, seed: int) -> Row:
     first = next((name for name, x in expected.items() if any(_differs(a, name, x) for a in sides)), "")
     place = f"initial weights: {first}" if first else ""
     return Row(
-        "init", f"elements that differ, seed {seed}", dtype, max(*differing, pair), 0, not side, side, place, place
+        "init",
+        f"elements that differ, seed {seed}{what}",
+        dtype,
+        max(*differing, pair),
+        0,
+        not side,
+        side,
+        place,
+        place,
     )
 
 

@@ -29,7 +29,7 @@ import torch_llm.loss
 import torch_llm.optim
 import torch_llm.rope
 from parity import spec
-from parity.border_checks import accumulator_row, border_rows, generating_row
+from parity.border_checks import accumulator_row, border_rows, generating_row, optimizer_row
 from parity.cases import families, random_batch, random_weights
 from parity.compare import Row, round_to, spacing, verdict
 from parity.settings import Settings
@@ -188,6 +188,8 @@ def check_precision(s: Settings) -> Iterator[Row]:
         yield from _dtype_rows(s, dtype)
     if "bfloat16" in s.dtypes:  # after the moments' own dtypes, in which it reads what is summed
         yield accumulator_row(s, "bfloat16")
+        for micro_batches in (1, 2):
+            yield optimizer_row(s, "bfloat16", micro_batches)
         yield generating_row(s, "bfloat16")
 
 

@@ -21,6 +21,7 @@ from parity.cases import random_weights, start_state
 from parity.compare import Raised, Row, Tensors, each_number, on_both, shared, three_way, verdict
 from parity.settings import Settings
 from parity.spec_config import architecture
+from parity.text_program_checks import mismatches, text_rows
 from parity.training_checks import UPDATE_ALLOWED
 from parity.workshop import CONFIG, END, SCRIPTS, Workshop, call, flat, log_numbers, recorded_losses
 
@@ -68,14 +69,10 @@ def check_programs(s: Settings) -> Iterator[Row]:
             yield from _tuned(shop)
             yield from _extended(shop)
             yield _bfloat16(shop)
+            yield from text_rows(shop, FLAGS)
         except Raised as error:
             note = f"raised {error.note}"
             yield Row("programs", "a program", "float64", math.nan, 0, False, error.side, note)
-
-
-def _mismatches(found: list[int], wanted: list[int]) -> int:
-    """Ids that differ, place by place, and those that one of the two lacks."""
-    return sum(a != b for a, b in zip(found, wanted, strict=False)) + abs(len(found) - len(wanted))
 
 
 def _prepared(shop: Workshop) -> Iterator[Row]:
@@ -88,7 +85,7 @@ def _prepared(shop: Workshop) -> Iterator[Row]:
         documents = [text for text in shop.documents if spec_run.is_held_out(text, 0.3) == held]
         wanted = [i for text in documents for i in spec_run.document([], shop.ids(text), shop.end)]
         found = np.load(folder / name).tolist()
-        wrong += _mismatches(found, wanted)
+        wrong += mismatches(found, wanted)
     yield shared("programs", "tokens that prepare_data.py writes otherwise", wrong, place="prepare_data.py")
     lines = [json.dumps({"q": f"wide {i}", "a": f"newer {i % 7}"}) for i in range(30)]
     (folder / "many.jsonl").write_text("\n".join(lines), encoding="utf-8")
@@ -100,7 +97,7 @@ def _prepared(shop: Workshop) -> Iterator[Row]:
         texts = [pair for pair in texts if spec_run.is_held_out("\n".join(pair), 0.4) == held]
         wanted = [i for pair in texts for i in [*shop.ids("".join(pair)), shop.end]]
         found = np.load(folder / name)["tokens"].tolist()
-        wrong += _mismatches(found, wanted)
+        wrong += mismatches(found, wanted)
     yield shared(
         "programs", "tokens of examples that prepare_data.py writes otherwise", wrong, place="prepare_examples"
     )
@@ -178,6 +175,7 @@ def _evaluated(shop: Workshop) -> Iterator[Row]:
     folder, expected = shop.folder, shop.spec
     weights = expected["weights"][STEPS]
     rows = spec_run.held_out_rows(expected["held"], LENGTH)
+    few = rows[0][: EVAL_BATCHES * BATCH], rows[1][: EVAL_BATCHES * BATCH]
     texts = ["low lower, quick brown naïve", "你好 newest zebras", "café"]  # some longer than windows of 5 tokens
     (folder / "held.txt").write_text(END.join(texts), encoding="utf-8")
     documents = [shop.ids(text) for text in texts]  # each predicted from the end of a text
@@ -193,6 +191,7 @@ def _evaluated(shop: Workshop) -> Iterator[Row]:
 
     for what, arguments, wanted in (
         ("tokens", ["--data", folder / "t-validation.npy", "--batches", "all"], of(rows, shop.end)),
+        ("tokens, as many as in the run", ["--data", folder / "t-validation.npy"], of(few, shop.end)),
         (
             "examples",
             ["--data", folder / "many-validation.npz", "--batches", "all", "--seq-len", 20],

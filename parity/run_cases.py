@@ -18,7 +18,7 @@ from llm_common.errors import UserError
 from llm_common.sharding import MeshConfig
 from parity import drawn, spec, spec_run
 from parity.case_space import MODEL, OTHERWISE, PLACES, POISON, SPACES, config_of, fix, recipe
-from parity.cases import random_batch, random_weights, start_state
+from parity.cases import Always, random_batch, random_weights, start_state
 from parity.compare import (
     EPS,
     Raised,
@@ -175,7 +175,6 @@ def low_row(s: Settings, case: Case, item: str, seed: int) -> Row:
         "loss_chunks": case["chunks"],
         "document_separator": separator,
         "remat": case["remat"],
-        "compile": "off",
     }
     # With beta1 = 0 and no clip the first moments are the gradients.
     opt, data = OptimizerConfig(beta1=0.0, max_grad_norm=None), Always((ids.astype(np.int32), targets.astype(np.int32)))
@@ -190,16 +189,6 @@ def low_row(s: Settings, case: Case, item: str, seed: int) -> Row:
 
     shares = on_both(dataclasses.replace(s, attention=case["attention"]).sides(dtype, cfg), shares_of)
     return worse_side("runs", item, dtype, shares, 1.0)
-
-
-@dataclasses.dataclass(frozen=True)
-class Always:
-    """A dataset whose every batch is the same."""
-
-    rows: tuple[np.ndarray, np.ndarray]
-
-    def batch(self, step: int, host: int = 0, n_hosts: int = 1) -> tuple[np.ndarray, np.ndarray]:
-        return self.rows
 
 
 def mesh_row(s: Settings, case: Case, item: str, seed: int) -> Row:
