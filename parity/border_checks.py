@@ -2,12 +2,9 @@
 gradients over micro-batches.
 """
 
-import contextlib
 import dataclasses
-import importlib
 import math
 from collections.abc import Iterator
-from unittest import mock
 
 import numpy as np
 
@@ -15,6 +12,7 @@ from llm_common.config import ModelConfig, OptimizerConfig, SamplingConfig
 from parity import spec, spec_run
 from parity.cases import Always, random_batch, random_weights, start_state
 from parity.compare import Row, round_to, tensor_errors, verdict, worse_side, worst
+from parity.generated_dtypes import noted_dtypes
 from parity.points import given, specification
 from parity.settings import Settings
 
@@ -65,10 +63,6 @@ def border_rows(s: Settings, cfg: ModelConfig, name: str, differing_allowed: flo
     yield Row("precision", item, dtype, max(jax_share, torch_share), differing_allowed, not side, side, place, place)
 
 
-# What attention and the drawing of a token are given while texts are generated: everything in the compute dtype, logits are float32.
-GENERATED = (("attention", "dot_product_attention", 3), ("layers", "rms_norm", 2), ("layers", "swiglu", 2))
-
-
 def generating_row(s: Settings, dtype: str) -> Row:
     """The dtypes of a model that generates, cache included, through the generator that the scripts call."""
     # a shape of its own, so that no program is there already, in which nothing would be seen
@@ -77,30 +71,13 @@ def generating_row(s: Settings, dtype: str) -> Row:
     )
     weights, found = random_weights(cfg, s.seed, dtype), []
     for side, package in zip(s.sides(dtype, cfg), ("jax_llm", "torch_llm"), strict=True):
-        wrong: list[str] = []
-        with contextlib.ExitStack() as stack:
-            for module, function, n in GENERATED:
-                stack.enter_context(_noting(f"{package}.{module}", function, n, dtype, wrong))
+        with noted_dtypes(package, dtype) as wrong:
             side.stream(weights, [[3, 5, 8], [2]], 4, SamplingConfig(temperature=0.8, seed=s.seed))
         found.append(list(dict.fromkeys(wrong)))
     side = verdict(bool(found[0]), bool(found[1]), found[0] == found[1])
     first = next((x for wrong in found for x in wrong), "")
     item, place = "tensors of another dtype while generating", f"generate ({first.split(' ')[0]})" if side else ""
     return Row("precision", item, dtype, max(map(len, found)), 0, not side, side, first, place)
-
-
-def _noting(module: str, name: str, n: int, dtype: str, wrong: list[str]):
-    """A patch: the function, which notes those of its first n arguments and its result that have another dtype."""
-    function = getattr(importlib.import_module(module), name)
-
-    def noting(*args, **kwargs):
-        result = function(*args, **kwargs)
-        for what, x in [*((f"argument {i}", x) for i, x in enumerate(args[:n])), ("result", result)]:
-            if str(x.dtype).removeprefix("torch.") != dtype:
-                wrong.append(f"{name} {what}: {x.dtype}")
-        return result
-
-    return mock.patch(f"{module}.{name}", noting)
 
 
 # Four micro-batches with as many counted targets each, in the moments that one step of a run leaves, which with beta1 = 0 are the

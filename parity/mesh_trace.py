@@ -114,6 +114,8 @@ def first_fault(found: Found) -> tuple[str, str, float] | None:
     back = {key: x for key, x in found.items() if key[1] == "gradient"}
     for (place, what), error in ({key: x for key, x in found.items() if key not in back} | back).items():
         if not error <= (0.0 if place in ("read_batch", "from_canonical") else FREE_ALLOWED):
+            # the first gradient of all is that of the logits: what is wrong there is the loss, or the factor that it has
+            place = "loss_and_grads" if (place, what) == next(iter(back), None) else place
             return place, what, error
     return None
 

@@ -130,6 +130,9 @@ def compare(group: Group, shape: str, mesh: str, got: dict[str, Any]) -> Iterato
         # exponents or of more numbers. Summed in bfloat16 all of them do: the bound lies halfway.
         short = row("gradients of 8 bits in a bfloat16 run", float(got["short sums"]), 0.75)
         yield dataclasses.replace(short, dtype="bfloat16")
+    if "wide tensors" in got:
+        wide = row("generating in bfloat16: tensors of another dtype", int(got["wide tensors"]), 0)
+        yield dataclasses.replace(wide, dtype="bfloat16")
     yield row("tokens of texts that differ", int((got["texts"] != np.array(want.texts)).sum()), 0)
 
 
@@ -180,6 +183,7 @@ FUNCTIONS = {
     "moments": "train_step",
     "update": "train_step",
     "held-out loss": "evaluate",
+    "generating": "generator",
     "tokens of texts": "generator",
 }
 

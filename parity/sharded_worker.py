@@ -23,6 +23,7 @@ from llm_common.processes import end_with_launcher
 from llm_common.sharding import MeshConfig
 from llm_common.tensors import Tensors
 from parity import mesh_cases as cases
+from parity.generated_dtypes import noted_dtypes
 from parity.planting import planted
 from parity.sharded import find_bug
 
@@ -80,7 +81,7 @@ def run_jax(shape: str, mesh_config: MeshConfig, hosts: Hosts, folder: Path) -> 
             _compare(distributed.to_training_state(cfg, again), saved, f"{mesh_config} -> {other}")
     with distributed.generator(cfg, weights, mesh_config, hosts.device, "float64") as stream:
         results["texts"] = cases.texts(stream)
-    return results
+    return results | _generated_dtypes("jax_llm", distributed, shape, mesh_config, hosts)
 
 
 def run_torch(shape: str, mesh_config: MeshConfig, hosts: Hosts, folder: Path) -> Results:
@@ -128,9 +129,21 @@ def run_torch(shape: str, mesh_config: MeshConfig, hosts: Hosts, folder: Path) -
         _compare(again.to_training_state(), saved, f"{mesh_config} -> {other}")
     with distributed.generator(cfg, weights, mesh_config, hosts.device, "float64") as stream:
         results["texts"] = cases.texts(stream)
+    results |= _generated_dtypes("torch_llm", distributed, shape, mesh_config, hosts)
     if mesh_config.batch_shards > 1:
         results["short sums"] = _short_sums(cfg, mesh_config, hosts.device)
     return results
+
+
+def _generated_dtypes(package: str, distributed: Any, shape: str, mesh_config: MeshConfig, hosts: Hosts) -> Results:
+    """How many tensors of a model that generates in bfloat16 have another dtype; of the plainest shape alone."""
+    case = cases.mesh_case(shape)
+    if shape != "llama":
+        return {}
+    arguments = case.cfg, case.weights, mesh_config, hosts.device, "bfloat16"
+    with noted_dtypes(package, "bfloat16") as wrong, distributed.generator(*arguments) as stream:
+        cases.texts(stream)
+    return {"wide tensors": len(set(wrong))}
 
 
 def trace(framework: str, shape: str, mesh_config: MeshConfig, hosts: Hosts, folder: Path) -> Results:
