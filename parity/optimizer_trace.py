@@ -1,7 +1,7 @@
 """Where two optimizers part: one whole step of each side from a common state and given gradients, quantity by quantity."""
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -25,6 +25,7 @@ class OptimizerTrace:
     nu: dict[str, float]
     update: dict[str, float]
     reading: str = ""  # what an update that is wrong would be right with
+    clip: bool = False  # whether another clip factor explains the moments
 
 
 def trace_optimizers(s: Settings, cfg: ModelConfig) -> Iterator[OptimizerTrace]:
@@ -62,14 +63,14 @@ def trace_optimizers(s: Settings, cfg: ModelConfig) -> Iterator[OptimizerTrace]:
             in_order(tensor_errors(end.nu, new_nu)),
             in_order(tensor_errors(update_of(end.weights), update_of(new))),
         )
+        squares = {name: g * g for name, g in clipped.items()}
+        of_mu = {"beta1": (mu, opt.beta1), "(1 - beta1) x clip factor": (clipped, 1.0 - opt.beta1)}
+        of_nu = {"beta2": (nu, opt.beta2), "1 - beta2": (squares, 1.0 - opt.beta2)}
         if max(found.mu.values()) > OPTIMIZER_ALLOWED["mu"]:
-            ways = {"beta1": (mu, opt.beta1), "(1 - beta1) x clip factor": (clipped, 1.0 - opt.beta1)}
-            found = dataclasses.replace(found, reading=_reading(end.mu, ways))
+            clip = _is_a_clip(_factors(end.mu, of_mu), _factors(end.nu, of_nu), opt)
+            found = dataclasses.replace(found, reading=_reading(end.mu, of_mu), clip=clip)
         elif max(found.nu.values()) > OPTIMIZER_ALLOWED["nu"]:
-            squares = {name: g * g for name, g in clipped.items()}
-            found = dataclasses.replace(
-                found, reading=_reading(end.nu, {"beta2": (nu, opt.beta2), "1 - beta2": (squares, 1.0 - opt.beta2)})
-            )
+            found = dataclasses.replace(found, reading=_reading(end.nu, of_nu))
         elif max(found.update.values()) > OPTIMIZER_ALLOWED["update"]:
             lr, (one, two) = spec_run.learning_rate(opt, 3), (1.0 - b**3 for b in (opt.beta1, opt.beta2))
             direction = {k: (new_mu[k] / one) / (np.sqrt(new_nu[k] / two) + opt.eps) for k in weights}
@@ -79,16 +80,27 @@ def trace_optimizers(s: Settings, cfg: ModelConfig) -> Iterator[OptimizerTrace]:
         yield found
 
 
-def _reading(found: Tensors, ways: Mapping[str, tuple[Any, float]]) -> str:
-    """Found tensors as a sum of others with one factor each: the factors, if such a sum it is, beside what they should be."""
+def _factors(found: Tensors, ways: Mapping[str, tuple[Any, float]]) -> Sequence[float]:
+    """Found tensors as a sum of others with one factor each: the factors, or none if it is no such sum."""
     flat = lambda tensors: np.concatenate([np.ravel(tensors[name]) for name in found])
     basis, wanted = np.stack([flat(x) for x, _ in ways.values()], axis=1), flat(found)
     factors, *_ = np.linalg.lstsq(basis, wanted, rcond=None)
-    if not np.linalg.norm(basis @ factors - wanted) <= 1e-8 * np.linalg.norm(wanted):
-        return ""
-    return ", ".join(
-        f"{name} = {x:.8g} for {right:.8g}" for x, (name, (_, right)) in zip(factors, ways.items(), strict=True)
-    )
+    fits = np.linalg.norm(basis @ factors - wanted) <= 1e-8 * np.linalg.norm(wanted)
+    return factors.tolist() if fits else ()
+
+
+def _reading(found: Tensors, ways: Mapping[str, tuple[Any, float]]) -> str:
+    """The factors beside what they should be."""
+    pairs = zip(_factors(found, ways), ways.items(), strict=False)
+    return ", ".join(f"{name} = {x:.8g} for {right:.8g}" for x, (name, (_, right)) in pairs)
+
+
+def _is_a_clip(mu: Sequence[float], nu: Sequence[float], opt: OptimizerConfig) -> bool:
+    """Whether moments are right but for one factor of the gradients, which the second moments have squared."""
+    if not mu or not nu or abs(mu[0] - opt.beta1) > 1e-9 or abs(nu[0] - opt.beta2) > 1e-9:
+        return False
+    factor, square = mu[1] / (1.0 - opt.beta1), nu[1] / (1.0 - opt.beta2)
+    return abs(square - factor**2) <= 1e-8 * square
 
 
 OPTIMIZER_ALLOWED = {"norm": 1e-12, "mu": 1e-12, "nu": 1e-12, "update": 1e-10}
@@ -103,6 +115,7 @@ def optimizer_fault(t: OptimizerTrace) -> Fault | None:
         bad = [name for name, error in errors.items() if not error <= OPTIMIZER_ALLOWED[what]]
         if len(bad) == len(errors):
             as_if = f"; as if {t.reading}" if t.reading else ""
+            what = "clip" if t.clip else what
             return Fault(f"optimizer: {what}", f"in every tensor, given identical gradients{as_if}", errors[bad[0]])
         if bad:
             some = f"in {len(bad)} of {len(errors)} tensors, given identical gradients"

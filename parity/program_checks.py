@@ -204,7 +204,8 @@ def _evaluated(shop: Workshop) -> Iterator[Row]:
         run = lambda framework, flags=flags: json.loads(
             call("evaluate", "--framework", framework, "--checkpoint", folder / framework, *flags).splitlines()[-1]
         )
-        yield numbers_row(f"evaluate.py of {what}", on_both(FRAMEWORKS, run), wanted, "evaluate.py")
+        kind = {"t": "Evaluation", "e": "ExampleEvaluation", "a": "DocumentEvaluation"}[what[0]]
+        yield numbers_row(f"evaluate.py of {what}", on_both(FRAMEWORKS, run), wanted, f"evaluate.py, {kind}")
 
 
 def _generated(shop: Workshop) -> Iterator[Row]:

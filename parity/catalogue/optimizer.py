@@ -175,13 +175,13 @@ shared(
 shared("nothing decays", "tensors:decays", "len(shape) >= 2", "len(shape) >= 3", "adamw", DECAY)
 
 area("clip")
-CLIPPED = "optimizer: mu"
+CLIPPED, CLIP = "optimizer: mu", "optimizer: clip"
 jax(
     "1e-6 beside the norm",
     "optim:clip_factor",
     "max_norm / norm",
     "max_norm / (norm + 1e-6)",
-    place=CLIPPED,
+    place=CLIP,
     **STEP,
 )
 torch(
@@ -189,7 +189,7 @@ torch(
     "optim:clip_factor",
     "torch.clamp(max_norm / norm, max=1.0)",
     "torch.clamp(max_norm / (norm + 1e-6), max=1.0)",
-    place=CLIPPED,
+    place=CLIP,
     **STEP,
 )
 jax(
@@ -200,7 +200,7 @@ jax(
     place=CLIPPED,
     **STEP,
 )
-torch("never", "optim:clip_factor", "max_norm is None", "True", place=CLIPPED, **STEP)
+torch("never", "optim:clip_factor", "max_norm is None", "True", place=CLIP, **STEP)
 both(
     "scales up too",
     ("optim:clip_factor", "jnp.minimum(1.0, max_norm / norm)", "max_norm / norm"),
