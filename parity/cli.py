@@ -64,6 +64,7 @@ def _parser() -> argparse.ArgumentParser:
     report.add_argument("--out", type=Path, default=OUT, help="the folder that `run`, `trace` and `mutants` wrote to")
     sharded = commands.add_parser("sharded", help="training on many devices against the specification, on this CPU")
     sharded.add_argument("--quick", action="store_true", help="a few of the meshes")
+    sharded.add_argument("--seed", type=int, default=0, help="of the case that is drawn for each framework")
     sharded.add_argument("--device", default="cpu", choices=["cpu", "gpu"], help="gpu: the meshes of two GPUs")
     sharded.add_argument("--bugs", action="store_true", help="plant the sharding bugs and see that each is caught")
     sharded.add_argument("--out", type=Path, default=Path("runs/sharded"))
@@ -279,7 +280,7 @@ def _report(args: argparse.Namespace) -> bool:
 def _sharded(args: argparse.Namespace) -> bool:
     from parity.compile_time import add_flags, known_flags
     from parity.report import conclude, make_console, print_progress
-    from parity.sharded import GROUPS, QUICK, SHARDING_BUGS, TWO_GPUS, plant, run_group
+    from parity.sharded import GROUPS, QUICK, SHARDING_BUGS, TWO_GPUS, drawn_groups, plant, run_group
 
     console, start = make_console(), time.perf_counter()
     if args.device == "cpu":
@@ -299,7 +300,7 @@ def _sharded(args: argparse.Namespace) -> bool:
         from torch_llm.train import device_kind
 
         name = f"2 x {device_kind('gpu')}"
-    groups = TWO_GPUS if args.device == "gpu" else QUICK if args.quick else GROUPS
+    groups = TWO_GPUS if args.device == "gpu" else QUICK if args.quick else (*GROUPS, *drawn_groups(args.seed))
     for group in groups:
         found = run_group(group, device=args.device)
         print_progress(console, str(group), found, time.perf_counter() - start)

@@ -15,7 +15,6 @@ import numpy as np
 from llm_common.checkpoint import TrainingState
 from llm_common.config import ModelConfig, OptimizerConfig, SamplingConfig
 from llm_common.errors import UserError
-from llm_common.sharding import MeshConfig
 from parity import drawn, spec, spec_run
 from parity.case_space import MODEL, OTHERWISE, PLACES, POISON, SPACES, config_of, fix, recipe
 from parity.cases import Always, random_batch, random_weights, start_state
@@ -35,7 +34,7 @@ from parity.compare import (
 from parity.drawn import Case, Space
 from parity.model_checks import CEILING, FLOAT64_ALLOWED, one_ulp_noise
 from parity.settings import Settings
-from parity.sharded import Group, run_group
+from parity.sharded import group_of, run_group
 from parity.token_checks import allowed_margin, draw_margin
 from parity.trace import located
 from parity.training_checks import MOMENTS_ALLOWED, UPDATE_ALLOWED, update_of
@@ -193,13 +192,10 @@ def low_row(s: Settings, case: Case, item: str, seed: int) -> Row:
 
 def mesh_row(s: Settings, case: Case, item: str, seed: int) -> Row:
     """A run of a case on a mesh, on processes or devices of its own: the first figure that differs, or the worst that holds."""
-    framework, mesh = case["framework"], case["mesh"]
-    size, line = MeshConfig.parse(mesh).size, f"{seed} {drawn.to_line(case)}"
-    shape = (1, size) if framework == "jax" else (size, 1)
     try:
-        rows = run_group(Group(framework, *shape, ((line, mesh),)))
+        rows = run_group(group_of(case, seed))
     except UserError as error:
-        raise Raised("JAX" if framework == "jax" else "torch", str(error)) from None
+        raise Raised("JAX" if case["framework"] == "jax" else "torch", str(error)) from None
     bad = [row for row in rows if not row.ok]
     row = bad[0] if bad else max(rows, key=lambda row: row.measured / (row.allowed or 1.0))
     return dataclasses.replace(row, check="runs", item=f"{item}: {row.item.partition(': ')[2]}")

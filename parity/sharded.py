@@ -21,9 +21,13 @@ import numpy as np
 
 from llm_common.errors import UserError
 from llm_common.processes import lifeline
+from llm_common.sharding import MeshConfig
 from llm_common.tensors import Tensors
+from parity import drawn
+from parity.case_space import MESH, fix
 from parity.catalogue.sharding import SHARDING_BUGS, ShardingBug
 from parity.compare import Row, tensor_errors
+from parity.drawn import Case
 from parity.mesh_cases import SHAPES, expected, mesh_case
 
 
@@ -78,6 +82,20 @@ QUICK = (
     Group("jax", 1, 8, (("qwen3", "data=2,fsdp=2,tensor=2"), ("documents", "fsdp=4,tensor=2"), ("overflow", "fsdp=8"))),
     Group("torch", 4, 1, (("qwen2", "fsdp=2,tensor=2"), ("tied", "data=2,fsdp=2"), ("overflow", "fsdp=4"))),
 )
+
+
+def group_of(case: Case, seed: int) -> Group:
+    """The processes or devices that a drawn case takes."""
+    size, line = MeshConfig.parse(case["mesh"]).size, f"{seed} {drawn.to_line(case)}"
+    processes, devices = (1, size) if case["framework"] == "jax" else (size, 1)
+    return Group(case["framework"], processes, devices, ((line, case["mesh"]),))
+
+
+def drawn_groups(seed: int) -> Iterator[Group]:
+    """A case of each framework that nobody chose."""
+    for i, framework in enumerate(MESH["framework"]):
+        case = drawn.draw(MESH, np.random.default_rng((seed, 31, i)), fix)
+        yield group_of({**case, "framework": framework}, seed)
 
 
 PLAIN = (("llama", "data=2"), ("tied", "fsdp=2"), ("qwen2", "tensor=2"), ("qwen3", "fsdp=2"), ("documents", "data=2"))
