@@ -47,8 +47,8 @@ def fused_attention(
 ) -> Array:
     """The same through `jax.nn.dot_product_attention`: "xla" on any device, "cudnn" on a GPU in bfloat16.
 
-    No mask may let a query look ahead in a sequence of its own (T = S). Where a text's one query sees the first slots, as in
-    decoding without a window, cuDNN reads those alone.
+    With T = S, no mask may let a query look ahead. In decoding without a window a text's one query sees the first
+    slots, and cuDNN reads only those.
     """
     if q.dtype == jnp.float64:
         raise UserError(
@@ -68,7 +68,7 @@ def fused_attention(
 
 
 def causal_mask(query_positions: Array, key_positions: Array, window: int | None = None) -> Array:
-    """True where a query may look at a key, which is the query's own or one of those before it: (..., T), (S,) to (..., T, S).
+    """True where a query may look at a key, its own or an earlier one: (..., T) and (S,) to (..., T, S).
 
     With a window only the last `window` positions are seen, the query's own included.
     """
@@ -98,8 +98,8 @@ def resolve_backend(setting: str, platform: str, compute_dtype: str, cfg: ModelC
     if setting == "splash":
         if platform != "tpu" or compute_dtype == "float64" or seq_len % 128:
             raise UserError(
-                f"attention_backend = 'splash' is for a TPU, float32 or bfloat16, and a seq_len of a multiple of 128; here: "
-                f"{platform}, {compute_dtype}, {seq_len}; use 'auto'"
+                "attention_backend = 'splash' is for a TPU, float32 or bfloat16, and a seq_len of a multiple of 128; "
+                f"here: {platform}, {compute_dtype}, {seq_len}; use 'auto'"
             )
         return "splash"
     if setting == "reference" or (setting == "auto" and (platform == "cpu" or compute_dtype == "float64")):

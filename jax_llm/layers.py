@@ -24,8 +24,8 @@ def upcast(x: Array) -> Array:
 def linear(x: Array, weight: Array) -> Array:
     """x @ weight.T: (..., D) and (F, D) to (..., F).
 
-    In float32 and float64 as one matrix of rows: the gradient of a weight would else be a sum over two dimensions, for which XLA
-    on a CPU copies both factors.
+    In float32 and float64, x is flattened to 2-D first. Otherwise the weight gradient contracts batch and time, and
+    XLA's CPU backend copies both operands.
     """
     rows = x if x.dtype == jnp.bfloat16 else x.reshape(-1, x.shape[-1])
     return jnp.einsum("...d,fd->...f", rows, weight).reshape(*x.shape[:-1], weight.shape[0])
@@ -108,8 +108,8 @@ class RMSNorm(nn.Module):
 class MLP(nn.Module):
     """The gated feed-forward block: down(silu(gate(x)) * up(x)).
 
-    barrier: for GPUs. XLA joins the gradients of `gate` and `up`, which read the same arrays, into one kernel only where these
-    do not come out of a product directly.
+    barrier: for GPUs. XLA fuses the gradients of `gate` and `up`, which read the same arrays, only if these are not the
+    direct outputs of a matrix product.
     """
 
     intermediate_size: int

@@ -5,8 +5,8 @@ B batch, T positions, S cache slots, D hidden_size, V vocab_size, L layers.
 Layers live in one tree whose arrays are stacked on a leading L axis. They run as a plain loop that applies one layer's
 slice after the other, or as one `lax.scan`, which compiles faster and runs slower.
 
-`remat` says what a layer's backward pass computes again instead of keeping it from the forward pass: "none"; "dots", all but
-the matrix products; "full", everything but the layer's input.
+`remat` says what a layer's backward pass computes again instead of keeping it from the forward pass. "none": nothing;
+"dots": all but the matrix products; "full": everything but the layer's input.
 """
 
 from collections.abc import Callable

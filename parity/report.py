@@ -236,7 +236,7 @@ def trace_json(found: Any) -> dict[str, Any]:
         points.append({"name": a.name, **sides})
     gradients = {name: [_json_value(s.free_grads.get(name, math.inf)) for s in found.sides] for name in jax.free_grads}
     optimizers = [
-        {k: v if k in ("side", "norm") else max(v.values()) for k, v in asdict(o).items()} for o in found.optimizers
+        {k: max(v.values()) if isinstance(v, dict) else v for k, v in asdict(o).items()} for o in found.optimizers
     ]
     return {
         "verdict": found.sentence(),

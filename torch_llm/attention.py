@@ -40,8 +40,9 @@ def reference_attention(
 
 
 def fused_attention(q: Tensor, k: Tensor, v: Tensor, mask: Mask, window: int | None = None) -> Tensor:
-    """The same through `F.scaled_dot_product_attention`, which picks the fastest kernel of the device; a mask in blocks is for
-    FlexAttention, which does not compute what it hides.
+    """The same through `F.scaled_dot_product_attention`, which picks the device's fastest kernel.
+
+    A BlockMask goes to FlexAttention, which skips the blocks that it hides.
     """
     if mask is None and window is not None and window < q.shape[1]:  # the function knows no window
         positions = torch.arange(q.shape[1], device=q.device)
@@ -58,8 +59,9 @@ def fused_attention(q: Tensor, k: Tensor, v: Tensor, mask: Mask, window: int | N
 
 
 def takes_blocks(backend: str, platform: str, dtype: torch.dtype, head_dim: int) -> bool:
-    """Whether a program that is compiled as a whole gives its masks in blocks, for FlexAttention, which is slow without a compiler
-    and not float64 with one.
+    """Whether a compiled program should use FlexAttention's BlockMask.
+
+    Uncompiled FlexAttention is slow; compiled, it has no float64.
     """
     return backend == "sdpa" and platform == "cuda" and dtype == torch.bfloat16 and head_dim in (16, 32, 64, 128)
 
@@ -71,7 +73,7 @@ def in_blocks(mask: Tensor) -> BlockMask:
 
 
 def causal_mask(query_positions: Tensor, key_positions: Tensor, window: int | None = None) -> Tensor:
-    """True where a query may look at a key, which is the query's own or one of those before it: (..., T), (S,) to (..., T, S).
+    """True where a query may look at a key, its own or an earlier one: (..., T) and (S,) to (..., T, S).
 
     With a window only the last `window` positions are seen, the query's own included.
     """
@@ -82,7 +84,10 @@ def causal_mask(query_positions: Tensor, key_positions: Tensor, window: int | No
 def dot_product_attention(
     q: Tensor, k: Tensor, v: Tensor, mask: Mask, backend: str, window: int | None = None
 ) -> Tensor:
-    """Attention by a resolved backend: "reference" or "sdpa". mask: broadcasts to (B, N, T, S); None is causal, `window` wide."""
+    """Attention by a resolved backend: "reference" or "sdpa".
+
+    mask: broadcasts to (B, N, T, S); None is causal, `window` wide.
+    """
     if backend == "reference":
         assert not isinstance(mask, BlockMask), "blocks are for a fused backend"
         return reference_attention(q, k, v, mask, window)
@@ -94,8 +99,8 @@ def dot_product_attention(
 def resolve_backend(setting: str, compute_dtype: str) -> str:
     """The backend for a setting: "auto", "reference" or "fused".
 
-    Resolved once, outside the model. float64 takes the reference by itself. The fused function asks for no device and no shapes:
-    it has a slower kernel for those that cuDNN and flash attention refuse.
+    Resolved once, outside the model. float64 takes the reference. The fused function takes any device and shape: where
+    cuDNN and flash attention refuse, it falls back to a slower kernel.
     """
     if setting == "splash":
         raise UserError("attention_backend = 'splash' is a kernel for TPUs, in JAX; use 'auto'")

@@ -22,10 +22,10 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
 
 
 def embedding(input_ids: Tensor, weight: Tensor) -> Tensor:
-    """Rows of weight (V, D) at input_ids (B, T): (B, T, D). Ids must lie in [0, V): torch raises on others, on a GPU late.
+    """Rows of weight (V, D) at input_ids (B, T): (B, T, D). Ids must lie in [0, V): torch raises on others.
 
     The look-up is made in float32 so that its backward pass, a scatter-add, sums in float32: in bfloat16 a frequent
-    token's gradient would lose its small terms. F.embedding, because the backward pass of indexing is not deterministic.
+    token's gradient would lose its small terms. F.embedding has a deterministic backward pass, indexing has not.
     """
     if not torch.is_grad_enabled():
         return F.embedding(input_ids, weight)  # no backward pass: spare the copy of the whole table

@@ -2,8 +2,8 @@
 
 B batch, T positions, S cache slots, D hidden_size, V vocab_size, L layers.
 
-`remat` says what a layer's backward pass computes again instead of keeping it from the forward pass: "none"; "dots", all but
-the matrix products; "full", everything but the layer's input.
+`remat` says what a layer's backward pass computes again instead of keeping it from the forward pass. "none": nothing;
+"dots": all but the matrix products; "full": everything but the layer's input.
 
 `state_dict()` holds exactly the canonical tensors: tables and caches are not parameters, a tied head has no weight.
 """
@@ -134,7 +134,10 @@ class CausalLM(nn.Module):
 def initial_tensors(
     cfg: ModelConfig, seed: int, dtype: torch.dtype, like: Mapping[str, Tensor]
 ) -> Iterator[tuple[str, Tensor]]:
-    """The initial weights one by one, by canonical name, in `dtype`: uniform, keyed by the name's index. like: for the devices."""
+    """The initial weights in `dtype`, one by one, by canonical name: uniform, keyed by the name's index.
+
+    like: tensors of these names, for their devices.
+    """
     for i, (name, shape) in enumerate(tensor_shapes(cfg).items()):
         device, width = like[name].device, init_range(cfg, name)
         if width is None:

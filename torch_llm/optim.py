@@ -76,13 +76,14 @@ def clipped_update(
 ) -> None:
     """Clip and update in one pass over memory, if `finite`, a bool on the device; otherwise nothing changes."""
     new = [x.clone() for x in (p, mu, nu)]
-    adamw_update(*new, g.to(p.dtype) * factor, scalars, *settings)  # pyright: ignore[reportArgumentType, reportCallIssue]
+    g = g.to(p.dtype) * factor
+    adamw_update(*new, g, scalars, *settings)  # pyright: ignore[reportArgumentType, reportCallIssue]
     for old, x in zip((p, mu, nu), new, strict=True):
         old.copy_(torch.where(finite, x, old))
 
 
 def gradient(p: Tensor) -> Tensor | None:
-    """A parameter's gradient: the sum of its micro-batches in float32 where one is kept, as `main_grad`, else `grad`."""
+    """A parameter's gradient: `main_grad`, the float32 sum of its micro-batches, if there is one; otherwise `grad`."""
     main: Tensor | None = getattr(p, "main_grad", None)
     return p.grad if main is None else main
 
@@ -90,8 +91,8 @@ def gradient(p: Tensor) -> Tensor | None:
 class AdamW(torch.optim.Optimizer):
     """p <- p - lr * (m_hat / (sqrt(v_hat) + eps) + weight_decay * p), the decay on the old p.
 
-    The arithmetic is float32 (float64 for float64). A parameter of another dtype has a float32 master, which is state as the moments
-    are: the update is the master's, and the parameter is the master rounded.
+    The arithmetic is float32 (float64 for float64). A parameter of a narrower dtype has a float32 master, which is
+    state like the moments: the update changes the master, and the parameter is the master rounded.
 
     `group["lr"]` is set from outside before each step. `count` is the number of updates made, one for all parameters.
     A parameter without a gradient counts as one with zero gradient, as it does in JAX.
@@ -116,14 +117,17 @@ class AdamW(torch.optim.Optimizer):
     def compile_update(self) -> None:
         """Let torch.compile fuse the update: worth it on a GPU.
 
-        One program for tensors of any size, the scalars its values: all tensors in one program would take minutes to compile.
+        One program serves tensors of any size, with the scalars as inputs. All tensors in one program would take
+        minutes to compile.
         """
         self._compiled = torch.compile(clipped_update, dynamic=True)
 
     @torch.no_grad()
     def step(self, closure=None, factor: Tensor | None = None, finite: Tensor | None = None) -> None:
-        """An update with the gradients times `factor`. finite: a bool on the device that makes a compiled update count or not;
-        it is for the caller to lower `count` again if it was False.
+        """An update with the gradients times `factor`.
+
+        finite: bool tensor on the device. If False, the compiled update changes nothing; `count` has been raised
+        already, so the caller must lower it.
         """
         assert closure is None, "AdamW needs no closure"
         self.count += 1
