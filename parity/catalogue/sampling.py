@@ -11,7 +11,7 @@ shared(
     "INIT_STD / math.sqrt(2 * cfg.num_hidden_layers) if residual else INIT_STD",
     "INIT_STD",
     "init",
-    f"{ATTENTION}.o_proj.weight",
+    f"initial weights: {ATTENTION}.o_proj.weight",
 )
 shared(
     "residual scale of one branch a layer",
@@ -19,7 +19,7 @@ shared(
     "2 * cfg.num_hidden_layers",
     "cfg.num_hidden_layers",
     "init",
-    f"{ATTENTION}.o_proj.weight",
+    f"initial weights: {ATTENTION}.o_proj.weight",
 )
 shared("standard deviation for width", "tensors:init_range", "std * math.sqrt(12.0)", "std", "init", EMBED)
 shared(
@@ -28,7 +28,7 @@ shared(
     "0.0 if name.endswith('.bias') else 1.0",
     "0.0",
     "init",
-    "model.layers.0.input_layernorm.weight",
+    "initial weights: model.layers.0.input_layernorm.weight",
 )
 jax("keys count from 1", "model:init_params", "enumerate(shapes)", "enumerate(shapes, 1)", "init", EMBED)
 torch(
