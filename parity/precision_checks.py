@@ -188,7 +188,7 @@ def check_precision(s: Settings) -> Iterator[Row]:
         yield from _dtype_rows(s, dtype)
     if "bfloat16" in s.dtypes:  # after the moments' own dtypes, in which it reads what is summed
         yield accumulator_row(s, "bfloat16")
-        for micro_batches in (1, 2):
+        for micro_batches in (1,) if s.quick else (1, 2):
             yield optimizer_row(s, "bfloat16", micro_batches)
         yield generating_row(s, "bfloat16")
 
