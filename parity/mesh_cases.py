@@ -13,12 +13,14 @@ import numpy as np
 
 from llm_common.checkpoint import TrainingState
 from llm_common.config import ModelConfig, OptimizerConfig, SamplingConfig, TrainConfig
-from llm_common.data import Dataset, host_rows
+from llm_common.data import Dataset
 from llm_common.evaluation import Evaluation
 from llm_common.sharding import MeshConfig
 from llm_common.tensors import Tensors
 from parity import case_space, drawn, spec, spec_run
 from parity.cases import random_batch, random_weights, start_state
+from parity.compare import joined
+from parity.spec_run import rows_of_host
 
 BASE = ModelConfig(
     vocab_size=96,
@@ -126,8 +128,7 @@ class Batches:
         for row in range(TRAIN.batch_size):
             targets[row, : 1 + row * 11 // 15] = -100
             inputs[row, [row % 7, 9]] = SEPARATOR
-        first = step * TRAIN.batch_size
-        rows = [number - first for number in host_rows(step, TRAIN.batch_size, host, n_hosts)]
+        rows = rows_of_host(np.arange(TRAIN.batch_size), host, n_hosts)
         return inputs[rows].astype(np.int32), targets[rows].astype(np.int32)
 
     def fingerprint(self) -> dict[str, Any]:
@@ -143,10 +144,7 @@ def texts(stream: Callable[..., Iterator[list[list[int]]]]) -> list[int]:
     """The new ids of all prompts in a row, first greedy, then drawn."""
     ids: list[int] = []
     for sampling in (SamplingConfig(temperature=0), DRAWN):
-        words: list[list[int]] = [[] for _ in PROMPTS]
-        for new in stream(PROMPTS, NEW_TOKENS, sampling):
-            words = [text + more for text, more in zip(words, new, strict=True)]
-        ids += itertools.chain(*words)
+        ids += itertools.chain(*joined(stream(PROMPTS, NEW_TOKENS, sampling), len(PROMPTS)))
     return ids
 
 

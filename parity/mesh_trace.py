@@ -11,6 +11,7 @@ import numpy as np
 
 from llm_common.hosts import Hosts
 from llm_common.sharding import MeshConfig
+from parity.compare import tensor_error
 from parity.mesh_cases import MeshCase
 from parity.points import Point, specification
 from parity.trace import local_allowed
@@ -36,10 +37,9 @@ def error_of(found: Any, whole: np.ndarray, row: int = 0, at: int = 0) -> float:
     """||a - b|| / ||b|| of a process's part; infinite if it is no part of the whole tensor."""
     found = np.asarray(found, np.float64)
     part = own_part(whole, found.shape, row, at) if whole.ndim > 1 else whole
-    if part is None or part.shape != found.shape:
+    if part is None:
         return math.inf
-    scale = max(float(np.linalg.norm(part)), 1e-8 * float(np.linalg.norm(whole)), 1e-300)
-    return float(np.linalg.norm(found - part)) / scale if np.isfinite(found).all() else math.inf
+    return tensor_error(found, part, max(float(np.linalg.norm(part)), 1e-8 * float(np.linalg.norm(whole)), 1e-300))
 
 
 def points_of(case: MeshCase) -> list[Point]:

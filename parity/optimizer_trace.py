@@ -9,7 +9,7 @@ import numpy as np
 from llm_common.checkpoint import TrainingState
 from llm_common.config import ModelConfig, OptimizerConfig
 from parity import spec, spec_run
-from parity.cases import random_batch, random_weights
+from parity.cases import Always, random_batch, random_weights
 from parity.compare import Tensors, global_norm, tensor_errors
 from parity.points import Fault
 from parity.settings import Settings
@@ -48,14 +48,11 @@ def trace_optimizers(s: Settings, cfg: ModelConfig) -> Iterator[OptimizerTrace]:
 
     in_order = lambda errors: {name: errors[name] for name in weights}
 
-    class Data:
-        def batch(self, step, host=0, n_hosts=1):
-            return ids.astype(np.int32), targets.astype(np.int32)
-
+    data = Always((ids.astype(np.int32), targets.astype(np.int32)))
     for side in s.sides("float64", cfg):
         metrics: dict[str, float] = {}
         with side.given_gradients(loss, grads):
-            end = side.train(state, opt, Data(), 4, lambda step, state, m, metrics=metrics: metrics.update(m))
+            end = side.train(state, opt, data, 4, lambda step, state, m, metrics=metrics: metrics.update(m))
         found = OptimizerTrace(
             side.name,
             abs(metrics["grad_norm"] - norm) / norm,
