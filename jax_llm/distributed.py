@@ -24,14 +24,23 @@ from jax import Array
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from jax_llm import train as single
-from jax_llm.attention import resolve_backend
 from jax_llm.checkpoint import to_host
 from jax_llm.evaluate import evaluate as single_evaluate
+from jax_llm.fast.attention import SplashAttention, resolve_backend
+from jax_llm.fast.kernels import make_kernels
 from jax_llm.generate import generate_stream
-from jax_llm.layers import Embedding, embedding, upcast
+from jax_llm.layers import Embedding
 from jax_llm.model import CausalLM, DecoderLayer, Params, build_params, get_canonical, init_params
 from jax_llm.optim import make_optimizer
-from jax_llm.train import TrainState, make_model, make_train_step, matmul_precision, platform_devices, x64
+from jax_llm.train import (
+    TrainState,
+    attention_backend,
+    make_model,
+    make_train_step,
+    matmul_precision,
+    platform_devices,
+    x64,
+)
 from llm_common.checkpoint import TrainingState
 from llm_common.config import ModelConfig, OptimizerConfig, TrainConfig
 from llm_common.data import Dataset
@@ -132,51 +141,22 @@ def constrain(mesh: Mesh) -> contextlib.AbstractContextManager[None]:
             return next_fun(*args, **kwargs)
         if isinstance(module, Embedding):
             (input_ids,) = args
-            return pin(embedding(input_ids, pin(module.weight, "tensor")), BATCH_AXES)
+            return pin(module.kernels.embedding(input_ids, pin(module.weight, "tensor")), BATCH_AXES)
         x, cache = next_fun(*args, **kwargs)
         return pin(x, BATCH_AXES), cache
 
     return nn.intercept_methods(constrain_output)
 
 
-def splash_attention(q: Array, k: Array, v: Array, window: int | None = None, interpret: bool = False) -> Array:
-    """Attention by the TPU's blockwise kernel, which never holds the scores of all pairs; causal, T a multiple of 128.
-
-    q (B, T, N, H) and k, v (B, T, K, H) to (B, T, N, H), as `reference_attention`.
-
-    interpret: on a CPU, to check its numbers. Source: jax.experimental.pallas.ops.tpu.splash_attention.
-    """
-    from jax.experimental.pallas.ops.tpu import splash_attention as splash  # a TPU's own: only there is it needed
-
-    t, n, h = q.shape[1:]
-    mask = splash.CausalMask((t, t)) if window is None else splash.LocalMask((t, t), (window - 1, 0), offset=0)
-    block = next(size for size in (512, 256, 128) if t % size == 0)
-    names = ("block_q", "block_kv", "block_q_dkv", "block_kv_dkv", "block_q_dq", "block_kv_dq")
-    kernel = splash.make_splash_mha(
-        splash.MultiHeadMask([mask] * n),
-        block_sizes=splash.BlockSizes(**dict.fromkeys(names, block)),
-        head_shards=1,
-        q_seq_shards=1,
-        interpret=interpret,
-    )
-    q = (upcast(q) * h**-0.5).astype(q.dtype)  # the kernel scales nothing
-    out: Any = jax.vmap(kernel)(*(x.swapaxes(1, 2) for x in (q, k, v)))  # (B, heads, T, H)
-    return out.swapaxes(1, 2)
-
-
 @functools.lru_cache(maxsize=8)
 def mesh_model(cfg: ModelConfig, train: TrainConfig, mesh: Mesh) -> CausalLM:
-    """The model that a run uses on a mesh. The TPU's kernel, which the compiler cannot cut, is cut here by rows and heads."""
-    model = make_model(cfg, train, mesh.devices.flat[0].platform)
-    if model.backend != "splash":
+    """The model that a run uses on a mesh."""
+    platform = mesh.devices.flat[0].platform
+    model = make_model(cfg, train, platform)
+    if attention_backend(cfg, train, platform) != "splash":
         return model
-    cut = PartitionSpec(BATCH_AXES, None, "tensor")  # of (B, T, heads, H)
-
-    def attention(q: Array, k: Array, v: Array, window: int | None) -> Array:
-        local = functools.partial(splash_attention, window=window)
-        return jax.shard_map(local, mesh=mesh, in_specs=(cut,) * 3, out_specs=cut, check_vma=False)(q, k, v)
-
-    return dataclasses.replace(model, backend=attention)
+    splash = SplashAttention(mesh, PartitionSpec(BATCH_AXES, None, "tensor"))
+    return dataclasses.replace(model, kernels=dataclasses.replace(model.kernels, attention=splash))
 
 
 def sharded(function: Callable, mesh: Mesh) -> Callable:
@@ -276,8 +256,8 @@ def generator(
     backend = resolve_backend("auto", platform, compute_dtype, cfg, seq_len=1)
     with x64(compute_dtype), matmul_precision(compute_dtype), constrain(mesh):
         params = from_canonical(cfg, weights, mesh, jnp.dtype(compute_dtype))
-        params = jax.jit(single.unstack, static_argnums=1)(params, cfg.num_hidden_layers)
-        yield functools.partial(generate_stream, CausalLM(cfg, backend=backend), params)
+        params = jax.jit(single.unstack)(params)
+        yield functools.partial(generate_stream, CausalLM(cfg, make_kernels(backend)), params)
 
 
 def to_training_state(cfg: ModelConfig, state: TrainState) -> TrainingState:

@@ -3,10 +3,18 @@
 B batch, T positions.
 """
 
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
 import jax.numpy as jnp
 from jax import Array
 
-from jax_llm.attention import causal_mask
+from jax_llm.attention import Place, causal_mask
+from jax_llm.kv_cache import KVCache
+from jax_llm.model import causal_places
+from jax_llm.rope import rotary_table
+from llm_common.config import ModelConfig, check_length
 
 
 def inside_documents(
@@ -24,3 +32,19 @@ def inside_documents(
     t = jnp.arange(input_ids.shape[1])
     positions = (same & causal_mask(t, t)).sum(axis=-1) - 1
     return positions, (same & causal_mask(t, t, window))[:, None]
+
+
+@dataclasses.dataclass(frozen=True)
+class DocumentPlaces:
+    """The places of layers in which no document of a sequence sees another; with a cache, those of one text."""
+
+    separator: int | tuple[int, ...]  # the id, or several, that ends a document
+
+    def __call__(self, cfg: ModelConfig, input_ids: Array, cache: KVCache | None, dtype) -> Callable[[Any], Place]:
+        if cache is not None:
+            return causal_places(cfg, input_ids, cache, dtype)
+        check_length(cfg, input_ids.shape[1], "the input")
+        positions, mask = inside_documents(input_ids, self.separator, cfg.sliding_window)
+        cos, sin = (table[positions] for table in rotary_table(cfg, input_ids.shape[1], dtype))
+        place = Place(cos, sin, mask, cfg.sliding_window)
+        return lambda layer: place

@@ -21,8 +21,9 @@ import numpy as np
 from jax import Array
 
 from jax_llm import random_bits
-from jax_llm.attention import resolve_backend
 from jax_llm.checkpoint import from_canonical, to_host
+from jax_llm.fast.attention import resolve_backend
+from jax_llm.fast.kernels import make_kernels
 from jax_llm.kv_cache import KVCache, init_cache
 from jax_llm.model import CausalLM, Params
 from jax_llm.sampling import sample
@@ -47,9 +48,9 @@ def fuse_projections(layer: Params) -> Params:
     return layer
 
 
-def decoding_params(params: Params, num_layers: int) -> Params:
+def decoding_params(params: Params) -> Params:
     """The tree that decoding runs with: layers as a tuple of L trees, their projections fused."""
-    params = unstack(params, num_layers)
+    params = unstack(params)
     model = params["model"]
     return {**params, "model": {**model, "layers": tuple(map(fuse_projections, model["layers"]))}}
 
@@ -206,6 +207,7 @@ def generator(
     """Inside `with`: `generate_stream` of canonical weights on a device by name, its first two arguments filled in."""
     target = select_device(device)
     with jax.default_device(target), x64(compute_dtype), matmul_precision(compute_dtype):
-        model = CausalLM(cfg, backend=resolve_backend("auto", target.platform, compute_dtype, cfg, seq_len=0))
-        params = decoding_params(from_canonical(cfg, weights, jnp.dtype(compute_dtype)), cfg.num_hidden_layers)
+        backend = resolve_backend("auto", target.platform, compute_dtype, cfg, seq_len=0)
+        model = CausalLM(cfg, make_kernels(backend, fused_projections=True))
+        params = decoding_params(from_canonical(cfg, weights, jnp.dtype(compute_dtype)))
         yield partial(generate_stream, model, params)

@@ -4,16 +4,14 @@ B batch, T positions, D hidden_size, F intermediate_size (or any output size), V
 Weights are (out, in), as in the checkpoint. The activations' dtype is that of the weights.
 """
 
-from typing import Any
+from collections.abc import Callable
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax import Array
 
-from llm_common.tensors import INIT_STD
-
-DType = Any
+from jax_llm.kernels import Kernels
 
 
 def upcast(x: Array) -> Array:
@@ -22,13 +20,8 @@ def upcast(x: Array) -> Array:
 
 
 def linear(x: Array, weight: Array) -> Array:
-    """x @ weight.T: (..., D) and (F, D) to (..., F).
-
-    In float32 and float64, x is flattened to 2-D first. Otherwise the weight gradient contracts batch and time, and
-    XLA's CPU backend copies both operands.
-    """
-    rows = x if x.dtype == jnp.bfloat16 else x.reshape(-1, x.shape[-1])
-    return jnp.einsum("...d,fd->...f", rows, weight).reshape(*x.shape[:-1], weight.shape[0])
+    """x @ weight.T: (..., D) and (F, D) to (..., F)."""
+    return jnp.einsum("...d,fd->...f", x, weight)
 
 
 def embedding(input_ids: Array, weight: Array) -> Array:
@@ -59,20 +52,25 @@ def swiglu(gate: Array, up: Array) -> Array:
     return (jax.nn.silu(upcast(gate)) * upcast(up)).astype(gate.dtype)
 
 
+def gate_and_up(x: Array, features: int, linear: Callable) -> tuple[Array, Array]:
+    """The two projections of the MLP: x (B, T, D) to gate and up (B, T, F). Called within a module, whose weights they are."""
+    return Linear(features, linear, name="gate_proj")(x), Linear(features, linear, name="up_proj")(x)
+
+
+# Modules name the weights and say their shapes. Values come from `init_params` or a checkpoint: until then they are zero.
+
+
 class Linear(nn.Module):
     """A linear map; its weight is (features, D), its bias, if it has one, (features,)."""
 
     features: int
-    param_dtype: DType = jnp.float32
+    product: Callable[[Array, Array], Array] = linear
     use_bias: bool = False
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        init = nn.initializers.normal(INIT_STD)
-        weight = self.param("weight", init, (self.features, x.shape[-1]), self.param_dtype)
-        if not self.use_bias:
-            return linear(x, weight)
-        return linear(x, weight) + self.param("bias", nn.initializers.zeros, (self.features,), self.param_dtype)
+        out = self.product(x, self.param("weight", nn.initializers.zeros, (self.features, x.shape[-1])))
+        return out + self.param("bias", nn.initializers.zeros, (self.features,)) if self.use_bias else out
 
 
 class Embedding(nn.Module):
@@ -80,50 +78,37 @@ class Embedding(nn.Module):
 
     vocab_size: int
     hidden_size: int
-    param_dtype: DType = jnp.float32
+    kernels: Kernels
 
     def setup(self) -> None:
-        init = nn.initializers.normal(INIT_STD)
-        self.weight = self.param("weight", init, (self.vocab_size, self.hidden_size), self.param_dtype)
+        self.weight = self.param("weight", nn.initializers.zeros, (self.vocab_size, self.hidden_size))
 
     def __call__(self, input_ids: Array) -> Array:
-        return embedding(input_ids, self.weight)
+        return self.kernels.embedding(input_ids, self.weight)
 
     def attend(self, x: Array) -> Array:
-        return linear(x, self.weight)
+        return self.kernels.linear(x, self.weight)
 
 
 class RMSNorm(nn.Module):
     """Root-mean-square normalisation with a gain per channel."""
 
     eps: float
-    param_dtype: DType = jnp.float32
+    function: Callable[[Array, Array, float], Array] = rms_norm
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        weight = self.param("weight", nn.initializers.ones, (x.shape[-1],), self.param_dtype)
-        return rms_norm(x, weight, self.eps)
+        return self.function(x, self.param("weight", nn.initializers.zeros, (x.shape[-1],)), self.eps)
 
 
 class MLP(nn.Module):
-    """The gated feed-forward block: down(silu(gate(x)) * up(x)).
-
-    barrier: for GPUs. XLA fuses the gradients of `gate` and `up`, which read the same arrays, only if these are not the
-    direct outputs of a matrix product.
-    """
+    """The gated feed-forward block: down(silu(gate(x)) * up(x))."""
 
     intermediate_size: int
-    param_dtype: DType = jnp.float32
-    barrier: bool = False
+    kernels: Kernels
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        if self.has_variable("params", "gate_up_proj"):  # one product in the place of two
-            both = Linear(2 * self.intermediate_size, self.param_dtype, name="gate_up_proj")(x)  # (B, T, 2 F)
-            gate, up = jnp.split(both, 2, axis=-1)
-        else:
-            gate = Linear(self.intermediate_size, self.param_dtype, name="gate_proj")(x)  # (B, T, F)
-            up = Linear(self.intermediate_size, self.param_dtype, name="up_proj")(x)  # (B, T, F)
-            if self.barrier:
-                gate, up = jax.lax.optimization_barrier((gate, up))
-        return Linear(x.shape[-1], self.param_dtype, name="down_proj")(swiglu(gate, up))  # (B, T, D)
+        linear = self.kernels.linear
+        gate, up = self.kernels.gate_up(x, self.intermediate_size, linear)  # (B, T, F) each
+        return Linear(x.shape[-1], linear, name="down_proj")(self.kernels.activation(gate, up))  # (B, T, D)

@@ -2,11 +2,7 @@
 
 B batch, T positions, S cache slots, D hidden_size, V vocab_size, L layers.
 
-Layers live in one tree whose arrays are stacked on a leading L axis. They run as a plain loop that applies one layer's
-slice after the other, or as one `lax.scan`, which compiles faster and runs slower.
-
-`remat` says what a layer's backward pass computes again instead of keeping it from the forward pass. "none": nothing;
-"dots": all but the matrix products; "full": everything but the layer's input.
+Layers live in one tree whose arrays are stacked on a leading L axis; a loop applies one layer's slice after the other.
 """
 
 from collections.abc import Callable
@@ -18,100 +14,103 @@ import jax.numpy as jnp
 from jax import Array
 
 from jax_llm import random_bits
-from jax_llm.attention import Attention, Backend, causal_mask
-from jax_llm.documents import inside_documents
+from jax_llm.attention import Attention, Place, causal_mask, project_qkv, reference_attention
+from jax_llm.kernels import Kernels
 from jax_llm.kv_cache import KVCache, LayerCache
-from jax_llm.layers import MLP, DType, Embedding, Linear, RMSNorm, upcast
+from jax_llm.layers import MLP, Embedding, Linear, RMSNorm, embedding, gate_and_up, linear, rms_norm, swiglu, upcast
+from jax_llm.loss import cross_entropy
 from jax_llm.rope import rotary_table
-from llm_common.config import ModelConfig, Separator, check_length
+from llm_common.config import ModelConfig, check_length
+from llm_common.errors import UserError
 from llm_common.tensors import init_constant, init_range, tensor_shapes
 
 Params = Any  # a tree of arrays
-REMAT_POLICIES = {"full": None, "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable}
+
+
+def causal_places(cfg: ModelConfig, input_ids: Array, cache: KVCache | None, dtype) -> Callable[[Any], Place]:
+    """The place of every layer: all of the sequence before a query, or of its text's cache. dtype: of the rotary table."""
+    t = input_ids.shape[1]
+    if cache is None:
+        check_length(cfg, t, "the input")
+        place = Place(*rotary_table(cfg, t, dtype), None, cfg.sliding_window)
+    else:
+        slots = cache.layers[0].k.shape[1]
+        positions = cache.length[:, None] + jnp.arange(t)  # (B, T)
+        cos, sin = (table[positions] for table in rotary_table(cfg, slots, dtype))
+        mask = causal_mask(positions, jnp.arange(slots), cfg.sliding_window)[:, None]  # (B, 1, T, S)
+        place = Place(cos, sin, mask, cfg.sliding_window, positions)
+    return lambda layer: place
+
+
+def run_layers(apply: Callable, layers: Params, x: Array, cache: KVCache | None) -> tuple[Array, KVCache | None]:
+    """Layer after layer: x (B, T, D) and the cache, with the T positions filled.
+
+    apply(i, weights, x, cache of the layer): x and that cache. layers: a tree stacked on L, or a tuple of L trees.
+    """
+    sliced, new = slice_layers(layers), []
+    caches = [None] * len(sliced) if cache is None else cache.layers
+    for i, (weights, layer_cache) in enumerate(zip(sliced, caches, strict=True)):
+        x, layer_cache = apply(i, weights, x, layer_cache)
+        new.append(layer_cache)
+    return x, None if cache is None else KVCache(tuple(new), cache.length + x.shape[1])
+
+
+def mean_loss(model: "CausalLM", params: Params, inputs: Array, targets: Array, count: Array) -> Array:
+    """Sum of the losses in nats of inputs and targets (B, T), over `count`."""
+    logits, _ = model.apply({"params": params}, inputs)  # (B, T, V)
+    return cross_entropy(logits, targets, count)
 
 
 class DecoderLayer(nn.Module):
     """A pre-norm block: x + attention(norm(x)), then x + mlp(norm(x))."""
 
     cfg: ModelConfig
-    backend: Backend = "reference"
-    param_dtype: DType = jnp.float32
+    kernels: Kernels
 
     @nn.compact
-    def __call__(
-        self,
-        x: Array,
-        cos: Array,
-        sin: Array,
-        mask: Array | None = None,
-        cache: LayerCache | None = None,
-        positions: Array | None = None,
-    ) -> tuple[Array, LayerCache | None]:
-        eps, dtype = self.cfg.rms_norm_eps, self.param_dtype
-        h = RMSNorm(eps, dtype, name="input_layernorm")(x)
-        h, cache = Attention(self.cfg, self.backend, dtype, name="self_attn")(h, cos, sin, mask, cache, positions)
+    def __call__(self, x: Array, place: Place, cache: LayerCache | None = None) -> tuple[Array, LayerCache | None]:
+        eps, kernels = self.cfg.rms_norm_eps, self.kernels
+        h = RMSNorm(eps, kernels.norm, name="input_layernorm")(x)
+        h, cache = Attention(self.cfg, kernels, name="self_attn")(h, place, cache)
         x = x + h
-        h = RMSNorm(eps, dtype, name="post_attention_layernorm")(x)
-        return x + MLP(self.cfg.intermediate_size, dtype, barrier=self.backend == "cudnn", name="mlp")(h), cache
+        h = RMSNorm(eps, kernels.norm, name="post_attention_layernorm")(x)
+        return x + MLP(self.cfg.intermediate_size, kernels, name="mlp")(h), cache
+
+
+PLAIN = Kernels(
+    linear=linear,
+    embedding=embedding,
+    norm=rms_norm,
+    activation=swiglu,
+    attention=reference_attention,
+    qkv=project_qkv,
+    gate_up=gate_and_up,
+    places=causal_places,
+    block=DecoderLayer,
+    layers=run_layers,
+    loss=mean_loss,
+)
 
 
 class Transformer(nn.Module):
     """Embedding, L decoder layers and the final norm: token ids (B, T) to hidden states (B, T, D)."""
 
     cfg: ModelConfig
-    backend: Backend = "reference"
-    scan_layers: bool = False
-    param_dtype: DType = jnp.float32
-    remat: str = "none"
-    separator: Separator = None
+    kernels: Kernels
 
     def setup(self) -> None:
-        cfg = self.cfg
-        self.embed_tokens = Embedding(cfg.vocab_size, cfg.hidden_size, self.param_dtype)
-        self.norm = RMSNorm(cfg.rms_norm_eps, self.param_dtype)
-        if self.is_initializing():
-            self.layers = self.param("layers", self._init_layers)
-        else:  # stacked on L, or already sliced into a tuple of L trees, as `train_step` does
-            self.layers = self.get_variable("params", "layers")
-
-    def _init_layers(self, key: Array) -> Params:
-        layer = DecoderLayer(self.cfg, self.backend, self.param_dtype, parent=None)
-        x, (cos, sin) = jnp.zeros((1, 1, self.cfg.hidden_size)), rotary_table(self.cfg, 1, jnp.float32)
-        keys = jax.random.split(key, self.cfg.num_hidden_layers)
-        return jax.vmap(lambda key: layer.init(key, x, cos, sin)["params"])(keys)
+        self.embed_tokens = Embedding(self.cfg.vocab_size, self.cfg.hidden_size, self.kernels)
+        self.norm = RMSNorm(self.cfg.rms_norm_eps, self.kernels.norm)
 
     def __call__(self, input_ids: Array, cache: KVCache | None = None) -> tuple[Array, KVCache | None]:
         x = self.embed_tokens(input_ids)  # (B, T, D)
-        t, table_dtype = input_ids.shape[1], upcast(x).dtype
-        if cache is None:
-            check_length(self.cfg, t, "the input")
-            cos, sin = rotary_table(self.cfg, t, table_dtype)
-            positions, mask, caches = None, None, (None,) * self.cfg.num_hidden_layers
-            if self.separator is not None:
-                place, mask = inside_documents(input_ids, self.separator, self.cfg.sliding_window)
-                cos, sin = cos[place], sin[place]
-        else:
-            slots, caches = cache.layers[0].k.shape[1], cache.layers
-            positions = cache.length[:, None] + jnp.arange(t)  # (B, T)
-            cos, sin = (table[positions] for table in rotary_table(self.cfg, slots, table_dtype))
-            mask = causal_mask(positions, jnp.arange(slots), self.cfg.sliding_window)[:, None]  # (B, 1, T, S)
+        places = self.kernels.places(self.cfg, input_ids, cache, upcast(x).dtype)
 
-        def apply_layer(i, params: Params, x: Array, layer_cache: LayerCache | None):
-            layer = DecoderLayer(self.cfg, self.backend, self.param_dtype, parent=None, name=f"layers_{i}")
-            return layer.apply({"params": params}, x, cos, sin, mask, layer_cache, positions)
+        def apply_layer(i, weights: Params, x: Array, layer_cache: LayerCache | None):
+            layer = self.kernels.block(self.cfg, self.kernels, parent=None, name=f"layers_{i}")
+            return layer.apply({"params": weights}, x, places(i), layer_cache)
 
-        if self.remat != "none" and cache is None:
-            apply_layer = jax.checkpoint(apply_layer, policy=REMAT_POLICIES[self.remat], static_argnums=0)
-
-        if self.scan_layers and cache is None:
-            x, _ = jax.lax.scan(lambda x, params: (apply_layer("all", params, x, None)[0], None), x, self.layers)
-        else:
-            new_caches = []
-            for i, params in enumerate(slice_layers(self.layers, self.cfg.num_hidden_layers)):
-                x, layer_cache = apply_layer(i, params, x, caches[i])
-                new_caches.append(layer_cache)
-            if cache is not None:
-                cache = KVCache(tuple(new_caches), cache.length + t)
+        x, cache = self.kernels.layers(apply_layer, self.get_variable("params", "layers"), x, cache)
         return self.norm(x), cache
 
 
@@ -122,16 +121,12 @@ class CausalLM(nn.Module):
     """
 
     cfg: ModelConfig
-    backend: Backend = "reference"
-    scan_layers: bool = False
-    param_dtype: DType = jnp.float32
-    remat: str = "none"
-    separator: Separator = None  # the id that ends a document, if none may see another
+    kernels: Kernels = PLAIN
 
     def setup(self) -> None:
-        self.model = Transformer(self.cfg, self.backend, self.scan_layers, self.param_dtype, self.remat, self.separator)
+        self.model = Transformer(self.cfg, self.kernels)
         if not self.cfg.tie_word_embeddings:
-            self.lm_head = Linear(self.cfg.vocab_size, self.param_dtype)
+            self.lm_head = Linear(self.cfg.vocab_size, self.kernels.linear)
 
     def __call__(
         self, input_ids: Array, cache: KVCache | None = None, last: Array | None = None
@@ -142,12 +137,15 @@ class CausalLM(nn.Module):
         logits = self.model.embed_tokens.attend(x) if self.cfg.tie_word_embeddings else self.lm_head(x)
         return logits, cache
 
+    def init(self, *_: Any, **__: Any) -> Any:
+        raise UserError("a CausalLM has no init of its own: make its weights with jax_llm.model.init_params(cfg, seed)")
 
-def slice_layers(layers: Params, num_layers: int) -> tuple[Params, ...]:
+
+def slice_layers(layers: Params) -> tuple[Params, ...]:
     """The trees of the single layers, from a tree stacked on L (or from what is such a tuple already)."""
     if isinstance(layers, tuple):
         return layers
-    return tuple(jax.tree.map(lambda w, i=i: w[i], layers) for i in range(num_layers))
+    return tuple(jax.tree.map(lambda w, i=i: w[i], layers) for i in range(len(jax.tree.leaves(layers)[0])))
 
 
 def stack_layers(layers: tuple[Params, ...]) -> Params:
@@ -184,6 +182,13 @@ def get_canonical(params: Params, name: str) -> Array:
     for part in path:
         leaf = leaf[part]
     return leaf if index is None else leaf[index]
+
+
+def head_weight(params: Params) -> Array:
+    """The head's matrix (V, D): its own, or the embedding's if it is tied."""
+    return params["lm_head" if "lm_head" in params else "model"].get(
+        "weight", params["model"]["embed_tokens"]["weight"]
+    )
 
 
 def init_params(cfg: ModelConfig, seed: int, dtype=jnp.float32) -> Params:

@@ -22,11 +22,12 @@ import numpy as np
 import optax
 from jax import Array
 
-from jax_llm.attention import resolve_backend
-from jax_llm.chunked_loss import chunked_cross_entropy
+from jax_llm.fast.attention import resolve_backend
+from jax_llm.fast.kernels import make_kernels
+from jax_llm.fast.layers import Layers
 from jax_llm.layers import upcast
 from jax_llm.loss import IGNORE_INDEX, cross_entropy
-from jax_llm.model import CausalLM, Params, get_canonical, init_params, slice_layers, stack_layers
+from jax_llm.model import CausalLM, Params, get_canonical, init_params, run_layers, slice_layers, stack_layers
 from jax_llm.optim import global_norm, make_optimizer
 from llm_common.budget import host_memory, host_memory_used
 from llm_common.config import ModelConfig, OptimizerConfig, TrainConfig, check_length
@@ -57,10 +58,10 @@ def cast(params: Params, dtype) -> Params:
     return jax.tree.map(lambda p: p.astype(dtype), params)
 
 
-def unstack(params: Params, num_layers: int) -> Params:
+def unstack(params: Params) -> Params:
     """The parameter tree with `layers` as a tuple of L trees."""
     model = params["model"]
-    return {**params, "model": {**model, "layers": slice_layers(model["layers"], num_layers)}}
+    return {**params, "model": {**model, "layers": slice_layers(model["layers"])}}
 
 
 def restack(params: Params) -> Params:
@@ -75,29 +76,21 @@ def loss_and_grads(
     inputs: Array,
     targets: Array,
     accumulation_steps: int = 1,
-    loss_chunks: int = 1,
 ) -> tuple[Array, Params]:
     """Mean loss of a batch and its gradient, in the dtype of `params`. inputs, targets: (B, T).
 
     The layers are sliced before differentiating and the gradients stacked after: the gradient of a slice would be a
     whole stack of zeros with one slice filled, once for every layer. With accumulation the batch is cut into
     `accumulation_steps` micro-batches, one after the other; the gradients are added up in float32, and the mean is over all
-    counted tokens of the batch. loss_chunks: how many parts the logits are made in, one after the other.
+    counted tokens of the batch.
     """
     count = (targets != IGNORE_INDEX).sum()
-    sliced = params if model.scan_layers else unstack(params, model.cfg.num_hidden_layers)
-
-    def loss_fn(params: Params, inputs: Array, targets: Array) -> Array:
-        if loss_chunks > 1:
-            x: Any = model.apply({"params": params}, inputs, method=lambda model, ids: model.model(ids)[0])  # (B, T, D)
-            return chunked_cross_entropy(x, head_weight(params), targets, count, loss_chunks)
-        logits, _ = model.apply({"params": params}, inputs)  # (B, T, V)
-        return cross_entropy(logits, targets, count)
-
-    loss_and_grad = jax.value_and_grad(loss_fn)
+    scanned = isinstance(model.kernels.layers, Layers) and model.kernels.layers.scan
+    sliced = params if scanned else unstack(params)
+    loss_and_grad = jax.value_and_grad(lambda params, *batch: model.kernels.loss(model, params, *batch, count))
     if accumulation_steps == 1:
         loss, grads = loss_and_grad(sliced, inputs, targets)
-        return loss, grads if model.scan_layers else restack(grads)
+        return loss, grads if scanned else restack(grads)
 
     def add(total: tuple[Array, Params], micro_batch: tuple[Array, Array]):
         return jax.tree.map(lambda a, x: a + x.astype(a.dtype), total, loss_and_grad(sliced, *micro_batch)), None
@@ -106,14 +99,7 @@ def loss_and_grads(
     zero_loss = jnp.zeros((), upcast(params["model"]["norm"]["weight"]).dtype)
     cut = lambda x: x.reshape(accumulation_steps, -1, x.shape[1])  # (A, B / A, T)
     (loss, grads), _ = jax.lax.scan(add, (zero_loss, zero), (cut(inputs), cut(targets)))
-    return loss, grads if model.scan_layers else restack(grads)
-
-
-def head_weight(params: Params) -> Array:
-    """The head's matrix (V, D): its own, or the embedding's if it is tied."""
-    return params["lm_head" if "lm_head" in params else "model"].get(
-        "weight", params["model"]["embed_tokens"]["weight"]
-    )
+    return loss, grads if scanned else restack(grads)
 
 
 def matmul_precision(compute_dtype: str):
@@ -145,7 +131,7 @@ def select_device(name: str) -> Any:
 def describe(cfg: ModelConfig, train: TrainConfig, device: str) -> str:
     """What a run on a device (by name) will use, in a line for people. Raises UserError if the device is absent."""
     target = select_device(device)
-    backend = make_model(cfg, train, target.platform).backend
+    backend = attention_backend(cfg, train, target.platform)
     refused = why_not_cudnn(cfg, train.compute_dtype, train.seq_len)
     refused = "run is deterministic" if train.deterministic else refused
     instead = f" (not cuDNN's: {refused})" if target.platform == "gpu" and backend == "xla" else ""
@@ -179,7 +165,6 @@ def make_train_step(
     optimizer: optax.GradientTransformation,
     compute_dtype: str,
     accumulation_steps: int = 1,
-    loss_chunks: int = 1,
 ) -> Callable[[TrainState, Array, Array, StepScalars], tuple[TrainState, Metrics]]:
     """The function of one step: gradients, global norm, clip, AdamW. Pure, to be jitted with its state donated.
 
@@ -192,7 +177,7 @@ def make_train_step(
     ) -> tuple[TrainState, Metrics]:
         with matmul_precision(compute_dtype):
             params = cast(state.params, compute_dtype)
-            loss, grads = loss_and_grads(model, params, inputs, targets, accumulation_steps, loss_chunks)
+            loss, grads = loss_and_grads(model, params, inputs, targets, accumulation_steps)
         grads = jax.tree.map(lambda g, p: g.astype(p.dtype), grads, state.params)
         norm = global_norm(grads)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params, scalars=scalars)
@@ -232,13 +217,19 @@ def init_state(cfg: ModelConfig, train: TrainConfig, opt: OptimizerConfig, param
     return TrainState(params, optimizer.init(params), jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32))
 
 
-def make_model(cfg: ModelConfig, train: TrainConfig, platform: str) -> CausalLM:
-    """The model that a run uses on a platform, its attention backend resolved."""
+def attention_backend(cfg: ModelConfig, train: TrainConfig, platform: str) -> str:
+    """The attention that a run uses on a platform."""
     backend = resolve_backend(train.attention_backend, platform, train.compute_dtype, cfg, train.seq_len)
     if backend == "cudnn" and train.deterministic:
-        backend = "xla"  # XLA does not compile cuDNN's attention together with xla_gpu_deterministic_ops (jax 0.11)
+        return "xla"  # XLA does not compile cuDNN's attention together with xla_gpu_deterministic_ops (jax 0.11)
+    return backend
+
+
+def make_model(cfg: ModelConfig, train: TrainConfig, platform: str) -> CausalLM:
+    """The model that a run uses on a platform, with the kernels of its settings."""
+    backend = attention_backend(cfg, train, platform)
     return CausalLM(
-        cfg, backend=backend, scan_layers=train.scan_layers, remat=train.remat, separator=train.document_separator
+        cfg, make_kernels(backend, train.remat, train.scan_layers, train.loss_chunks, train.document_separator)
     )
 
 
@@ -246,7 +237,7 @@ def make_model(cfg: ModelConfig, train: TrainConfig, platform: str) -> CausalLM:
 def compiled_train_step(cfg: ModelConfig, train: TrainConfig, opt: OptimizerConfig, platform: str):
     """The jitted step of a run, its state donated; the same settings give the same function, compiled once."""
     model, steps = make_model(cfg, train, platform), train.gradient_accumulation_steps
-    step = make_train_step(model, make_optimizer(opt, cfg), train.compute_dtype, steps, train.loss_chunks)
+    step = make_train_step(model, make_optimizer(opt, cfg), train.compute_dtype, steps)
     step = one_step_behind(step)
     if train.compile == "off":
         return step
@@ -362,5 +353,6 @@ def watch_outputs(model: CausalLM, params: Params, inputs: Array) -> tuple[Array
         return out
 
     with nn.intercept_methods(look):
-        logits, _ = dataclasses.replace(model, remat="none", scan_layers=False).apply({"params": params}, inputs)
+        one_by_one = dataclasses.replace(model, kernels=dataclasses.replace(model.kernels, layers=run_layers))
+        logits, _ = one_by_one.apply({"params": params}, inputs)
     return logits, f"the output of {found[0]} is the first tensor that is not finite" if found else ""

@@ -15,8 +15,9 @@ import optax
 
 import jax_llm.train
 from jax_llm import checkpoint, optim, random_bits, sampling
-from jax_llm.attention import resolve_backend
 from jax_llm.evaluate import evaluator
+from jax_llm.fast.attention import resolve_backend
+from jax_llm.fast.kernels import make_kernels
 from jax_llm.generate import decoding_params, generate, generator
 from jax_llm.kv_cache import init_cache
 from jax_llm.model import CausalLM
@@ -48,8 +49,13 @@ class JaxSide:
         self.master = "float64" if dtype == "float64" else "float32"
         self.fields: dict[str, Any] = {}  # of the model, beside config and backend
         self._logits = jax.jit(lambda params, ids: self._model(ids).apply({"params": params}, ids)[0])
-        self._cached = jax.jit(lambda params, ids, cache: self._model(ids).apply({"params": params}, ids, cache))
-        grads = lambda params, ids, targets, *cuts: loss_and_grads(self._model(ids), params, ids, targets, *cuts)
+        cached = lambda params, ids, cache, fused: self._model(ids, fused_projections=fused).apply(
+            {"params": params}, ids, cache
+        )
+        self._cached = jax.jit(cached, static_argnums=3)
+        grads = lambda params, ids, targets, steps, chunks: loss_and_grads(
+            self._model(ids, loss_chunks=chunks), params, ids, targets, steps
+        )
         self._grads = jax.jit(grads, static_argnums=(3, 4))
 
     def variant(self, **fields) -> "JaxSide":
@@ -58,9 +64,9 @@ class JaxSide:
         other.fields = fields
         return other
 
-    def _model(self, ids) -> CausalLM:
+    def _model(self, ids, **fields) -> CausalLM:
         backend = resolve_backend(self.attention, self.device.platform, self.dtype, self.cfg, ids.shape[1])
-        return CausalLM(self.cfg, backend=backend, **self.fields)
+        return CausalLM(self.cfg, make_kernels(backend, **(self.fields | fields)))
 
     tf32 = False  # float32 products in TF32 where the device has it; a jitted function is traced anew for it
 
@@ -97,11 +103,11 @@ class JaxSide:
         """
         with self.scope():
             params = self._params(weights)
-            params = decoding_params(params, self.cfg.num_hidden_layers) if fused else params
+            params = decoding_params(params) if fused else params
             cache = init_cache(self.cfg, ids.shape[0], ids.shape[1], jnp.dtype(self.dtype))
             parts = []
             for piece in np.split(ids, [prompt, *range(prompt + 2, ids.shape[1])], axis=1):
-                logits, cache = self._cached(params, jnp.array(piece), cache)
+                logits, cache = self._cached(params, jnp.array(piece), cache, fused)
                 parts.append(np.asarray(logits).astype(np.float64))
             return np.concatenate(parts, axis=1)
 
@@ -136,7 +142,7 @@ class JaxSide:
         recorder = JaxRecorder(given, given_back)
         with self.scope(), recorder.attached():
             args = self._params(weights), jnp.array(ids), jnp.array(targets)
-            loss, grads = jax_llm.train.loss_and_grads(self._model(ids), *args)
+            loss, grads = jax_llm.train.loss_and_grads(recorder.of(self._model(ids)), *args)
             return recorder, float(loss), self._tensors(grads)
 
     def tapped_cache(self, weights: Tensors, ids: np.ndarray, prompt: int, values: Callable[[int, int], Values]):
@@ -149,7 +155,8 @@ class JaxSide:
                 end = start + piece.shape[1]
                 recorder = JaxRecorder(values(start, end))
                 with recorder.attached():
-                    _, cache = self._model(ids).apply({"params": params}, jnp.array(piece), cache)
+                    model = recorder.of(self._model(ids))
+                    _, cache = model.apply({"params": params}, jnp.array(piece), cache)
                 yield recorder, start, end
                 start = end
 
@@ -254,4 +261,6 @@ class JaxSide:
     def generate(self, weights: Tensors, prompts, n_new: int, cfg: SamplingConfig, eos_ids: tuple[int, ...] = ()):
         with self.scope():
             backend = resolve_backend(self.attention, self.device.platform, self.dtype, self.cfg, seq_len=0)
-            return generate(CausalLM(self.cfg, backend), self._params(weights), prompts, n_new, cfg, eos_ids)
+            return generate(
+                CausalLM(self.cfg, make_kernels(backend)), self._params(weights), prompts, n_new, cfg, eos_ids
+            )

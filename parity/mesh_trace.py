@@ -100,7 +100,7 @@ def jax_faults(case: MeshCase, mesh: Any) -> Found:
     )  # both are traced even where nothing is compiled
     model, recorder = distributed.mesh_model(case.cfg, plain, mesh), JaxRecorder()
     with recorder.attached():
-        distributed.sharded(loss_and_grads, mesh)(model, params, inputs, targets)
+        distributed.sharded(loss_and_grads, mesh)(recorder.of(model), params, inputs, targets)
     points = [p for p in points_of(case) if p.name != "model"]
     for p in points:
         found[p.name, "output"] = error_of(recorder.forward.get((p.name, "out"), math.nan), p.output)

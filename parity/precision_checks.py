@@ -17,13 +17,13 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import jax_llm.attention
-import jax_llm.chunked_loss
+import jax_llm.fast.chunked_loss
 import jax_llm.layers
 import jax_llm.loss
 import jax_llm.optim
 import jax_llm.rope
 import torch_llm.attention
-import torch_llm.chunked_loss
+import torch_llm.fast.chunked_loss
 import torch_llm.layers
 import torch_llm.loss
 import torch_llm.optim
@@ -127,7 +127,7 @@ def _jax_ops(i: dict[str, np.ndarray], dtype: str) -> dict[str, Callable[[], Any
         "embedding": lambda: layers.embedding(targets, rows),
         "embedding gradient": lambda: jax.vjp(lambda w: layers.embedding(targets, w), rows)[1](a["x"])[0],
         "chunked head gradient": lambda: jax.grad(
-            lambda w: jax_llm.chunked_loss.chunked_cross_entropy(
+            lambda w: jax_llm.fast.chunked_loss.chunked_cross_entropy(
                 a["quarters"], w, targets, jnp.array(targets.size), CHUNKS
             )
         )(a["head"]),
@@ -147,7 +147,7 @@ def _torch_ops(i: dict[str, np.ndarray], dtype: str, device: torch.device) -> di
 
     def chunked_head_gradient():
         head, count = a["head"].clone().requires_grad_(), torch.tensor(targets.numel(), device=device)
-        loss = torch_llm.chunked_loss.chunked_cross_entropy(a["quarters"], head, targets, count, CHUNKS)
+        loss = torch_llm.fast.chunked_loss.chunked_cross_entropy(a["quarters"], head, targets, count, CHUNKS)
         return torch.autograd.grad(loss, head)[0]
 
     return {

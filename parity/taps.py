@@ -7,8 +7,9 @@ torch modules by hooks, and the functions between the modules by standing in for
 """
 
 import contextlib
+import dataclasses
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 from unittest import mock
 
@@ -20,11 +21,10 @@ import torch
 from jax.core import Tracer
 
 import jax_llm.attention
-import jax_llm.layers
-import jax_llm.train
+import jax_llm.model
 import torch_llm.attention
 import torch_llm.layers
-import torch_llm.train
+import torch_llm.model
 
 Key = tuple[str, str]  # a point, and which of its tensors: "in0", "in1", ..., "out"
 Values = dict[Key, np.ndarray]
@@ -32,9 +32,12 @@ Values = dict[Key, np.ndarray]
 # interest, and the names of their calls within one module. The first two arguments after x of apply_rope are the table.
 FUNCTIONS = (
     ("attention", "apply_rope", 3, ("apply_rope(q)", "apply_rope(k)")),
-    ("attention", "dot_product_attention", 3, ("attention",)),
-    ("layers", "swiglu", 2, ("swiglu",)),
-    ("train", "cross_entropy", 1, ("loss",)),
+    ("model", "cross_entropy", 1, ("loss",)),
+)
+# The same of those that a model is given: their field of `Kernels`.
+KERNELS = (
+    ("attention", 3, ("attention",)),
+    ("activation", 2, ("swiglu",)),
 )
 
 
@@ -76,16 +79,24 @@ class Recorder:
             return (self.tap(output[0], (point, "out")), *output[1:])
         return self.tap(output, (point, "out"))
 
-    def stand_in(self, module: Any, attribute: str, n: int, names: Sequence[str]):
-        """A patch: the function under its taps on the first n arguments and the result. names: of its calls in one module."""
-        f = getattr(module, attribute)
+    def tapped(self, f: Callable, n: int, names: Sequence[str]) -> Callable:
+        """A function under taps on its first n arguments and its result. names: of its calls in one module."""
 
-        def tapped(*args, **kwargs):
+        def under_taps(*args, **kwargs):
             points = [self.name(name) for name in names]
             point = next((p for p in points if not self.calls[p]), points[-1])
             return self.leave(point, f(*self.enter(point, args[:n]), *args[n:], **kwargs))
 
-        return mock.patch.object(module, attribute, tapped)
+        return under_taps
+
+    def stand_in(self, module: Any, attribute: str, n: int, names: Sequence[str]):
+        """A patch: the function of a module under its taps."""
+        return mock.patch.object(module, attribute, self.tapped(getattr(module, attribute), n, names))
+
+    def kernels(self, kernels: Any) -> Any:
+        """A model's kernels under their taps."""
+        tapped = {field: self.tapped(getattr(kernels, field), n, names) for field, n, names in KERNELS}
+        return dataclasses.replace(kernels, **tapped)
 
     def store(self, kind: Values, key: Key, x: np.ndarray) -> None:
         if key not in kind:  # the first micro-batch, the first call
@@ -119,6 +130,10 @@ class JaxRecorder(Recorder):
 
         tapped.defvjp(lambda x: (tapped(x), None), backward)
         return tapped(x)
+
+    def of(self, model: Any) -> Any:
+        """The model with its kernels under their taps."""
+        return dataclasses.replace(model, kernels=self.kernels(model.kernels))
 
     @contextlib.contextmanager
     def attached(self, functions=FUNCTIONS) -> Iterator[None]:
@@ -202,6 +217,9 @@ class TorchRecorder(Recorder):
         with contextlib.ExitStack() as stack:
             for handle in handles:
                 stack.callback(handle.remove)
+            for module in model.modules():
+                if hasattr(module, "kernels"):
+                    stack.enter_context(mock.patch.object(module, "kernels", self.kernels(module.kernels)))
             for module, name, n, names in functions:
                 stack.enter_context(self.stand_in(getattr(torch_llm, module), name, n, names))
             stack.enter_context(mock.patch.object(torch_llm.layers.Embedding, "attend", attend))

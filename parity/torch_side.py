@@ -19,8 +19,9 @@ from llm_common.tensors import decays
 from parity.compare import Tensors, joined
 from parity.taps import TorchRecorder, Values
 from torch_llm import checkpoint, random_bits, sampling
-from torch_llm.attention import resolve_backend
 from torch_llm.evaluate import evaluator
+from torch_llm.fast.attention import resolve_backend
+from torch_llm.fast.kernels import make_kernels
 from torch_llm.generate import fuse_projections, generate, generator
 from torch_llm.kv_cache import KVCache
 from torch_llm.model import CausalLM, empty_model
@@ -52,9 +53,9 @@ class TorchSide:
     def _tensor(self, x: np.ndarray) -> torch.Tensor:
         return torch.tensor(x, device=self.device)
 
-    def _model(self, weights: Tensors, dtype: str | None = None) -> CausalLM:
-        torch_dtype = getattr(torch, dtype or self.dtype)
-        model = empty_model(self.cfg, self.backend, torch_dtype, self.device, self.remat, self.separator)
+    def _model(self, weights: Tensors, dtype: str | None = None, loss_chunks: int = 1) -> CausalLM:
+        kernels = make_kernels(self.backend, self.remat, loss_chunks, self.separator)
+        model = empty_model(self.cfg, getattr(torch, dtype or self.dtype), self.device, kernels)
         return checkpoint.from_canonical(model, weights)
 
     def _train_config(self, **fields) -> TrainConfig:
@@ -96,10 +97,10 @@ class TorchSide:
         accumulation_steps: int = 1,
         loss_chunks: int = 1,
     ) -> tuple[float, Tensors]:
-        model = self._model(weights)
+        model = self._model(weights, loss_chunks=loss_chunks)
         with self.scope():
             batch = self._tensor(ids), self._tensor(targets)
-            loss = loss_and_grads(model, *batch, accumulation_steps, loss_chunks)
+            loss = loss_and_grads(model, *batch, accumulation_steps)
         return float(loss), self._gradients(model)
 
     def tapped(self, weights: Tensors, ids: np.ndarray, targets: np.ndarray, given: Values, given_back: Values):

@@ -185,8 +185,9 @@ def open_generator(args: argparse.Namespace, name: str, cfg: ModelConfig) -> Ite
         if name == "torch":
             import torch
 
-            backend = import_side(name, "attention").resolve_backend("auto", args.compute_dtype)
-            made = model.init_model(cfg, 0, backend, getattr(torch, args.compute_dtype), target).requires_grad_(False)
+            backend = import_side(name, "fast.attention").resolve_backend("auto", args.compute_dtype)
+            kernels = import_side(name, "fast.kernels").make_kernels(backend)
+            made = model.init_model(cfg, 0, getattr(torch, args.compute_dtype), target, kernels).requires_grad_(False)
             made = generate.fuse_projections(made)
             programs = generate.Programs(args.compile == "on") if target.type == "cuda" else None
             yield functools.partial(generate.generate_stream, made, programs=programs)
@@ -194,11 +195,12 @@ def open_generator(args: argparse.Namespace, name: str, cfg: ModelConfig) -> Ite
         import jax
 
         with jax.default_device(target):
-            resolve = import_side(name, "attention").resolve_backend
+            resolve = import_side(name, "fast.attention").resolve_backend
             backend = resolve("auto", target.platform, args.compute_dtype, cfg, seq_len=0)
+            kernels = import_side(name, "fast.kernels").make_kernels(backend, fused_projections=True)
             cast = lambda: side.cast(model.init_params(cfg, 0), args.compute_dtype)
-            make = lambda: generate.decoding_params(cast(), cfg.num_hidden_layers)
-            yield functools.partial(generate.generate_stream, model.CausalLM(cfg, backend=backend), jax.jit(make)())
+            make = lambda: generate.decoding_params(cast())
+            yield functools.partial(generate.generate_stream, model.CausalLM(cfg, kernels), jax.jit(make)())
 
 
 def measure_startup(args: argparse.Namespace, task: dict[str, Any]) -> dict[str, Any]:

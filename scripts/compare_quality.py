@@ -108,7 +108,7 @@ def theirs(nudge: int, cfg: ModelConfig, train: TrainConfig, opt: OptimizerConfi
     config = {key: value for key, value in cfg.to_hf().items() if key not in ("architectures", "model_type")}
     model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**config))
     model.to(device)  # pyright: ignore[reportArgumentType]
-    weights = to_canonical(init_model(cfg, train.seed, "reference", torch.float32, "cpu"))
+    weights = to_canonical(init_model(cfg, train.seed, torch.float32, "cpu"))
     rng = np.random.default_rng(nudge)
     with torch.no_grad():
         for name, p in model.named_parameters():

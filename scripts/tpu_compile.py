@@ -235,6 +235,7 @@ def lower_decode(cfg, train: TrainConfig, mesh) -> Any:
     from jax.sharding import NamedSharding, PartitionSpec
 
     from jax_llm import distributed
+    from jax_llm.fast.kernels import make_kernels
     from jax_llm.generate import CHUNK, decode
     from jax_llm.kv_cache import init_cache
     from jax_llm.model import CausalLM, init_params
@@ -259,7 +260,7 @@ def lower_decode(cfg, train: TrainConfig, mesh) -> Any:
     cache = jax.tree.map(lambda x: put(x, heads if x.ndim == 4 else rows), cache)
     ids = jax.ShapeDtypeStruct((train.batch_size,), jnp.int32, sharding=rows)
     number = lambda kind: jax.ShapeDtypeStruct((), kind, sharding=NamedSharding(mesh, PartitionSpec()))
-    settings = {"model": CausalLM(cfg, backend="xla"), "sampling": SamplingConfig()}
+    settings = {"model": CausalLM(cfg, make_kernels("xla")), "sampling": SamplingConfig()}
     with distributed.constrain(mesh):
         return decode.lower(params, cache, ids, ids, number(jnp.uint32), n=CHUNK, **settings)
 

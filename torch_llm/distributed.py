@@ -28,7 +28,7 @@ from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 from torch.distributed.tensor.parallel import loss_parallel
 
 from llm_common.checkpoint import TrainingState
-from llm_common.config import ModelConfig, OptimizerConfig, Separator, TrainConfig
+from llm_common.config import ModelConfig, OptimizerConfig, TrainConfig
 from llm_common.data import Dataset
 from llm_common.evaluation import EvaluateLoss, Evaluation
 from llm_common.sharding import AXES, MeshConfig, axis_cut_by, check_devices, check_mesh, check_sharded, shard_of
@@ -42,9 +42,12 @@ from llm_common.tensors import (
     tensor_shapes,
 )
 from torch_llm import random_bits
-from torch_llm.attention import resolve_backend
 from torch_llm.checkpoint import copy
+from torch_llm.fast.attention import resolve_backend
+from torch_llm.fast.kernels import make_kernels
+from torch_llm.fast.layers import Remat
 from torch_llm.generate import generate_stream
+from torch_llm.kernels import Kernels
 from torch_llm.loss import IGNORE_INDEX, cross_entropy, cross_entropy_sum
 from torch_llm.model import CausalLM
 from torch_llm.optim import make_optimizer, sums_of_squares
@@ -152,7 +155,7 @@ def shard(model: CausalLM, mesh: DeviceMesh, compute_dtype: torch.dtype) -> None
         assert axis is not None, "every weight is cut by fsdp"
         return Shard(axis)
 
-    again = mesh["fsdp"].size() > 1 and model.model.remat != "none"
+    again = mesh["fsdp"].size() > 1 and isinstance(model.kernels.layer, Remat)
     for layer in model.model.layers:
         fully_shard(layer, mesh=mesh, mp_policy=policy, shard_placement_fn=placement, reshard_after_forward=again)
     fully_shard(model, mesh=mesh, mp_policy=policy, shard_placement_fn=placement, reshard_after_forward=False)
@@ -161,16 +164,14 @@ def shard(model: CausalLM, mesh: DeviceMesh, compute_dtype: torch.dtype) -> None
 def cut_model(
     cfg: ModelConfig,
     mesh: DeviceMesh,
-    backend: str,
+    kernels: Kernels,
     dtype: torch.dtype,
     compute_dtype: torch.dtype,
     device: torch.device | str,
-    remat: str = "none",
-    separator: Separator = None,
 ) -> tuple[CausalLM, dict[str, nn.Parameter]]:
     """A model cut over a mesh, its weights in `dtype` still to be filled in, and this device's parts of them by canonical name."""
     with torch.device("meta"):
-        model = CausalLM(cfg, backend, remat, separator).to(dtype)
+        model = CausalLM(cfg, kernels).to(dtype)
     if mesh["tensor"].size() > 1:
         parallelize(model, mesh["tensor"])
     shard(model, mesh["data", "fsdp"], compute_dtype)
@@ -210,11 +211,9 @@ class ShardedTrainer(Trainer):
         self._cross_entropy = cross_entropy
         super().__init__(cfg, train, opt, device, init_weights)
 
-    def _make_model(self, backend: str) -> None:
-        mesh, separator, dtype = self.mesh, self.train.document_separator, getattr(torch, self.train.master_dtype)
-        self.model, self.parameters = cut_model(
-            self.cfg, mesh, backend, dtype, self.compute_dtype, self.device, self.train.remat, separator
-        )
+    def _make_model(self, kernels: Kernels) -> None:
+        dtype = getattr(torch, self.train.master_dtype)
+        self.model, self.parameters = cut_model(self.cfg, self.mesh, kernels, dtype, self.compute_dtype, self.device)
         self.optimizer = make_optimizer(self.opt, nn.ParameterList(self.parameters.values()))
 
     def shard_of(self, name: str) -> tuple[slice, ...]:
@@ -385,7 +384,7 @@ def generator(
     check_mesh(config, cfg)
     target, dtype = torch.device(device), getattr(torch, compute_dtype)
     backend = resolve_backend("auto", compute_dtype)
-    model, parts = cut_model(cfg, make_mesh(config, target.type), backend, dtype, dtype, target)
+    model, parts = cut_model(cfg, make_mesh(config, target.type), make_kernels(backend), dtype, dtype, target)
     copy_parts(cfg, config, parts, weights)
     model.register_forward_hook(lambda module, args, logits: whole_vocabulary(logits))
     with matmul_precision(compute_dtype):

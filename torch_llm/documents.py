@@ -3,10 +3,16 @@
 B batch, T positions.
 """
 
+import dataclasses
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
-from torch_llm.attention import causal_mask
+from llm_common.config import ModelConfig, check_length
+from torch_llm.attention import Place, causal_mask
+from torch_llm.kv_cache import KVCache
+from torch_llm.model import CausalPlaces
 
 
 def inside_documents(
@@ -24,3 +30,27 @@ def inside_documents(
     t = torch.arange(input_ids.shape[1], device=input_ids.device)
     positions = (same & causal_mask(t, t)).sum(dim=-1) - 1
     return positions, (same & causal_mask(t, t, window))[:, None]
+
+
+@dataclasses.dataclass(frozen=True)
+class DocumentPlaces:
+    """The places of layers in which no document of a sequence sees another; with a cache, those of one text."""
+
+    separator: int | tuple[int, ...]  # the id, or several, that ends a document
+
+    def __call__(self, cfg: ModelConfig) -> "_DocumentPlaces":
+        return _DocumentPlaces(cfg, self.separator)
+
+
+class _DocumentPlaces(CausalPlaces):
+    def __init__(self, cfg: ModelConfig, separator: int | tuple[int, ...]) -> None:
+        super().__init__(cfg)
+        self.separator = separator
+
+    def __call__(self, input_ids: Tensor, cache: KVCache | None, dtype: torch.dtype) -> Callable[[int], Place]:
+        if cache is not None:
+            return super().__call__(input_ids, cache, dtype)
+        check_length(self.cfg, input_ids.shape[1], "the input")
+        positions, mask = inside_documents(input_ids, self.separator, self.cfg.sliding_window)
+        place = Place(*self.rotary_table(positions, dtype), mask, self.cfg.sliding_window)
+        return lambda layer: place

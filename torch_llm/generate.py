@@ -24,8 +24,10 @@ from llm_common.config import ModelConfig, SamplingConfig
 from llm_common.errors import UserError
 from llm_common.tensors import FUSED, Tensors, bucket, check_prompts
 from torch_llm import random_bits
-from torch_llm.attention import resolve_backend
 from torch_llm.checkpoint import from_canonical
+from torch_llm.fast.attention import resolve_backend
+from torch_llm.fast.kernels import make_kernels
+from torch_llm.fast.products import fused_gate_up, fused_qkv
 from torch_llm.kv_cache import KVCache
 from torch_llm.layers import Linear, upcast
 from torch_llm.model import CausalLM, empty_model
@@ -44,16 +46,17 @@ def fuse_projections(model: CausalLM) -> CausalLM:
     """
     for layer in model.model.layers:
         for block, (fused, *names) in FUSED.items():
-            module = layer.get_submodule(block)
+            module: Any = layer.get_submodule(block)
             parts = [module.get_submodule(name) for name in names]
             with torch.device("meta"):
-                one = Linear(1, 1, parts[0].bias is not None)
+                one = Linear(1, 1, bias=parts[0].bias is not None)
             for name, _ in list(one.named_parameters()):
                 side_by_side = torch.cat([part.get_parameter(name) for part in parts])
                 setattr(one, name, nn.Parameter(side_by_side, requires_grad=False))
             setattr(module, fused, one)
             for name in names:
                 delattr(module, name)
+            module.kernels = replace(module.kernels, qkv=fused_qkv, gate_up=fused_gate_up)
     return model
 
 
@@ -91,7 +94,9 @@ class CapturedSteps:
         self.model, self.sampling, self.compile, self.device = model, sampling, compile, weight.device
         self.cache = KVCache(model.cfg, batch_size, slots, weight.dtype, self.device, static=True)
         self.numbers, self.key = torch.zeros_like(self.cache.length), random_bits.key(0, self.device)
-        model.model.rotary_table(self.numbers[:, None], upcast(weight[:0]).dtype)  # made here, not while capturing
+        model.model.places.rotary_table(
+            self.numbers[:, None], upcast(weight[:0]).dtype
+        )  # made here, not while capturing
         self.graphs: dict[int, tuple[torch.cuda.CUDAGraph, Tensor, Tensor]] = {}
         self.pool = torch.cuda.graph_pool_handle()
 
@@ -253,7 +258,8 @@ def generator(
     """
     target = select_device(device)
     backend = resolve_backend("auto", compute_dtype)
-    model = fuse_projections(from_canonical(empty_model(cfg, backend, getattr(torch, compute_dtype), target), weights))
+    model = empty_model(cfg, getattr(torch, compute_dtype), target, make_kernels(backend))
+    model = fuse_projections(from_canonical(model, weights))
     programs = Programs(compile == "on") if target.type == "cuda" and compile != "off" else None
     with matmul_precision(compute_dtype):
         yield partial(generate_stream, model.requires_grad_(False), programs=programs)

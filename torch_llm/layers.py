@@ -4,11 +4,13 @@ B batch, T positions, D hidden_size, F intermediate_size (or any output size), V
 Weights are (out, in), as in the checkpoint. The activations' dtype is that of the weights.
 """
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from llm_common.tensors import INIT_STD
+from torch_llm.kernels import Kernels
 
 
 def upcast(x: Tensor) -> Tensor:
@@ -27,8 +29,6 @@ def embedding(input_ids: Tensor, weight: Tensor) -> Tensor:
     The look-up is made in float32 so that its backward pass, a scatter-add, sums in float32: in bfloat16 a frequent
     token's gradient would lose its small terms. F.embedding has a deterministic backward pass, indexing has not.
     """
-    if not torch.is_grad_enabled():
-        return F.embedding(input_ids, weight)  # no backward pass: spare the copy of the whole table
     return F.embedding(input_ids, upcast(weight)).to(weight.dtype)
 
 
@@ -51,62 +51,75 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     return (F.silu(upcast(gate)) * upcast(up)).to(gate.dtype)
 
 
+def gate_and_up(mlp: "MLP", x: Tensor) -> tuple[Tensor, Tensor]:
+    """The two projections of the MLP: x (B, T, D) to gate and up (B, T, F)."""
+    return mlp.gate_proj(x), mlp.up_proj(x)
+
+
+# Modules own the weights. Their values come from `init_weights` or a checkpoint: until then they are zero.
+
+
 class Linear(nn.Module):
     """A linear map; its weight is (out_features, in_features), its bias, if it has one, (out_features,)."""
 
-    def __init__(self, in_features: int, out_features: int, bias: bool = False) -> None:
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        product: Callable[[Tensor, Tensor], Tensor] = linear,
+        bias: bool = False,
+    ) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(out_features, in_features))
-        nn.init.normal_(self.weight, std=INIT_STD)
+        self.weight = nn.Parameter(torch.zeros(out_features, in_features))
         self.bias = nn.Parameter(torch.zeros(out_features)) if bias else None
+        self.product = product
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.bias is None:
-            return linear(x, self.weight)
-        return linear(x, self.weight) + self.bias  # not F.linear's own bias, which is added before the rounding
+        out = self.product(x, self.weight)
+        return (
+            out if self.bias is None else out + self.bias
+        )  # not F.linear's own bias, which is added before the rounding
 
 
 class Embedding(nn.Module):
     """A table of D-vectors, one for each of V token ids; `attend` is the tied head."""
 
-    def __init__(self, vocab_size: int, hidden_size: int) -> None:
+    def __init__(self, vocab_size: int, hidden_size: int, kernels: Kernels) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(vocab_size, hidden_size))
-        nn.init.normal_(self.weight, std=INIT_STD)
+        self.weight = nn.Parameter(torch.zeros(vocab_size, hidden_size))
+        self.kernels = kernels
 
     def forward(self, input_ids: Tensor) -> Tensor:
-        return embedding(input_ids, self.weight)
+        return self.kernels.embedding(input_ids, self.weight)
 
     def attend(self, x: Tensor) -> Tensor:
-        return linear(x, self.weight)
+        return self.kernels.linear(x, self.weight)
 
 
 class RMSNorm(nn.Module):
     """Root-mean-square normalisation with a gain per channel."""
 
-    def __init__(self, hidden_size: int, eps: float) -> None:
+    def __init__(
+        self, hidden_size: int, eps: float, function: Callable[[Tensor, Tensor, float], Tensor] = rms_norm
+    ) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.ones(hidden_size))
-        self.eps = eps
+        self.weight = nn.Parameter(torch.zeros(hidden_size))
+        self.eps, self.function = eps, function
 
     def forward(self, x: Tensor) -> Tensor:
-        return rms_norm(x, self.weight, self.eps)
+        return self.function(x, self.weight, self.eps)
 
 
 class MLP(nn.Module):
     """The gated feed-forward block: down(silu(gate(x)) * up(x))."""
 
-    def __init__(self, hidden_size: int, intermediate_size: int) -> None:
+    def __init__(self, hidden_size: int, intermediate_size: int, kernels: Kernels) -> None:
         super().__init__()
-        self.gate_up_proj: Linear | None = None
-        self.gate_proj = Linear(hidden_size, intermediate_size)
-        self.up_proj = Linear(hidden_size, intermediate_size)
-        self.down_proj = Linear(intermediate_size, hidden_size)
+        self.kernels = kernels
+        self.gate_proj = Linear(hidden_size, intermediate_size, kernels.linear)
+        self.up_proj = Linear(hidden_size, intermediate_size, kernels.linear)
+        self.down_proj = Linear(intermediate_size, hidden_size, kernels.linear)
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.gate_up_proj is not None:  # one product in the place of two
-            gate, up = self.gate_up_proj(x).chunk(2, dim=-1)
-        else:
-            gate = self.gate_proj(x)  # (B, T, F)
-            up = self.up_proj(x)  # (B, T, F)
-        return self.down_proj(swiglu(gate, up))  # (B, T, D)
+        gate, up = self.kernels.gate_up(self, x)  # (B, T, F) each
+        return self.down_proj(self.kernels.activation(gate, up))  # (B, T, D)

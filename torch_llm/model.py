@@ -2,99 +2,104 @@
 
 B batch, T positions, S cache slots, D hidden_size, V vocab_size, L layers.
 
-`remat` says what a layer's backward pass computes again instead of keeping it from the forward pass. "none": nothing;
-"dots": all but the matrix products; "full": everything but the layer's input.
-
 `state_dict()` holds exactly the canonical tensors: tables and caches are not parameters, a tied head has no weight.
 """
 
 import math
-from collections.abc import Iterator, Mapping
-from functools import partial
+from collections.abc import Callable, Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
-from llm_common.config import ModelConfig, Separator, check_length
+from llm_common.config import ModelConfig, check_length
 from llm_common.tensors import init_constant, init_range, tensor_shapes
 from torch_llm import random_bits
-from torch_llm.attention import Attention, Mask, causal_mask, in_blocks, takes_blocks
-from torch_llm.documents import inside_documents
+from torch_llm.attention import Attention, Place, causal_mask, project_qkv, reference_attention
+from torch_llm.kernels import Kernels
 from torch_llm.kv_cache import KVCache
-from torch_llm.layers import MLP, Embedding, Linear, RMSNorm, upcast
+from torch_llm.layers import MLP, Embedding, Linear, RMSNorm, embedding, gate_and_up, linear, rms_norm, swiglu, upcast
+from torch_llm.loss import cross_entropy
 from torch_llm.rope import RotaryTable
 
-MATRIX_PRODUCTS = [torch.ops.aten.mm.default, torch.ops.aten.addmm.default]  # those without a batch axis
-REMAT_OPTIONS = {
-    "full": {},
-    "dots": {"context_fn": partial(create_selective_checkpoint_contexts, MATRIX_PRODUCTS)},
-}
+
+class CausalPlaces:
+    """The place of every layer: all of the sequence before a query, or of its text's cache. Owns the rotary table."""
+
+    def __init__(self, cfg: ModelConfig) -> None:
+        self.cfg, self.rotary_table = cfg, RotaryTable(cfg)
+
+    def __call__(self, input_ids: Tensor, cache: KVCache | None, dtype: torch.dtype) -> Callable[[int], Place]:
+        """For ids (B, T). dtype: of the rotary table."""
+        t, window = input_ids.shape[1], self.cfg.sliding_window
+        if cache is None:
+            check_length(self.cfg, t, "the input")
+            positions, mask = torch.arange(t, device=input_ids.device), None
+        else:
+            positions = cache.positions(t)  # (B, T)
+            slots = torch.arange(cache.in_use(t), device=input_ids.device)
+            mask = causal_mask(positions, slots, window)[:, None]  # (B, 1, T, S)
+        place = Place(*self.rotary_table(positions, dtype), mask, window)
+        return lambda layer: place
+
+
+def run_layer(layer: nn.Module, x: Tensor, place: Place, cache: KVCache | None, i: int) -> Tensor:
+    """Layer i: x (B, T, D) to x."""
+    return layer(x, place, cache, i)
+
+
+def mean_loss(model: "CausalLM", inputs: Tensor, targets: Tensor, count: Tensor) -> Tensor:
+    """Sum of the losses in nats of inputs and targets (B, T), over `count`."""
+    return cross_entropy(model(inputs), targets, count)
 
 
 class DecoderLayer(nn.Module):
     """A pre-norm block: x + attention(norm(x)), then x + mlp(norm(x))."""
 
-    def __init__(self, cfg: ModelConfig, backend: str = "reference") -> None:
+    def __init__(self, cfg: ModelConfig, kernels: Kernels) -> None:
         super().__init__()
-        self.input_layernorm = RMSNorm(cfg.hidden_size, cfg.rms_norm_eps)
-        self.self_attn = Attention(cfg, backend)
-        self.post_attention_layernorm = RMSNorm(cfg.hidden_size, cfg.rms_norm_eps)
-        self.mlp = MLP(cfg.hidden_size, cfg.intermediate_size)
+        self.input_layernorm = RMSNorm(cfg.hidden_size, cfg.rms_norm_eps, kernels.norm)
+        self.self_attn = Attention(cfg, kernels)
+        self.post_attention_layernorm = RMSNorm(cfg.hidden_size, cfg.rms_norm_eps, kernels.norm)
+        self.mlp = MLP(cfg.hidden_size, cfg.intermediate_size, kernels)
 
-    def forward(
-        self,
-        x: Tensor,
-        cos: Tensor,
-        sin: Tensor,
-        mask: Mask = None,
-        cache: KVCache | None = None,
-        layer: int = 0,
-    ) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), cos, sin, mask, cache, layer)
+    def forward(self, x: Tensor, place: Place, cache: KVCache | None = None, layer: int = 0) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), place, cache, layer)
         return x + self.mlp(self.post_attention_layernorm(x))
+
+
+PLAIN = Kernels(
+    linear=linear,
+    embedding=embedding,
+    norm=rms_norm,
+    activation=swiglu,
+    attention=reference_attention,
+    qkv=project_qkv,
+    gate_up=gate_and_up,
+    places=CausalPlaces,
+    block=DecoderLayer,
+    layer=run_layer,
+    loss=mean_loss,
+)
 
 
 class Transformer(nn.Module):
     """Embedding, L decoder layers and the final norm: token ids (B, T) to hidden states (B, T, D)."""
 
-    def __init__(
-        self, cfg: ModelConfig, backend: str = "reference", remat: str = "none", separator: Separator = None
-    ) -> None:
+    def __init__(self, cfg: ModelConfig, kernels: Kernels) -> None:
         super().__init__()
-        self.cfg, self.backend, self.remat = cfg, backend, remat
-        self.separator = separator  # the id that ends a document, if none may see another
-        self.embed_tokens = Embedding(cfg.vocab_size, cfg.hidden_size)
-        self.layers = nn.ModuleList(DecoderLayer(cfg, backend) for _ in range(cfg.num_hidden_layers))
-        self.norm = RMSNorm(cfg.hidden_size, cfg.rms_norm_eps)
-        self.rotary_table = RotaryTable(cfg)
+        self.kernels = kernels
+        self.embed_tokens = Embedding(cfg.vocab_size, cfg.hidden_size, kernels)
+        self.layers = nn.ModuleList(kernels.block(cfg, kernels) for _ in range(cfg.num_hidden_layers))
+        self.norm = RMSNorm(cfg.hidden_size, cfg.rms_norm_eps, kernels.norm)
+        self.places = kernels.places(cfg)
 
     def forward(self, input_ids: Tensor, cache: KVCache | None = None) -> Tensor:
         x = self.embed_tokens(input_ids)  # (B, T, D)
-        b, t, table_dtype, window = *input_ids.shape, upcast(x[:0]).dtype, self.cfg.sliding_window
-        if cache is None:
-            check_length(self.cfg, t, "the input")
-            blocks = (
-                takes_blocks(self.backend, x.device.type, x.dtype, self.cfg.head_dim) and torch.compiler.is_compiling()
-            )
-            positions, mask = torch.arange(t, device=x.device), None
-            if self.separator is not None:
-                positions, mask = inside_documents(input_ids, self.separator, window)
-            elif blocks and window is not None and window < t:
-                mask = causal_mask(positions, positions, window).expand(b, 1, t, t)
-            mask = in_blocks(mask) if blocks and mask is not None else mask
-        else:
-            positions = cache.positions(t)  # (B, T)
-            slots = torch.arange(cache.in_use(t), device=x.device)
-            mask = causal_mask(positions, slots, window)[:, None]  # (B, 1, T, S)
-        cos, sin = self.rotary_table(positions, table_dtype)
+        place = self.places(input_ids, cache, upcast(x[:0]).dtype)
         for i, layer in enumerate(self.layers):
-            if self.remat != "none" and cache is None and torch.is_grad_enabled():
-                x = checkpoint(layer, x, cos, sin, mask, use_reentrant=False, **REMAT_OPTIONS[self.remat])
-            else:
-                x = layer(x, cos, sin, mask, cache, i)
+            x = self.kernels.layer(layer, x, place(i), cache, i)
         if cache is not None:
-            cache.advance(t)
+            cache.advance(input_ids.shape[1])
         return self.norm(x)
 
 
@@ -104,13 +109,11 @@ class CausalLM(nn.Module):
     With `last` (B,), an index of a position of each text, only the logits there are computed: (B, 1, V).
     """
 
-    def __init__(
-        self, cfg: ModelConfig, backend: str = "reference", remat: str = "none", separator: Separator = None
-    ) -> None:
+    def __init__(self, cfg: ModelConfig, kernels: Kernels = PLAIN) -> None:
         super().__init__()
-        self.cfg = cfg
-        self.model = Transformer(cfg, backend, remat, separator)
-        self.lm_head = None if cfg.tie_word_embeddings else Linear(cfg.hidden_size, cfg.vocab_size)
+        self.cfg, self.kernels = cfg, kernels
+        self.model = Transformer(cfg, kernels)
+        self.lm_head = None if cfg.tie_word_embeddings else Linear(cfg.hidden_size, cfg.vocab_size, kernels.linear)
 
     def forward(self, input_ids: Tensor, cache: KVCache | None = None, last: Tensor | None = None) -> Tensor:
         x = self.model(input_ids, cache)
@@ -148,22 +151,15 @@ def initial_tensors(
         yield name, ((u - 0.5) * torch.tensor(width, dtype=dtype)).reshape(shape)
 
 
-def empty_model(
-    cfg: ModelConfig,
-    backend: str,
-    dtype: torch.dtype,
-    device: torch.device | str,
-    remat: str = "none",
-    separator: Separator = None,
-) -> CausalLM:
+def empty_model(cfg: ModelConfig, dtype: torch.dtype, device: torch.device | str, kernels: Kernels = PLAIN) -> CausalLM:
     """A model made directly on its device, its weights still to be filled in."""
     with torch.device("meta"):
-        model = CausalLM(cfg, backend, remat, separator).to(dtype)
+        model = CausalLM(cfg, kernels).to(dtype)
     return model.to_empty(device=device)
 
 
 def init_model(
-    cfg: ModelConfig, seed: int, backend: str, dtype: torch.dtype, device: torch.device | str, remat: str = "none"
+    cfg: ModelConfig, seed: int, dtype: torch.dtype, device: torch.device | str, kernels: Kernels = PLAIN
 ) -> CausalLM:
     """A model with the initial weights of `seed`."""
-    return empty_model(cfg, backend, dtype, device, remat).init_weights(seed)
+    return empty_model(cfg, dtype, device, kernels).init_weights(seed)

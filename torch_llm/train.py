@@ -24,19 +24,17 @@ from llm_common.errors import UserError
 from llm_common.metrics import StepMetrics
 from llm_common.schedule import learning_rate
 from llm_common.tensors import check_batch, tensor_shapes
-from torch_llm.attention import resolve_backend, takes_blocks
-from torch_llm.chunked_loss import chunked_cross_entropy
+from torch_llm.fast.attention import resolve_backend, takes_blocks
+from torch_llm.fast.kernels import make_kernels
+from torch_llm.kernels import Kernels
 from torch_llm.loss import IGNORE_INDEX, cross_entropy
 from torch_llm.model import CausalLM, empty_model, initial_tensors
 from torch_llm.optim import clip_factor, global_norm, gradient, make_optimizer, wide_dtype
 
 
-def batch_loss(model: CausalLM, inputs: Tensor, targets: Tensor, count: Tensor, loss_chunks: int = 1) -> Tensor:
-    """Sum of the losses of inputs and targets (B, T) over `count`."""
-    if loss_chunks > 1:
-        x = model.model(inputs)  # (B, T, D)
-        return chunked_cross_entropy(x, model.head_weight(), targets, count, loss_chunks)
-    return cross_entropy(model(inputs), targets, count)
+def batch_loss(model: CausalLM, inputs: Tensor, targets: Tensor, count: Tensor) -> Tensor:
+    """Sum of the losses in nats of inputs and targets (B, T), over `count`."""
+    return model.kernels.loss(model, inputs, targets, count)
 
 
 def loss_and_grads(
@@ -44,21 +42,19 @@ def loss_and_grads(
     inputs: Tensor,
     targets: Tensor,
     accumulation_steps: int = 1,
-    loss_chunks: int = 1,
     batch_loss: Callable[..., Tensor] = batch_loss,
 ) -> Tensor:
     """Mean loss of a batch; its gradients are left in the parameters, where `optim.gradient` finds them. inputs, targets: (B, T).
 
     With accumulation the batch is cut into `accumulation_steps` micro-batches, one after the other; the gradients are added up in
-    float32, and the mean is over all counted tokens of the batch. loss_chunks: how many parts the logits are made in, one after the
-    other. batch_loss: that function, or a compiled form of it.
+    float32, and the mean is over all counted tokens of the batch. batch_loss: that function, or a compiled form of it.
     """
     count = (targets != IGNORE_INDEX).sum()
     model.zero_grad()
     losses = []
     with summed_in_float32(model) if accumulation_steps > 1 else contextlib.nullcontext():
         for micro_batch in zip(inputs.chunk(accumulation_steps), targets.chunk(accumulation_steps), strict=True):
-            loss = batch_loss(model, *micro_batch, count, loss_chunks)
+            loss = batch_loss(model, *micro_batch, count)
             loss.backward()
             losses.append(loss.detach())
     return torch.stack(losses).sum()
@@ -123,15 +119,24 @@ def describe(cfg: ModelConfig, train: TrainConfig, device: str) -> str:
     instead = f" (not cuDNN's: {refused})" if target.type == "cuda" and backend == "sdpa" and refused else ""
     compiled = "torch.compile" if compiles(train, target) else "not compiled"
     hides = train.document_separator is not None or (cfg.sliding_window or train.seq_len) < train.seq_len
-    if (
-        hides
-        and compiles(train, target)
-        and takes_blocks(backend, target.type, getattr(torch, train.compute_dtype), cfg.head_dim)
-    ):
+    if hides and compiles(train, target) and takes_block_masks(cfg, train, target):
         instead = " (on one GPU FlexAttention, for its mask)"
     apart = ", documents apart" if train.document_separator is not None else ""
     more = apart + (", deterministic" if train.deterministic else "")
     return f"{name}, {train.compute_dtype}, {backend} attention{instead}, {compiled}, remat {train.remat}{more}"
+
+
+def takes_block_masks(cfg: ModelConfig, train: TrainConfig, device: torch.device) -> bool:
+    """Whether a compiled program takes its masks in blocks."""
+    backend = resolve_backend(train.attention_backend, train.compute_dtype)
+    return takes_blocks(backend, device.type, getattr(torch, train.compute_dtype), cfg.head_dim)
+
+
+def run_kernels(cfg: ModelConfig, train: TrainConfig, device: torch.device) -> Kernels:
+    """The kernels of a run's settings on a device."""
+    backend = resolve_backend(train.attention_backend, train.compute_dtype)
+    blocks = takes_block_masks(cfg, train, device)
+    return make_kernels(backend, train.remat, train.loss_chunks, train.document_separator, blocks)
 
 
 def compiles(train: TrainConfig, device: torch.device) -> bool:
@@ -186,27 +191,23 @@ class Trainer:
         check_length(cfg, train.seq_len, "seq_len")
         self.cfg, self.train, self.opt, self.device = cfg, train, opt, torch.device(device)
         self.compute_dtype = getattr(torch, train.compute_dtype)
-        backend = resolve_backend(train.attention_backend, train.compute_dtype)
         upcast_dtype = torch.promote_types(self.compute_dtype, torch.float32)
         self._batch_loss = batch_loss
         self._unsettled: StepMetrics | None = None  # of a step whose update was counted before it was known to be one
         self.step = 0
-        self._make_model(backend)
+        self._make_model(run_kernels(cfg, train, self.device))
         if init_weights:
             self.init_weights()
         self.compiled = compiles(train, self.device)
         if self.compiled:
             # the table must be on the device before the program is traced, which would be traced again after the first step
-            self.model.model.rotary_table(torch.zeros(1, dtype=torch.long, device=self.device), upcast_dtype)
+            self.model.model.places.rotary_table(torch.zeros(1, dtype=torch.long, device=self.device), upcast_dtype)
             self._compile()
 
     # What a trainer for many devices does in another way: `torch_llm.distributed.ShardedTrainer`.
 
-    def _make_model(self, backend: str) -> None:
-        train = self.train
-        self.model = empty_model(
-            self.cfg, backend, self.compute_dtype, self.device, train.remat, train.document_separator
-        )
+    def _make_model(self, kernels: Kernels) -> None:
+        self.model = empty_model(self.cfg, self.compute_dtype, self.device, kernels)
         self.optimizer = make_optimizer(self.opt, self.model)
 
     def init_weights(self) -> None:
@@ -227,8 +228,7 @@ class Trainer:
 
     def loss_and_grads(self, inputs: Tensor, targets: Tensor) -> Tensor:
         """Mean loss of a batch, with the gradients left in the parameters."""
-        steps, chunks = self.train.gradient_accumulation_steps, self.train.loss_chunks
-        return loss_and_grads(self.model, inputs, targets, steps, chunks, self._batch_loss)
+        return loss_and_grads(self.model, inputs, targets, self.train.gradient_accumulation_steps, self._batch_loss)
 
     @torch.no_grad()
     def grad_norm(self) -> Tensor:

@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import pytest
 
 from jax_llm import random_bits
-from jax_llm.attention import resolve_backend
+from jax_llm.fast.attention import resolve_backend
+from jax_llm.fast.kernels import make_kernels
 from jax_llm.generate import decode_step
 from jax_llm.kv_cache import init_cache
 from jax_llm.model import CausalLM, init_params
@@ -44,7 +45,9 @@ def test_the_train_step_lowers(platform, dtype):
     step, args = train_step_and_arguments(train, PLATFORMS[platform])
     # cuDNN's own lowering rule asks for a GPU to be there: ahead of time the same step is lowered with XLA's attention
     if (platform, dtype) == ("cuda", "bfloat16"):
-        step = jax.jit(make_train_step(CausalLM(CFG, backend="xla"), make_optimizer(OPT, CFG), dtype), donate_argnums=0)
+        step = jax.jit(
+            make_train_step(CausalLM(CFG, make_kernels("xla")), make_optimizer(OPT, CFG), dtype), donate_argnums=0
+        )
     exported = jax.export.export(step, platforms=[platform])(*args)
     assert exported.platforms == (platform,)
     assert "dot_general" in exported.mlir_module()
@@ -52,7 +55,7 @@ def test_the_train_step_lowers(platform, dtype):
 
 @pytest.mark.parametrize("platform", PLATFORMS)
 def test_the_decode_step_lowers(platform):
-    model = CausalLM(CFG, backend=resolve_backend("auto", PLATFORMS[platform], "bfloat16", CFG, 1))
+    model = CausalLM(CFG, make_kernels(resolve_backend("auto", PLATFORMS[platform], "bfloat16", CFG, 1)))
     sampling = SamplingConfig(temperature=0.8, top_k=5, top_p=0.9)
     numbers = jnp.arange(2)
     step = jax.jit(lambda params, cache, tokens, key: decode_step(model, params, cache, tokens, key, numbers, sampling))

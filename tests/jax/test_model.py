@@ -1,6 +1,7 @@
 """Properties of the JAX model. The twin is tests/torch/test_model.py."""
 
 import dataclasses
+from functools import partial
 
 import flax.linen as nn
 import jax
@@ -10,8 +11,10 @@ import pytest
 
 from jax_llm import attention, layers, rope
 from jax_llm.checkpoint import from_canonical, to_canonical
+from jax_llm.fast.attention import attention_kernel, resolve_backend
+from jax_llm.fast.kernels import make_kernels
 from jax_llm.kv_cache import init_cache
-from jax_llm.model import CausalLM, init_params
+from jax_llm.model import PLAIN, CausalLM, init_params
 from jax_llm.train import loss_and_grads
 from llm_common.config import preset
 from llm_common.errors import UserError
@@ -33,8 +36,8 @@ def make_params(cfg=CFG, seed=0):
     return from_canonical(cfg, random_weights(cfg, seed))
 
 
-def apply(params, ids=IDS, cfg=CFG, cache=None, **model):
-    logits, cache = CausalLM(cfg, **model).apply({"params": params}, jnp.array(ids), cache)
+def apply(params, ids=IDS, cfg=CFG, cache=None, kernels=PLAIN):
+    logits, cache = CausalLM(cfg, kernels).apply({"params": params}, jnp.array(ids), cache)
     return logits if cache is None else (logits, cache)
 
 
@@ -42,7 +45,7 @@ def test_no_position_sees_a_later_one():
     params, t = make_params(), 5
 
     def logits_of(x):  # hidden states in place of the embedding: a gradient with respect to every position
-        table = layers.Embedding(CFG.vocab_size, CFG.hidden_size, parent=None)
+        table = layers.Embedding(CFG.vocab_size, CFG.hidden_size, PLAIN, parent=None)
         with nn.intercept_methods(lambda f, a, k, c: x if isinstance(c.module, type(table)) else f(*a, **k)):
             return apply(params)[:, t].sum()
 
@@ -68,9 +71,10 @@ def test_a_row_does_not_depend_on_its_batch_mates():
 
 
 def test_scan_and_loop_are_the_same_function():
-    params = make_params()
-    np.testing.assert_allclose(apply(params, scan_layers=True), apply(params), atol=1e-13)
-    results = [loss_and_grads(CausalLM(CFG, scan_layers=s), params, jnp.array(IDS), jnp.array(TARGETS)) for s in (0, 1)]
+    params, scanned = make_params(), make_kernels(scan_layers=True)
+    np.testing.assert_allclose(apply(params, kernels=scanned), apply(params), atol=1e-13)
+    batch = jnp.array(IDS), jnp.array(TARGETS)
+    results = [loss_and_grads(CausalLM(CFG, kernels), params, *batch) for kernels in (PLAIN, scanned)]
     for a, b in zip(jax.tree.leaves(results[0]), jax.tree.leaves(results[1]), strict=True):
         np.testing.assert_allclose(a, b, atol=1e-13)
 
@@ -82,7 +86,7 @@ def test_fused_attention_is_the_reference(heads, with_mask):
         jax.random.normal(jax.random.key(i), (2, 9, n, 8), jnp.float32) for i, n in enumerate((*heads, heads[1]))
     )
     mask = attention.causal_mask(jnp.arange(9), jnp.arange(9)) if with_mask else None
-    a, b = (attention.dot_product_attention(q, k, v, mask, backend) for backend in ("reference", "xla"))
+    a, b = (attention_kernel(backend)(q, k, v, mask) for backend in ("reference", "xla"))
     np.testing.assert_allclose(a, b, atol=3e-6)
 
 
@@ -93,7 +97,7 @@ def test_a_mask_means_the_same_to_every_backend(shape):
     full = np.broadcast_to(mask, (2, 4, 9, 9))
     expected = np.stack([_one_head(q[:, :, n], k[:, :, n // 2], v[:, :, n // 2], full[:, n]) for n in range(4)], axis=2)
     for backend in ("reference", "xla"):
-        np.testing.assert_allclose(attention.dot_product_attention(q, k, v, mask, backend), expected, atol=3e-6)
+        np.testing.assert_allclose(attention_kernel(backend)(q, k, v, mask), expected, atol=3e-6)
 
 
 def _one_head(q, k, v, mask):
@@ -113,9 +117,9 @@ def test_rope_takes_positions_of_each_row():
 def test_fused_attention_refuses_float64_and_unknown_backends():
     x = jnp.ones((1, 2, 1, 2))
     with pytest.raises(UserError, match="float64 at float32 accuracy"):
-        attention.dot_product_attention(x, x, x, None, "xla")
+        attention_kernel("xla")(x, x, x)
     with pytest.raises(UserError, match="'flash' is unknown"):
-        attention.dot_product_attention(x, x, x, None, "flash")
+        attention_kernel("flash")
 
 
 @pytest.mark.parametrize(
@@ -133,16 +137,16 @@ def test_fused_attention_refuses_float64_and_unknown_backends():
 )
 def test_the_backend_is_resolved_from_the_device_and_shape(setting, platform, dtype, length, backend):
     cfg = dataclasses.replace(CFG, head_dim=16)
-    assert attention.resolve_backend(setting, platform, dtype, cfg, length) == backend
+    assert resolve_backend(setting, platform, dtype, cfg, length) == backend
 
 
 def test_cudnn_is_not_chosen_for_heads_it_refuses():
-    assert attention.resolve_backend("auto", "gpu", "bfloat16", CFG, 64) == "xla"  # head_dim 10
+    assert resolve_backend("auto", "gpu", "bfloat16", CFG, 64) == "xla"  # head_dim 10
 
 
 def test_fused_float64_is_refused_before_any_work():
     with pytest.raises(UserError, match="use 'reference' or 'auto'"):
-        attention.resolve_backend("fused", "gpu", "float64", CFG, 64)
+        resolve_backend("fused", "gpu", "float64", CFG, 64)
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -177,10 +181,27 @@ def test_initial_weights_depend_on_seed_and_name_alone():
     assert not np.array_equal(a["model.layers.0.mlp.up_proj.weight"], a["model.layers.1.mlp.up_proj.weight"])
 
 
-def test_linen_init_makes_the_same_tree():
-    ours = init_params(CFG, 0)
-    flax = CausalLM(CFG).init(jax.random.key(0), jnp.array(IDS))["params"]
-    assert jax.tree.map(jnp.shape, ours) == jax.tree.map(jnp.shape, flax)
+def test_initial_weights_do_not_come_from_the_module():
+    with pytest.raises(UserError, match="init_params\\(cfg, seed\\)"):
+        CausalLM(CFG).init(jax.random.key(0), jnp.array(IDS))
+
+
+def test_equal_models_are_one_compiled_program():
+    """Kernels that a run makes anew, as every call of its functions does, must be equal: a closure would compile again."""
+    traces = []
+
+    @partial(jax.jit, static_argnames="model")
+    def logits(params, ids, model):
+        traces.append(model)
+        return model.apply({"params": params}, ids)[0]
+
+    for _ in range(3):
+        for settings in (
+            {},
+            {"attention": "xla", "remat": "full", "scan_layers": True, "loss_chunks": 2, "separator": (1, 2)},
+        ):
+            logits(init_params(CFG, 0, jnp.float32), jnp.array(IDS), CausalLM(CFG, make_kernels(**settings)))
+    assert len(traces) == 2
 
 
 def test_every_layer_is_seen_under_its_name():
@@ -212,7 +233,7 @@ def test_embedding_gradients_are_summed_in_float32():
 
 def test_the_barrier_of_the_mlp_changes_no_bit():
     x = jax.random.normal(jax.random.key(0), (2, 3, 8), jnp.bfloat16)
-    plain, apart = (layers.MLP(16, jnp.bfloat16, barrier) for barrier in (False, True))
+    plain, apart = (layers.MLP(16, kernels) for kernels in (PLAIN, make_kernels("cudnn")))
     params = plain.init(jax.random.key(1), x)
     loss = lambda mlp: lambda p: jnp.sum(mlp.apply(p, x).astype(jnp.float32) ** 2)
     a, b = (jax.jit(jax.value_and_grad(loss(mlp)))(params) for mlp in (plain, apart))

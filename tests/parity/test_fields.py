@@ -14,6 +14,8 @@ import numpy as np
 import pytest
 import torch
 
+import jax_llm.model
+import torch_llm.model
 from jax_llm.train import compiled_train_step, init_state, make_model
 from llm_common.config import ModelConfig, OptimizerConfig, RopeScaling, RunConfig, SamplingConfig, TrainConfig, preset
 from llm_common.errors import UserError
@@ -283,8 +285,8 @@ def test_the_attention_backend_reaches_the_model():
         train = dataclasses.replace(BASE, attention_backend=value)
         model = make_model(preset("tiny"), train, "cpu")
         module = Trainer(preset("tiny"), train, OptimizerConfig()).model
-        backends = {model.backend, *(m.backend for m in module.modules() if hasattr(m, "backend"))}
-        assert ("reference" in backends) == (value == "reference"), backends
+        for kernels, plain in ((model.kernels, jax_llm.model.PLAIN), (module.kernels, torch_llm.model.PLAIN)):
+            assert (kernels.attention == plain.attention) == (value == "reference")
 
 
 def test_updates_skipped_in_a_row_end_a_run_after_as_many_as_it_says():

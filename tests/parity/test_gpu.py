@@ -98,7 +98,8 @@ def test_cudnn_attends_to_the_slots_seen_and_to_no_other():
     import jax
     import jax.numpy as jnp
 
-    from jax_llm.attention import fused_attention, reference_attention
+    from jax_llm.attention import reference_attention
+    from jax_llm.fast.attention import fused_attention
 
     keys = jax.random.split(jax.random.key(0), 3)
     shapes = (5, 1, 8, 64), (5, 96, 2, 64), (5, 96, 2, 64)
@@ -119,7 +120,8 @@ def test_cudnn_takes_a_mask_that_hides_what_lies_ahead(first):
     import jax
     import jax.numpy as jnp
 
-    from jax_llm.attention import fused_attention, reference_attention
+    from jax_llm.attention import reference_attention
+    from jax_llm.fast.attention import fused_attention
 
     rng = np.random.default_rng(0)
     arrays = [rng.standard_normal((3, n, heads, 64)) for n, heads in ((64, 8), (64 + first, 2), (64 + first, 2))]
@@ -152,11 +154,13 @@ HIDDEN = {
 def test_fast_attention_with_a_mask_errs_no_more_than_the_reference(hidden, remat, monkeypatch):
     import torch
 
+    from jax_llm.fast.attention import FusedAttention
     from parity import spec
     from parity.jax_side import JaxSide
     from parity.torch_side import TorchSide
-    from torch_llm.attention import in_blocks
     from torch_llm.checkpoint import from_canonical
+    from torch_llm.fast.attention import in_blocks
+    from torch_llm.fast.kernels import make_kernels
     from torch_llm.model import empty_model
     from torch_llm.train import batch_loss
 
@@ -169,12 +173,13 @@ def test_fast_attention_with_a_mask_errs_no_more_than_the_reference(hidden, rema
     exact_loss, exact = spec.loss_and_grads(weights, ids, targets, cfg, separator=separator)
 
     def compiled_torch():
-        model = from_canonical(empty_model(cfg, "sdpa", torch.bfloat16, "cuda", remat, separator), weights)
+        kernels = make_kernels("sdpa", remat, separator=separator, block_masks=True)
+        model = from_canonical(empty_model(cfg, torch.bfloat16, "cuda", kernels), weights)
         inputs, labels = (torch.tensor(x, device="cuda") for x in (ids, targets))
         masters, given = dict(model.named_parameters()), []
-        monkeypatch.setattr("torch_llm.model.in_blocks", lambda mask: given.append(1) or in_blocks(mask))
+        monkeypatch.setattr("torch_llm.fast.attention.in_blocks", lambda mask: given.append(1) or in_blocks(mask))
         count = torch.tensor(labels.numel(), device="cuda")
-        loss = torch.compile(batch_loss, dynamic=False)(model, inputs, labels, count, 1)
+        loss = torch.compile(batch_loss, dynamic=False)(model, inputs, labels, count)
         grads = torch.autograd.grad(loss, list(masters.values()))
         assert given, "the mask was not given in blocks"
         return float(loss.detach()), {name: g.float().cpu().numpy() for name, g in zip(masters, grads, strict=True)}
@@ -187,7 +192,7 @@ def test_fast_attention_with_a_mask_errs_no_more_than_the_reference(hidden, rema
     fields = {"remat": remat, "separator": separator}
     side = lambda kind, attention: kind(cfg, "bfloat16", "gpu", attention).variant(**fields)
     jax, torch_eager = (side(kind, "auto").loss_and_grads(weights, ids, targets) for kind in (JaxSide, TorchSide))
-    assert JaxSide(cfg, "bfloat16", "gpu", "auto")._model(ids).backend == "cudnn"
+    assert JaxSide(cfg, "bfloat16", "gpu", "auto")._model(ids).kernels.attention == FusedAttention("cudnn")
     rounded = error(side(TorchSide, "reference").loss_and_grads(weights, ids, targets))
     for result in (jax, torch_eager, compiled_torch()):
         assert error(result) < 1.5 * rounded

@@ -101,7 +101,7 @@ if framework == "jax":
     model = from_canonical(cfg, weights)
     jax.block_until_ready(model)
 else:
-    model = from_canonical(empty_model(cfg, "reference", torch.float32, "cpu"), weights)
+    model = from_canonical(empty_model(cfg, torch.float32, "cpu"), weights)
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
 """
     _, weights = load_weights(folder)

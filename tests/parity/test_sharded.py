@@ -54,7 +54,7 @@ def test_the_tpu_kernel_equals_the_reference_in_value_and_gradient(window):
     import jax.numpy as jnp
 
     from jax_llm.attention import reference_attention
-    from jax_llm.distributed import splash_attention
+    from jax_llm.fast.attention import splash_attention
 
     rng = np.random.default_rng(0)
     draw = lambda heads: jnp.array(rng.standard_normal((2, 256, heads, 64)), jnp.float32)

@@ -10,8 +10,9 @@ import torch
 from llm_common.config import preset
 from parity.cases import random_weights
 from parity.torch_side import TorchSide
-from torch_llm.attention import in_blocks
 from torch_llm.documents import inside_documents
+from torch_llm.fast.attention import in_blocks
+from torch_llm.fast.kernels import make_kernels
 from torch_llm.model import empty_model
 
 IDS = np.array([[5, 1, 6, 7, 1, 1, 8, 9], [1, 5, 6, 7, 8, 9, 5, 1]])
@@ -42,12 +43,12 @@ def test_a_document_is_computed_as_if_it_stood_alone():
 def test_a_mask_in_blocks_hides_the_same(window, separator, monkeypatch):
     family = {} if window is None else {"model_type": "mistral", "sliding_window": window}
     cfg = dataclasses.replace(preset("tiny"), max_position_embeddings=256, **family)
-    model = empty_model(cfg, "sdpa", torch.float64, "cpu", separator=separator).init_weights(0)
+    model = empty_model(cfg, torch.float64, "cpu", make_kernels("sdpa", separator=separator, block_masks=True))
+    model.init_weights(0)
     ids = torch.tensor(np.random.default_rng(0).integers(1, 30, (2, 200)))  # more than a block of 128
     expected, seen = model(ids), []
-    monkeypatch.setattr("torch_llm.model.takes_blocks", lambda *_: True)
     monkeypatch.setattr("torch.compiler.is_compiling", lambda: True)
-    monkeypatch.setattr("torch_llm.model.in_blocks", lambda mask: seen.append(in_blocks(mask)) or seen[-1])
+    monkeypatch.setattr("torch_llm.fast.attention.in_blocks", lambda mask: seen.append(in_blocks(mask)) or seen[-1])
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "flex_attention called without torch.compile")
         torch.testing.assert_close(model(ids), expected, atol=1e-12, rtol=0)

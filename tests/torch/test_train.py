@@ -20,6 +20,7 @@ from parity.cases import RandomBatches, random_batch, random_weights
 from torch_llm import optim
 from torch_llm.checkpoint import from_canonical, to_canonical, to_training_state
 from torch_llm.evaluate import evaluator
+from torch_llm.fast.kernels import make_kernels
 from torch_llm.generate import generate
 from torch_llm.loss import cross_entropy
 from torch_llm.model import empty_model
@@ -197,7 +198,7 @@ def test_a_step_that_is_not_waited_for_updates_as_one_that_is():
 
 def grads_of(train, seed=0):
     """Loss and gradients in float64 of a batch whose micro-batches count different numbers of targets."""
-    model = empty_model(CFG, "reference", torch.float64, "cpu", train.remat)
+    model = empty_model(CFG, torch.float64, "cpu", make_kernels(remat=train.remat))
     from_canonical(model, random_weights(CFG, 0))
     ids, targets = random_batch(CFG, seed, 6, 9)
     targets[2:4] = -100
@@ -249,7 +250,7 @@ def test_rematerialisation_keeps_less():
     kept = {}
     ids, targets = (torch.tensor(x) for x in random_batch(CFG, 0, 3, 13))
     for remat in ("none", "full"):
-        model, sizes = empty_model(CFG, "reference", torch.float32, "cpu", remat).init_weights(0), []
+        model, sizes = empty_model(CFG, torch.float32, "cpu", make_kernels(remat=remat)).init_weights(0), []
         with torch.autograd.graph.saved_tensors_hooks(lambda x, s=sizes: (s.append(x.numel()), x)[1], lambda x: x):
             cross_entropy(model(ids), targets)
         kept[remat] = sum(sizes)
@@ -287,7 +288,7 @@ def not_finite(change, **settings):
     weights = random_weights(CFG, 0, "float32")
     change(weights)
     ids, targets = random_batch(CFG, 0)
-    model = empty_model(CFG, "reference", torch.float32, "cpu", **settings)
+    model = empty_model(CFG, torch.float32, "cpu", make_kernels(**settings))
     return first_not_finite(from_canonical(model, weights), torch.tensor(ids), torch.tensor(targets))
 
 

@@ -3,7 +3,9 @@
 B batch, T positions, D hidden_size, V vocab_size.
 """
 
+import dataclasses
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +13,18 @@ from jax import Array
 
 from jax_llm.layers import linear, upcast
 from jax_llm.loss import IGNORE_INDEX, cross_entropy
+from jax_llm.model import CausalLM, Params, head_weight
+
+
+@dataclasses.dataclass(frozen=True)
+class ChunkedLoss:
+    """`mean_loss` whose logits are made in `chunks` parts."""
+
+    chunks: int
+
+    def __call__(self, model: CausalLM, params: Params, inputs: Array, targets: Array, count: Array) -> Array:
+        x: Any = model.apply({"params": params}, inputs, method=lambda model, ids: model.model(ids)[0])  # (B, T, D)
+        return chunked_cross_entropy(x, head_weight(params), targets, count, self.chunks)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(4,))

@@ -3,6 +3,7 @@
 B batch, T positions, D hidden_size, V vocab_size.
 """
 
+import dataclasses
 from typing import Any
 
 import torch
@@ -10,6 +11,18 @@ from torch import Tensor
 
 from torch_llm.layers import linear, upcast
 from torch_llm.loss import IGNORE_INDEX, cross_entropy
+from torch_llm.model import CausalLM
+
+
+@dataclasses.dataclass(frozen=True)
+class ChunkedLoss:
+    """`mean_loss` whose logits are made in `chunks` parts."""
+
+    chunks: int
+
+    def __call__(self, model: CausalLM, inputs: Tensor, targets: Tensor, count: Tensor) -> Tensor:
+        x = model.model(inputs)  # (B, T, D)
+        return chunked_cross_entropy(x, model.head_weight(), targets, count, self.chunks)
 
 
 def chunked_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, count: Tensor, chunks: int) -> Tensor:
