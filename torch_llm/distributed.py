@@ -46,11 +46,12 @@ from torch_llm.checkpoint import copy
 from torch_llm.fast.attention import resolve_backend
 from torch_llm.fast.kernels import make_kernels
 from torch_llm.fast.layers import Remat
+from torch_llm.fast.optim import sums_of_squares
 from torch_llm.generate import generate_stream
 from torch_llm.kernels import Kernels
 from torch_llm.loss import IGNORE_INDEX, cross_entropy, cross_entropy_sum
 from torch_llm.model import CausalLM
-from torch_llm.optim import make_optimizer, sums_of_squares
+from torch_llm.optim import make_optimizer
 from torch_llm.train import Trainer, matmul_precision, to_device
 
 
@@ -214,7 +215,8 @@ class ShardedTrainer(Trainer):
     def _make_model(self, kernels: Kernels) -> None:
         dtype = getattr(torch, self.train.master_dtype)
         self.model, self.parameters = cut_model(self.cfg, self.mesh, kernels, dtype, self.compute_dtype, self.device)
-        self.optimizer = make_optimizer(self.opt, nn.ParameterList(self.parameters.values()))
+        parameters = nn.ParameterList(self.parameters.values())
+        self.optimizer = make_optimizer(self.opt, parameters, self.optimizer_class)
 
     def shard_of(self, name: str) -> tuple[slice, ...]:
         """The part of a canonical tensor that this process keeps."""
@@ -242,7 +244,6 @@ class ShardedTrainer(Trainer):
             module.forward = torch.compile(module.forward)  # within FSDP's hooks, which are not for a compiler
         if self.config.tensor == 1:
             self._cross_entropy = torch.compile(cross_entropy)
-        self.optimizer.compile_update()
 
     def loss_and_grads(self, inputs: Tensor, targets: Tensor) -> Tensor:
         """Mean loss of the global batch, of which inputs and targets (B / shards, T) are this process's rows."""

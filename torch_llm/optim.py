@@ -4,7 +4,7 @@ Any module can be trained with them, and `torch.optim.AdamW` can take their plac
 """
 
 import itertools
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import reduce
 from typing import Any
 
@@ -24,15 +24,11 @@ def wide_dtype(tensors: Iterable[Tensor]) -> torch.dtype:
 
 def sums_of_squares(grads: list[Tensor]) -> Tensor:
     """The sum of the squares of each tensor, in float32 (float64 for float64): (number of tensors,)."""
-    if grads[0].is_cuda:  # a kernel for many tensors at once
-        norms = torch._foreach_norm(grads, 2, dtype=wide_dtype(grads))  # pyright: ignore[reportPrivateImportUsage]
-        return torch.square(torch.stack(norms))
     return torch.stack([torch.sum(torch.square(upcast(g))) for g in grads])
 
 
-def global_norm(grads: Iterable[Tensor]) -> Tensor:
+def global_norm(grads: list[Tensor], sums_of_squares: Callable[[list[Tensor]], Tensor] = sums_of_squares) -> Tensor:
     """Euclidean norm over all tensors; 0 if there is none."""
-    grads = list(grads)
     return torch.sqrt(sums_of_squares(grads).sum()) if grads else torch.zeros(())
 
 
@@ -64,28 +60,12 @@ def adamw_update(
     p.sub_(lr * (direction + weight_decay * p))
 
 
-def clipped_update(
-    p: Tensor,
-    mu: Tensor,
-    nu: Tensor,
-    g: Tensor,
-    factor: Tensor,
-    finite: Tensor,
-    scalars: list[Tensor],
-    *settings: float,
-) -> None:
-    """Clip and update in one pass over memory, if `finite`, a bool on the device; otherwise nothing changes."""
-    new = [x.clone() for x in (p, mu, nu)]
-    g = g.to(p.dtype) * factor
-    adamw_update(*new, g, scalars, *settings)  # pyright: ignore[reportArgumentType, reportCallIssue]
-    for old, x in zip((p, mu, nu), new, strict=True):
-        old.copy_(torch.where(finite, x, old))
-
-
-def gradient(p: Tensor) -> Tensor | None:
-    """A parameter's gradient: `main_grad`, the float32 sum of its micro-batches, if there is one; otherwise `grad`."""
-    main: Tensor | None = getattr(p, "main_grad", None)
-    return p.grad if main is None else main
+def gradient(p: Tensor) -> Tensor:
+    """`main_grad`, the float32 sum of a parameter's micro-batches, if there is one; otherwise `grad`, or zero for None."""
+    for g in (getattr(p, "main_grad", None), p.grad):
+        if g is not None:
+            return g
+    return torch.zeros_like(p)
 
 
 class AdamW(torch.optim.Optimizer):
@@ -112,56 +92,22 @@ class AdamW(torch.optim.Optimizer):
         for group in self.param_groups:
             group["count"] = value
 
-    _compiled: Any = None  # set by `compile_update`; not part of the state
-
-    def compile_update(self) -> None:
-        """Let torch.compile fuse the update: worth it on a GPU.
-
-        One program serves tensors of any size, with the scalars as inputs. All tensors in one program would take
-        minutes to compile.
-        """
-        self._compiled = torch.compile(clipped_update, dynamic=True)
-
     @torch.no_grad()
-    def step(self, closure=None, factor: Tensor | None = None, finite: Tensor | None = None) -> None:
-        """An update with the gradients times `factor`.
-
-        finite: bool tensor on the device. If False, the compiled update changes nothing; `count` has been raised
-        already, so the caller must lower it.
-        """
+    def step(self, closure=None, factor: Tensor | float = 1.0) -> None:
+        """An update with the gradients times `factor`."""
         assert closure is None, "AdamW needs no closure"
         self.count += 1
         for group in self.param_groups:
             beta1, beta2 = group["beta1"], group["beta2"]
-            settings = (beta1, beta2, group["eps"], group["weight_decay"])
             scalars = (group["lr"], *bias_corrections(beta1, beta2, self.count))
-            device = group["params"][0].device
-            if self._compiled is not None:
-                dtype = wide_dtype(group["params"])  # a wider one would make the whole update as wide
-                on_host = torch.tensor(scalars, dtype=dtype, pin_memory=device.type == "cuda")
-                scalars = list(on_host.to(device, non_blocking=True).unbind())
-                factor = torch.ones((), device=device) if factor is None else factor
-                finite = torch.ones((), dtype=torch.bool, device=device) if finite is None else finite
             for p in group["params"]:
-                g = gradient(p)
-                g = torch.zeros_like(p) if g is None else g
-                master, (mu, nu) = self.master(p), self.moments(p)
-                if self._compiled is None:
-                    g = g.to(master.dtype)
-                    adamw_update(master, mu, nu, g if factor is None else g * factor, scalars, *settings)
-                else:
-                    flat = [
-                        x.detach().reshape(-1) for x in (master, mu, nu, g)
-                    ]  # views: one shape for the program to know
-                    self._compiled(*flat, factor, finite, scalars, *settings)
-                if master is not p:
-                    p.copy_(master)
+                master, (mu, nu), g = self.master(p), self.moments(p), gradient(p).to(wide_dtype([p]))
+                adamw_update(master, mu, nu, g * factor, scalars, beta1, beta2, group["eps"], group["weight_decay"])
+                self.round_master(p)
 
     def master(self, p: nn.Parameter) -> Tensor:
         """What an update changes: the parameter itself, or its float32 master, at the start the parameter's value."""
-        if p.dtype == wide_dtype([p]):
-            return p
-        return self._state(p)["master"]
+        return self._state(p).get("master", p)
 
     def moments(self, p: nn.Parameter) -> tuple[Tensor, Tensor]:
         """Running means of a parameter's gradients and of their squares, zero at the start."""
@@ -188,17 +134,18 @@ class AdamW(torch.optim.Optimizer):
     @torch.no_grad()
     def set_master(self, p: nn.Parameter, value: Tensor) -> None:
         """Write a value into a parameter's master, and rounded into the parameter."""
-        master = self.master(p)
-        master.copy_(value)
-        if master is not p:
+        self.master(p).copy_(value)
+        self.round_master(p)
+
+    def round_master(self, p: nn.Parameter) -> None:
+        """Write a parameter's master, rounded, into the parameter."""
+        if (master := self.master(p)) is not p:
             p.copy_(master)
 
 
-def make_optimizer(cfg: OptimizerConfig, module: nn.Module) -> AdamW:
+def make_optimizer(cfg: OptimizerConfig, module: nn.Module, kind: type[AdamW] = AdamW) -> AdamW:
     """AdamW over a module's parameters: matrices decay, gains do not."""
-    parameters = list(module.parameters())
-    groups = [
-        {"params": [p for p in parameters if decays(p.shape)], "weight_decay": cfg.weight_decay},
-        {"params": [p for p in parameters if not decays(p.shape)], "weight_decay": 0.0},
-    ]
-    return AdamW([g for g in groups if g["params"]], cfg.lr_max, cfg.beta1, cfg.beta2, cfg.eps, cfg.weight_decay)
+    groups = [{"params": [], "weight_decay": cfg.weight_decay}, {"params": [], "weight_decay": 0.0}]
+    for p in module.parameters():
+        groups[not decays(p.shape)]["params"].append(p)
+    return kind([g for g in groups if g["params"]], cfg.lr_max, cfg.beta1, cfg.beta2, cfg.eps, cfg.weight_decay)

@@ -26,10 +26,11 @@ from llm_common.schedule import learning_rate
 from llm_common.tensors import check_batch, tensor_shapes
 from torch_llm.fast.attention import resolve_backend, takes_blocks
 from torch_llm.fast.kernels import make_kernels
+from torch_llm.fast.optim import CompiledAdamW, sums_of_squares
 from torch_llm.kernels import Kernels
 from torch_llm.loss import IGNORE_INDEX, cross_entropy
 from torch_llm.model import CausalLM, empty_model, initial_tensors
-from torch_llm.optim import clip_factor, global_norm, gradient, make_optimizer, wide_dtype
+from torch_llm.optim import AdamW, clip_factor, global_norm, gradient, make_optimizer, wide_dtype
 
 
 def batch_loss(model: CausalLM, inputs: Tensor, targets: Tensor, count: Tensor) -> Tensor:
@@ -195,10 +196,11 @@ class Trainer:
         self._batch_loss = batch_loss
         self._unsettled: StepMetrics | None = None  # of a step whose update was counted before it was known to be one
         self.step = 0
+        self.compiled = compiles(train, self.device)
+        self.optimizer_class = CompiledAdamW if self.compiled else AdamW
         self._make_model(run_kernels(cfg, train, self.device))
         if init_weights:
             self.init_weights()
-        self.compiled = compiles(train, self.device)
         if self.compiled:
             # the table must be on the device before the program is traced, which would be traced again after the first step
             self.model.model.places.rotary_table(torch.zeros(1, dtype=torch.long, device=self.device), upcast_dtype)
@@ -208,7 +210,7 @@ class Trainer:
 
     def _make_model(self, kernels: Kernels) -> None:
         self.model = empty_model(self.cfg, self.compute_dtype, self.device, kernels)
-        self.optimizer = make_optimizer(self.opt, self.model)
+        self.optimizer = make_optimizer(self.opt, self.model, self.optimizer_class)
 
     def init_weights(self) -> None:
         """Fill in the initial weights of `train.seed`: into the masters, which are rounded afterwards."""
@@ -224,7 +226,6 @@ class Trainer:
     def _compile(self) -> None:
         # a program for each shape: of one for any shape, which a second shape brings, the compiler fails on a GPU
         self._batch_loss = torch.compile(batch_loss, dynamic=False)
-        self.optimizer.compile_update()
 
     def loss_and_grads(self, inputs: Tensor, targets: Tensor) -> Tensor:
         """Mean loss of a batch, with the gradients left in the parameters."""
@@ -233,7 +234,7 @@ class Trainer:
     @torch.no_grad()
     def grad_norm(self) -> Tensor:
         """The global norm of the gradients."""
-        return global_norm(g for g in map(gradient, self.model.parameters()) if g is not None)
+        return global_norm([*map(gradient, self.model.parameters())], sums_of_squares)
 
     def read_batch(self, dataset: Dataset) -> tuple[Tensor, Tensor]:
         """Inputs and targets of this step, each (B, T), on the device. Raises UserError for an id outside the vocabulary."""
@@ -261,7 +262,7 @@ class Trainer:
         self.settle()
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        if self.compiled:
+        if isinstance(self.optimizer, CompiledAdamW):
             self.optimizer.step(factor=factor, finite=finite)
         elif finite:
             self.optimizer.step(factor=factor)

@@ -11,7 +11,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from jax_llm.layers import linear, upcast
+from jax_llm.fast.products import flat_linear
+from jax_llm.layers import upcast
 from jax_llm.loss import IGNORE_INDEX, cross_entropy
 from jax_llm.model import CausalLM, Params, head_weight
 
@@ -29,7 +30,7 @@ class ChunkedLoss:
 
 @partial(jax.custom_vjp, nondiff_argnums=(4,))
 def chunked_cross_entropy(x: Array, weight: Array, targets: Array, count: Array, chunks: int) -> Array:
-    """`cross_entropy` of the logits linear(x, weight), which are made for T / chunks positions at a time and are never all there.
+    """`cross_entropy` of the logits flat_linear(x, weight), which are made for T / chunks positions at a time and are never all there.
 
     x (B, T, D), weight (V, D) of the head, targets (B, T). The gradients are made with the logits, which are so made once; that
     of weight is summed over the chunks in float32.
@@ -40,7 +41,7 @@ def chunked_cross_entropy(x: Array, weight: Array, targets: Array, count: Array,
 def _chunks_forward(x: Array, weight: Array, targets: Array, count: Array, chunks: int):
     def add(sums: tuple[Array, Array], chunk: tuple[Array, Array]) -> tuple[tuple[Array, Array], Array]:
         (total, d_weight), (x, targets) = sums, chunk
-        logits = linear(x, weight)
+        logits = flat_linear(x, weight)
         d_logits = d_cross_entropy(logits, targets, count)
         d_weight = d_weight + upcast(jnp.einsum("btv,btd->vd", d_logits, x))
         return (total + cross_entropy(logits, targets, count), d_weight), d_logits @ weight

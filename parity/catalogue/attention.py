@@ -41,15 +41,15 @@ torch(
 torch(
     "no rotation of k",
     "attention:Attention.forward",
-    "q, k = apply_rope(q, cos, sin), apply_rope(k, cos, sin)",
-    "q = apply_rope(q, cos, sin)",
+    "q, k = apply_rope(q, place.cos, place.sin), apply_rope(k, place.cos, place.sin)",
+    "q = apply_rope(q, place.cos, place.sin)",
     place=ATTENTION,
 )
 jax(
     "no rotation of q",
     "attention:Attention.__call__",
-    "q, k = apply_rope(q, cos, sin), apply_rope(k, cos, sin)",
-    "k = apply_rope(k, cos, sin)",
+    "q, k = apply_rope(q, place.cos, place.sin), apply_rope(k, place.cos, place.sin)",
+    "k = apply_rope(k, place.cos, place.sin)",
     place=ATTENTION,
 )
 jax(
@@ -65,8 +65,8 @@ jax(
 torch(
     "q one position ahead of k",
     "attention:Attention.forward",
-    "apply_rope(q, cos, sin)",
-    "apply_rope(q, torch.roll(cos, 1, 0), torch.roll(sin, 1, 0))",
+    "apply_rope(q, place.cos, place.sin)",
+    "apply_rope(q, torch.roll(place.cos, 1, 0), torch.roll(place.sin, 1, 0))",
     place="rotary table",
 )
 torch(
@@ -266,47 +266,47 @@ alike(
 jax(
     "heads not put back before o_proj",
     "attention:Attention.__call__",
-    "out.reshape(b, t, n * h)",
-    "out.swapaxes(2, 3).reshape(b, t, n * h)",
+    "out.reshape(b, t, -1)",
+    "out.swapaxes(2, 3).reshape(b, t, -1)",
     place=ATTENTION,
 )
 torch(
     "width split before heads",
-    "attention:Attention.forward",
-    "self.q_proj(x).reshape(b, t, -1, self.h)",
-    "self.q_proj(x).reshape(b, t, self.h, -1).transpose(2, 3)",
+    "attention:project_qkv",
+    "attention.q_proj(x).reshape(b, t, -1, attention.cfg.head_dim)",
+    "attention.q_proj(x).reshape(b, t, attention.cfg.head_dim, -1).transpose(2, 3)",
     place=ATTENTION,
 )
 jax(
     "k and v swapped",
     "attention:Attention.__call__",
-    "dot_product_attention(q, k, v, mask, self.backend, cfg.sliding_window)",
-    "dot_product_attention(q, v, k, mask, self.backend, cfg.sliding_window)",
+    "kernels.attention(q, k, v, place.mask, place.window)",
+    "kernels.attention(q, v, k, place.mask, place.window)",
     place=ATTENTION,
 )
 torch(
     "q from the residual stream",
     "model:DecoderLayer.forward",
-    "self.self_attn(self.input_layernorm(x), cos, sin, mask, cache, layer)",
-    "self.self_attn(self.input_layernorm(x) + 0.01 * x, cos, sin, mask, cache, layer)",
+    "self.self_attn(self.input_layernorm(x), place, cache, layer)",
+    "self.self_attn(self.input_layernorm(x) + 0.01 * x, place, cache, layer)",
     place=LAYER,
 )
 jax("window ignored", "attention:causal_mask", "window is None", "True", place=CORE)
 torch("window one short", "attention:causal_mask", "distance < window", "distance < window - 1", place=CORE)
 alike("window one long", "attention:causal_mask", "distance < window", "distance <= window", place=CORE)
-jax("biases left out", "layers:Linear.__call__", "not self.use_bias", "True", place=f"{ATTENTION}.q_proj")
+jax("biases left out", "layers:Linear.__call__", "self.use_bias", "False", place=f"{ATTENTION}.q_proj")
 torch(
     "bias subtracted",
     "layers:Linear.forward",
-    "linear(x, self.weight) + self.bias",
-    "linear(x, self.weight) - self.bias",
+    "out + self.bias",
+    "out - self.bias",
     place=f"{ATTENTION}.q_proj",
 )
 jax(
     "k not normed",
     "attention:Attention.__call__",
-    'k = RMSNorm(cfg.rms_norm_eps, dtype, name="k_norm")(k)',
-    'RMSNorm(cfg.rms_norm_eps, dtype, name="k_norm")(k)',
+    'k = RMSNorm(cfg.rms_norm_eps, kernels.norm, name="k_norm")(k)',
+    'RMSNorm(cfg.rms_norm_eps, kernels.norm, name="k_norm")(k)',
     place=ATTENTION,
 )
 torch(
@@ -321,21 +321,21 @@ both(
     (
         "attention:Attention.__call__",
         "if cfg.qk_norm:\n"
-        '    q = RMSNorm(cfg.rms_norm_eps, dtype, name="q_norm")(q)\n'
-        '    k = RMSNorm(cfg.rms_norm_eps, dtype, name="k_norm")(k)\n'
-        "q, k = apply_rope(q, cos, sin), apply_rope(k, cos, sin)",
-        "q, k = apply_rope(q, cos, sin), apply_rope(k, cos, sin)\n"
+        '    q = RMSNorm(cfg.rms_norm_eps, kernels.norm, name="q_norm")(q)\n'
+        '    k = RMSNorm(cfg.rms_norm_eps, kernels.norm, name="k_norm")(k)\n'
+        "q, k = apply_rope(q, place.cos, place.sin), apply_rope(k, place.cos, place.sin)",
+        "q, k = apply_rope(q, place.cos, place.sin), apply_rope(k, place.cos, place.sin)\n"
         "if cfg.qk_norm:\n"
-        '    q = RMSNorm(cfg.rms_norm_eps, dtype, name="q_norm")(q)\n'
-        '    k = RMSNorm(cfg.rms_norm_eps, dtype, name="k_norm")(k)',
+        '    q = RMSNorm(cfg.rms_norm_eps, kernels.norm, name="q_norm")(q)\n'
+        '    k = RMSNorm(cfg.rms_norm_eps, kernels.norm, name="k_norm")(k)',
     ),
     (
         "attention:Attention.forward",
-        "if self.q_norm is not None and self.k_norm is not None:\n"
+        "if self.cfg.qk_norm:\n"
         "    q, k = self.q_norm(q), self.k_norm(k)\n"
-        "q, k = apply_rope(q, cos, sin), apply_rope(k, cos, sin)",
-        "q, k = apply_rope(q, cos, sin), apply_rope(k, cos, sin)\n"
-        "if self.q_norm is not None and self.k_norm is not None:\n"
+        "q, k = apply_rope(q, place.cos, place.sin), apply_rope(k, place.cos, place.sin)",
+        "q, k = apply_rope(q, place.cos, place.sin), apply_rope(k, place.cos, place.sin)\n"
+        "if self.cfg.qk_norm:\n"
         "    q, k = self.q_norm(q), self.k_norm(k)",
     ),
     place=ATTENTION,
@@ -345,14 +345,14 @@ both(
 area("variants")
 torch(
     "fused attention: window one long",
-    "attention:fused_attention",
+    "fast.attention:fused_attention",
     "causal_mask(positions, positions, window)",
     "causal_mask(positions, positions, window + 1)",
     "noise",
 )
 jax(
     "fused attention: window one long",
-    "attention:fused_attention",
+    "fast.attention:fused_attention",
     "(window - 1, 0)",
     "(window, 0)",
     "noise",
@@ -360,8 +360,8 @@ jax(
 )
 jax(
     "scanned layers add their input twice",
-    "model:Transformer.__call__",
-    "(apply_layer('all', params, x, None)[0], None)",
-    "(x + apply_layer('all', params, x, None)[0], None)",
+    "fast.layers:Layers.__call__",
+    "(apply('all', weights, x, None)[0], None)",
+    "(x + apply('all', weights, x, None)[0], None)",
     "noise",
 )

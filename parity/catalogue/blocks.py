@@ -50,10 +50,10 @@ alike("statistics in bfloat16", NORM, "upcast(x)", "x", "precision", "rms_norm",
 jax(
     "norm after the block instead of before",
     "model:DecoderLayer.__call__",
-    'h = RMSNorm(eps, dtype, name="post_attention_layernorm")(x)\n'
-    'return x + MLP(self.cfg.intermediate_size, dtype, barrier=self.backend == "cudnn", name="mlp")(h), cache',
-    'h = MLP(self.cfg.intermediate_size, dtype, barrier=self.backend == "cudnn", name="mlp")(x)\n'
-    'return x + RMSNorm(eps, dtype, name="post_attention_layernorm")(h), cache',
+    'h = RMSNorm(eps, kernels.norm, name="post_attention_layernorm")(x)\n'
+    'return x + MLP(self.cfg.intermediate_size, kernels, name="mlp")(h), cache',
+    'h = MLP(self.cfg.intermediate_size, kernels, name="mlp")(x)\n'
+    'return x + RMSNorm(eps, kernels.norm, name="post_attention_layernorm")(h), cache',
     place=LAYER,
 )
 torch(
@@ -72,8 +72,8 @@ SWIGLU = f"{LAYER}.mlp.swiglu"
 jax(
     "gate and up swapped",
     "layers:MLP.__call__",
-    "swiglu(gate, up)",
-    "swiglu(up, gate)",
+    "self.kernels.activation(gate, up)",
+    "self.kernels.activation(up, gate)",
     place=f"{LAYER}.mlp",
     quick=True,
 )
@@ -122,9 +122,9 @@ jax("no residual around attention", "model:DecoderLayer.__call__", "x = x + h", 
 torch(
     "MLP and attention in parallel",
     "model:DecoderLayer.forward",
-    "x = x + self.self_attn(self.input_layernorm(x), cos, sin, mask, cache, layer)\n"
+    "x = x + self.self_attn(self.input_layernorm(x), place, cache, layer)\n"
     "return x + self.mlp(self.post_attention_layernorm(x))",
-    "return x + self.self_attn(self.input_layernorm(x), cos, sin, mask, cache, layer) + self.mlp(self.post_attention_layernorm(x))",
+    "return x + self.self_attn(self.input_layernorm(x), place, cache, layer) + self.mlp(self.post_attention_layernorm(x))",
     place=LAYER,
 )
 jax(

@@ -40,9 +40,9 @@ torch(
 )
 torch(
     "the mask forgotten where layers are computed again",
-    "model:Transformer.forward",
-    "checkpoint(layer, x, cos, sin, mask, use_reentrant=False, **REMAT_OPTIONS[self.remat])",
-    "checkpoint(layer, x, cos, sin, use_reentrant=False, **REMAT_OPTIONS[self.remat])",
+    "fast.layers:Remat.__call__",
+    "checkpoint(layer, x, place, use_reentrant=False, **REMAT_OPTIONS[self.policy])",
+    "checkpoint(layer, x, place._replace(mask=None), use_reentrant=False, **REMAT_OPTIONS[self.policy])",
     **APART,
 )
 both(

@@ -32,7 +32,7 @@ torch(
 )
 jax(
     "offset of the positions ignored",
-    "model:Transformer.__call__",
+    "model:causal_places",
     "cache.length[:, None] + jnp.arange(t)",
     "0 * cache.length[:, None] + jnp.arange(t)",
     place="rotary table",
@@ -49,12 +49,12 @@ torch(
 both(
     "the mask aligns top left",
     (
-        "model:Transformer.__call__",
-        "causal_mask(positions, jnp.arange(slots), self.cfg.sliding_window)[:, None]",
-        "causal_mask(positions - cache.length[:, None], jnp.arange(slots), self.cfg.sliding_window)[:, None]",
+        "model:causal_places",
+        "causal_mask(positions, jnp.arange(slots), cfg.sliding_window)[:, None]",
+        "causal_mask(positions - cache.length[:, None], jnp.arange(slots), cfg.sliding_window)[:, None]",
     ),
     (
-        "model:Transformer.forward",
+        "model:CausalPlaces.__call__",
         "causal_mask(positions, slots, window)[:, None]",
         "causal_mask(positions - cache.length[:, None], slots, window)[:, None]",
     ),
@@ -63,9 +63,9 @@ both(
 )
 jax(
     "empty slots seen",
-    "model:Transformer.__call__",
-    "causal_mask(positions, jnp.arange(slots), self.cfg.sliding_window)[:, None]",
-    "causal_mask(positions + 1, jnp.arange(slots), self.cfg.sliding_window)[:, None]",
+    "model:causal_places",
+    "causal_mask(positions, jnp.arange(slots), cfg.sliding_window)[:, None]",
+    "causal_mask(positions + 1, jnp.arange(slots), cfg.sliding_window)[:, None]",
     place=CORE,
     **CACHE,
 )
@@ -73,13 +73,13 @@ both(
     "keys kept before the rotation",
     (
         "attention:Attention.__call__",
-        "k, v = cache = update(cache, k, v, positions)",
-        "k, v = cache = update(cache, apply_rope(k, cos, -sin), v, positions)",
+        "k, v = cache = update(cache, k, v, place.slots)",
+        "k, v = cache = update(cache, apply_rope(k, place.cos, -place.sin), v, place.slots)",
     ),
     (
         "attention:Attention.forward",
         "k, v = cache.update(layer, k, v)",
-        "k, v = cache.update(layer, apply_rope(k, cos, -sin), v)",
+        "k, v = cache.update(layer, apply_rope(k, place.cos, -place.sin), v)",
     ),
     place=ATTENTION,
     **CACHE,
@@ -94,8 +94,8 @@ torch(
 )
 jax(
     "lengths advance by one",
-    "model:Transformer.__call__",
-    "cache.length + t",
+    "model:run_layers",
+    "cache.length + x.shape[1]",
     "cache.length + 1",
     place="rotary table",
     **CACHE,
@@ -103,12 +103,12 @@ jax(
 both(
     "window ignored with a cache",
     (
-        "model:Transformer.__call__",
-        "causal_mask(positions, jnp.arange(slots), self.cfg.sliding_window)",
+        "model:causal_places",
+        "causal_mask(positions, jnp.arange(slots), cfg.sliding_window)",
         "causal_mask(positions, jnp.arange(slots), None)",
     ),
     (
-        "model:Transformer.forward",
+        "model:CausalPlaces.__call__",
         "causal_mask(positions, slots, window)",
         "causal_mask(positions, slots, None)",
     ),
@@ -132,26 +132,26 @@ torch(
 )
 both(
     "fused up for gate",
-    ("layers:MLP.__call__", "gate, up = jnp.split(both, 2, axis=-1)", "up, gate = jnp.split(both, 2, axis=-1)"),
+    ("fast.products:fused_gate_up", "return gate, up", "return up, gate"),
     (
-        "layers:MLP.forward",
-        "gate, up = self.gate_up_proj(x).chunk(2, dim=-1)",
-        "up, gate = self.gate_up_proj(x).chunk(2, dim=-1)",
+        "fast.products:fused_gate_up",
+        "mlp.gate_up_proj(x).chunk(2, dim=-1)",
+        "mlp.gate_up_proj(x).chunk(2, dim=-1)[::-1]",
     ),
     **FUSED,
 )
 torch(
     "fused values for keys",
-    "attention:Attention.forward",
-    "q, k, v = self.qkv_proj(x).reshape(b, t, -1, self.h).split([self.n, self.kv_heads, self.kv_heads], dim=2)",
-    "q, v, k = self.qkv_proj(x).reshape(b, t, -1, self.h).split([self.n, self.kv_heads, self.kv_heads], dim=2)",
+    "fast.products:fused_qkv",
+    "return qkv.split([cfg.num_attention_heads, cfg.num_key_value_heads, cfg.num_key_value_heads], dim=2)",
+    "q, v, k = qkv.split([cfg.num_attention_heads, cfg.num_key_value_heads, cfg.num_key_value_heads], dim=2)\nreturn q, k, v",
     **FUSED,
 )
 torch(
     "fused bias lost",
     "generate:fuse_projections",
-    "Linear(1, 1, parts[0].bias is not None)",
-    "Linear(1, 1, False)",
+    "Linear(1, 1, bias=parts[0].bias is not None)",
+    "Linear(1, 1, bias=False)",
     **FUSED,
 )
 area("generation")

@@ -50,7 +50,7 @@ jax(
 )
 torch(
     "shifted twice",
-    "train:batch_loss",
+    "model:mean_loss",
     "cross_entropy(model(inputs), targets, count)",
     "cross_entropy(model(inputs)[:, :-1], targets[:, 1:], count)",
     place="the model",
@@ -58,7 +58,7 @@ torch(
 )
 jax(
     "targets not shifted: the inputs",
-    "train:loss_and_grads",
+    "model:mean_loss",
     "cross_entropy(logits, targets, count)",
     "cross_entropy(logits, inputs, count)",
     place="loss",
@@ -157,16 +157,16 @@ GRAD = {"check": "gradients"}
 jax(
     "MLP detached",
     "model:DecoderLayer.__call__",
-    'x + MLP(self.cfg.intermediate_size, dtype, barrier=self.backend == "cudnn", name="mlp")(h)',
-    'x + jax.lax.stop_gradient(MLP(self.cfg.intermediate_size, dtype, barrier=self.backend == "cudnn", name="mlp")(h))',
+    'x + MLP(self.cfg.intermediate_size, kernels, name="mlp")(h)',
+    'x + jax.lax.stop_gradient(MLP(self.cfg.intermediate_size, kernels, name="mlp")(h))',
     place=LAST,
     **GRAD,
 )
 torch(
     "attention detached",
     "model:DecoderLayer.forward",
-    "self.self_attn(self.input_layernorm(x), cos, sin, mask, cache, layer)",
-    "self.self_attn(self.input_layernorm(x), cos, sin, mask, cache, layer).detach()",
+    "self.self_attn(self.input_layernorm(x), place, cache, layer)",
+    "self.self_attn(self.input_layernorm(x), place, cache, layer).detach()",
     place=LAST,
     quick=True,
     **GRAD,
@@ -201,8 +201,8 @@ both(
 torch(
     "gain frozen",
     "layers:RMSNorm.forward",
-    "rms_norm(x, self.weight, self.eps)",
-    "rms_norm(x, self.weight.detach(), self.eps)",
+    "self.function(x, self.weight, self.eps)",
+    "self.function(x, self.weight.detach(), self.eps)",
     place="model.norm.weight",
     **GRAD,
 )

@@ -74,8 +74,8 @@ jax(
 torch(
     "embedding does not decay",
     "optim:make_optimizer",
-    "parameters = list(module.parameters())",
-    "parameters = list(module.parameters())\ndecays = lambda shape: len(shape) >= 2 and shape[0] != 96",
+    "groups[not decays(p.shape)]",
+    "groups[not decays(p.shape) or p.shape[0] == 96]",
     place=DECAY,
     **STEP,
 )

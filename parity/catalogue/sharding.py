@@ -31,8 +31,8 @@ SHARDING_BUGS = (
     torch(
         "documents together on a mesh",
         "cut_model",
-        "CausalLM(cfg, backend, remat, separator)",
-        "CausalLM(cfg, backend, remat)",
+        "CausalLM(cfg, kernels)",
+        "CausalLM(cfg, replace(kernels, places=make_kernels().places))",
         "data=2",
         "logits",
         shape="documents",
@@ -41,8 +41,8 @@ SHARDING_BUGS = (
     jax(
         "documents together in a run on a mesh",
         "mesh_model",
-        "make_model(cfg, train, mesh.devices.flat[0].platform)",
-        "dataclasses.replace(make_model(cfg, train, mesh.devices.flat[0].platform), separator=None)",
+        "make_model(cfg, train, platform)",
+        "make_model(cfg, dataclasses.replace(train, document_separator=None), platform)",
         "fsdp=2,tensor=2",
         "losses",
         shape="documents",

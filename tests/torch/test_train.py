@@ -20,10 +20,12 @@ from parity.cases import RandomBatches, random_batch, random_weights
 from torch_llm import optim
 from torch_llm.checkpoint import from_canonical, to_canonical, to_training_state
 from torch_llm.evaluate import evaluator
+from torch_llm.fast import optim as fast_optim
 from torch_llm.fast.kernels import make_kernels
 from torch_llm.generate import generate
 from torch_llm.loss import cross_entropy
 from torch_llm.model import empty_model
+from torch_llm.optim import make_optimizer
 from torch_llm.run import fit_and_save
 from torch_llm.train import Trainer, first_not_finite, loss_and_grads, matmul_precision, select_device
 
@@ -155,14 +157,15 @@ def test_skips_stop_the_run_with_a_diagnosis():
 
 
 @pytest.mark.parametrize("dtypes", [(torch.float32, torch.float32), (torch.float32, torch.float64)])
-def test_the_compiled_update_takes_parameters_of_any_shape_and_dtype(dtypes):
+def test_the_compiled_update_takes_parameters_of_any_shape_and_dtype(dtypes, monkeypatch):
+    monkeypatch.setattr(fast_optim, "compiled_update", lambda: fast_optim.clipped_update)
     updated = []
     for compiled in (False, True):
         parameters = [
             torch.nn.Parameter(torch.ones(shape, dtype=x)) for shape, x in zip([(), (2, 3)], dtypes, strict=True)
         ]
-        optimizer = optim.AdamW(parameters, 1e-3, 0.9, 0.95, 1e-8, 0.1)
-        optimizer._compiled = optim.clipped_update if compiled else None
+        kind = fast_optim.CompiledAdamW if compiled else optim.AdamW
+        optimizer = kind(parameters, 1e-3, 0.9, 0.95, 1e-8, 0.1)
         for _ in range(3):
             for p in parameters:
                 p.grad = torch.full_like(p, 0.3)
@@ -172,12 +175,13 @@ def test_the_compiled_update_takes_parameters_of_any_shape_and_dtype(dtypes):
         torch.testing.assert_close(a, b, rtol=8 * torch.finfo(a.dtype).eps, atol=0)
 
 
-def test_a_step_that_is_not_waited_for_updates_as_one_that_is():
+def test_a_step_that_is_not_waited_for_updates_as_one_that_is(monkeypatch):
+    monkeypatch.setattr(fast_optim, "compiled_update", lambda: fast_optim.clipped_update)
     states = []
     for ahead in (False, True):
         trainer = Trainer(CFG, TRAIN, OPT)
         if ahead:  # as on a GPU, but for the compiler
-            trainer.compiled, trainer.optimizer._compiled = True, optim.clipped_update
+            trainer.compiled, trainer.optimizer = True, make_optimizer(OPT, trainer.model, fast_optim.CompiledAdamW)
         honest = trainer.loss_and_grads
 
         def sometimes_not_finite(inputs, targets, trainer=trainer, honest=honest):
