@@ -58,7 +58,7 @@ def causal_mask(query_positions: Array, key_positions: Array, window: int | None
 
 
 def project_qkv(x: Array, cfg: ModelConfig, linear: Callable) -> tuple[Array, Array, Array]:
-    """x (B, T, D) to q (B, T, N, H), k and v (B, T, K, H). Called within a module, whose weights they are."""
+    """x (B, T, D) to q (B, T, N, H), k and v (B, T, K, H). Called within a module, which has their weights."""
     b, t, _ = x.shape
     n, kv_heads, h, bias = cfg.num_attention_heads, cfg.num_key_value_heads, cfg.head_dim, cfg.qkv_bias
     q = Linear(n * h, linear, bias, name="q_proj")(x).reshape(b, t, n, h)

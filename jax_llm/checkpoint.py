@@ -4,8 +4,6 @@ Every array that comes in is copied: `jax.device_put` may alias NumPy memory on 
 """
 
 from functools import partial
-from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,12 +12,11 @@ import optax
 from jax import Array
 from jax.experimental import multihost_utils
 
-from jax_llm.model import Params, build_params, get_canonical
 from jax_llm.optim import make_optimizer
+from jax_llm.params import Leaf, Params, get_canonical, param_leaves
 from jax_llm.train import TrainState
-from llm_common.checkpoint import TrainingState, load_checkpoint, save_checkpoint
+from llm_common.checkpoint import TrainingState
 from llm_common.config import ModelConfig, OptimizerConfig
-from llm_common.hf_tokenizer import AnyTokenizer
 from llm_common.tensors import Tensors, check_tensors, tensor_shapes
 
 
@@ -31,18 +28,16 @@ def from_canonical(cfg: ModelConfig, weights: Tensors, dtype=None) -> Params:
     """
     check_tensors(cfg, weights, "weights")
 
-    def leaf(name: str) -> Array:
-        return jnp.array(weights[name], dtype, copy=True)
-
-    def stacked(names: list[str]) -> Array:
-        first = leaf(names[0])
-        stack = jnp.zeros((len(names), *first.shape), first.dtype)
-        for i, name in enumerate(names):
-            stack = _put(stack, first if i == 0 else leaf(name), i)
+    def array(leaf: Leaf) -> Array:
+        first = jnp.array(weights[leaf.names[0]], dtype, copy=True)
+        if not leaf.stacked:
+            return first
+        stack = jnp.zeros((len(leaf.names), *first.shape), first.dtype)
+        for i, name in enumerate(leaf.names):
+            stack = _put(stack, first if i == 0 else jnp.array(weights[name], dtype, copy=True), i)
         return stack
 
-    # `build_params` asks for every tensor of a stack at once: it is given the names
-    return build_params(cfg, lambda name: name if name.startswith("model.layers.") else leaf(name), stacked)
+    return jax.tree.map(array, param_leaves(cfg))
 
 
 @partial(jax.jit, donate_argnums=0)
@@ -74,16 +69,3 @@ def from_training_state(cfg: ModelConfig, opt: OptimizerConfig, saved: TrainingS
     opt_state = make_optimizer(opt, cfg).init(params)
     opt_state = optax.tree_utils.tree_set(opt_state, mu=mu, nu=nu)
     return TrainState(params, opt_state, jnp.int32(saved.step), jnp.int32(saved.adam_count))
-
-
-def save(
-    run: Path, cfg: ModelConfig, state: TrainState, settings: dict[str, Any], tokenizer: AnyTokenizer | None = None
-) -> Path:
-    """Write a checkpoint folder into `run` that either framework can resume from."""
-    return save_checkpoint(run, cfg, to_training_state(cfg, state), {"framework": "jax", **settings}, tokenizer)
-
-
-def restore(folder: Path, cfg: ModelConfig, opt: OptimizerConfig, dtype=jnp.float32) -> TrainState:
-    """Read a checkpoint folder, written by either framework. Raises UserError if it is damaged or of another model."""
-    _, saved, _ = load_checkpoint(folder, cfg)
-    return from_training_state(cfg, opt, saved, dtype)

@@ -30,8 +30,9 @@ from jax_llm.fast.attention import SplashAttention, resolve_backend
 from jax_llm.fast.kernels import make_kernels
 from jax_llm.generate import generate_stream
 from jax_llm.layers import Embedding
-from jax_llm.model import CausalLM, DecoderLayer, Params, build_params, get_canonical, init_params
+from jax_llm.model import CausalLM, DecoderLayer, init_params
 from jax_llm.optim import make_optimizer
+from jax_llm.params import Leaf, Params, get_canonical, param_leaves, unstack
 from jax_llm.train import (
     TrainState,
     attention_backend,
@@ -75,11 +76,11 @@ def mesh_of(config: MeshConfig, devices: Sequence[Any]) -> Mesh:
 def param_shardings(cfg: ModelConfig, mesh: Mesh) -> Params:
     """How every leaf of the parameter tree is cut; the axis of stacked layers is not."""
 
-    def spec(name: str) -> PartitionSpec:
-        return PartitionSpec(*(axes if len(axes) > 1 else next(iter(axes)) for axes in weight_axes(name)))
+    def sharding(leaf: Leaf) -> NamedSharding:
+        own = [axes if len(axes) > 1 else next(iter(axes)) for axes in weight_axes(leaf.names[0])]
+        return NamedSharding(mesh, PartitionSpec(*([None] if leaf.stacked else []), *own))
 
-    specs = build_params(cfg, spec, stack=lambda layers: PartitionSpec(None, *next(iter(layers))))
-    return jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs, is_leaf=lambda x: isinstance(x, PartitionSpec))
+    return jax.tree.map(sharding, param_leaves(cfg))
 
 
 def state_shardings(cfg: ModelConfig, opt: OptimizerConfig, mesh: Mesh, dtype=jnp.float32) -> TrainState:
@@ -112,19 +113,17 @@ def from_canonical(cfg: ModelConfig, weights: Tensors, mesh: Mesh, dtype=None) -
     check_tensors(cfg, weights, "weights")
     shapes = tensor_shapes(cfg)
 
-    def leaf(names: tuple[str, ...], sharding: NamedSharding) -> Array:
-        stacked = names[0].startswith("model.layers.")
-        shape = (len(names), *shapes[names[0]]) if stacked else shapes[names[0]]
+    def array(leaf: Leaf, sharding: NamedSharding) -> Array:
+        shape = shapes[leaf.names[0]]
 
         def read(index: Any) -> np.ndarray:
-            if not stacked:
-                return np.array(weights[names[0]][index], dtype)
-            return np.stack([np.array(weights[name][index[1:]], dtype) for name in names[index[0]]])
+            if not leaf.stacked:
+                return np.array(weights[leaf.names[0]][index], dtype)
+            return np.stack([np.array(weights[name][index[1:]], dtype) for name in leaf.names[index[0]]])
 
-        return jax.make_array_from_callback(shape, sharding, read)
+        return jax.make_array_from_callback((len(leaf.names), *shape) if leaf.stacked else shape, sharding, read)
 
-    names = build_params(cfg, lambda name: (name,), stack=lambda layers: sum(layers, ()))
-    return jax.tree.map(leaf, names, param_shardings(cfg, mesh), is_leaf=lambda x: isinstance(x, tuple))
+    return jax.tree.map(array, param_leaves(cfg), param_shardings(cfg, mesh))
 
 
 def constrain(mesh: Mesh) -> contextlib.AbstractContextManager[None]:
@@ -256,7 +255,7 @@ def generator(
     backend = resolve_backend("auto", platform, compute_dtype, cfg, seq_len=1)
     with x64(compute_dtype), matmul_precision(compute_dtype), constrain(mesh):
         params = from_canonical(cfg, weights, mesh, jnp.dtype(compute_dtype))
-        params = jax.jit(single.unstack)(params)
+        params = jax.jit(unstack)(params)
         yield functools.partial(generate_stream, CausalLM(cfg, make_kernels(backend)), params)
 
 

@@ -15,7 +15,8 @@ from jax import Array
 
 from jax_llm.checkpoint import from_canonical, to_host
 from jax_llm.loss import cross_entropy_sum
-from jax_llm.model import CausalLM, Params
+from jax_llm.model import CausalLM
+from jax_llm.params import Params
 from jax_llm.train import cast, first_not_finite, make_model, matmul_precision, select_device, x64
 from llm_common.config import ModelConfig, TrainConfig
 from llm_common.errors import UserError

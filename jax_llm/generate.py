@@ -25,9 +25,10 @@ from jax_llm.checkpoint import from_canonical, to_host
 from jax_llm.fast.attention import resolve_backend
 from jax_llm.fast.kernels import make_kernels
 from jax_llm.kv_cache import KVCache, init_cache
-from jax_llm.model import CausalLM, Params
+from jax_llm.model import CausalLM
+from jax_llm.params import Params, unstack
 from jax_llm.sampling import sample
-from jax_llm.train import matmul_precision, select_device, unstack, watch_outputs, x64
+from jax_llm.train import matmul_precision, select_device, watch_outputs, x64
 from llm_common.config import ModelConfig, SamplingConfig
 from llm_common.errors import UserError
 from llm_common.tensors import FUSED, Tensors, bucket, check_prompts

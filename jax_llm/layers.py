@@ -53,11 +53,11 @@ def swiglu(gate: Array, up: Array) -> Array:
 
 
 def gate_and_up(x: Array, features: int, linear: Callable) -> tuple[Array, Array]:
-    """The two projections of the MLP: x (B, T, D) to gate and up (B, T, F). Called within a module, whose weights they are."""
+    """The MLP's projections of x (B, T, D): gate and up (B, T, F). Called within a module, which has their weights."""
     return Linear(features, linear, name="gate_proj")(x), Linear(features, linear, name="up_proj")(x)
 
 
-# Modules name the weights and say their shapes. Values come from `init_params` or a checkpoint: until then they are zero.
+# Modules name the weights and say their shapes; the values come from `init_params` or a checkpoint.
 
 
 class Linear(nn.Module):

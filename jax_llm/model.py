@@ -19,16 +19,15 @@ from jax_llm.kernels import Kernels
 from jax_llm.kv_cache import KVCache, LayerCache
 from jax_llm.layers import MLP, Embedding, Linear, RMSNorm, embedding, gate_and_up, linear, rms_norm, swiglu, upcast
 from jax_llm.loss import cross_entropy
+from jax_llm.params import Params, param_leaves, slice_layers
 from jax_llm.rope import rotary_table
 from llm_common.config import ModelConfig, check_length
 from llm_common.errors import UserError
 from llm_common.tensors import init_constant, init_range, tensor_shapes
 
-Params = Any  # a tree of arrays
-
 
 def causal_places(cfg: ModelConfig, input_ids: Array, cache: KVCache | None, dtype) -> Callable[[Any], Place]:
-    """The place of every layer: all of the sequence before a query, or of its text's cache. dtype: of the rotary table."""
+    """The place of every layer: a query sees what precedes it, in the sequence or the cache. dtype: the table's."""
     t = input_ids.shape[1]
     if cache is None:
         check_length(cfg, t, "the input")
@@ -141,56 +140,6 @@ class CausalLM(nn.Module):
         raise UserError("a CausalLM has no init of its own: make its weights with jax_llm.model.init_params(cfg, seed)")
 
 
-def slice_layers(layers: Params) -> tuple[Params, ...]:
-    """The trees of the single layers, from a tree stacked on L (or from what is such a tuple already)."""
-    if isinstance(layers, tuple):
-        return layers
-    return tuple(jax.tree.map(lambda w, i=i: w[i], layers) for i in range(len(jax.tree.leaves(layers)[0])))
-
-
-def stack_layers(layers: tuple[Params, ...]) -> Params:
-    """The inverse of `slice_layers`."""
-    return jax.tree.map(lambda *w: jnp.stack(w), *layers)
-
-
-def build_params(cfg: ModelConfig, tensor: Callable[[str], Any], stack: Callable = jnp.stack) -> Params:
-    """The parameter tree whose leaves are `tensor(canonical name)`; those of the layers are put together by `stack`."""
-    tree: dict[str, Any] = {}
-    for name in tensor_shapes(cfg):
-        if name.startswith("model.layers."):
-            if not name.startswith("model.layers.0."):
-                continue
-            suffix = name.removeprefix("model.layers.0.")
-            leaf = stack([tensor(f"model.layers.{i}.{suffix}") for i in range(cfg.num_hidden_layers)])
-            name = f"model.layers.{suffix}"
-        else:
-            leaf = tensor(name)
-        node = tree
-        *parents, last = name.split(".")
-        for parent in parents:
-            node = node.setdefault(parent, {})
-        node[last] = leaf
-    return tree
-
-
-def get_canonical(params: Params, name: str) -> Array:
-    """The tensor of a parameter tree (or a gradient or moment tree) that has a canonical name."""
-    path, index = name.split("."), None
-    if name.startswith("model.layers."):
-        index = int(path.pop(2))
-    leaf = params
-    for part in path:
-        leaf = leaf[part]
-    return leaf if index is None else leaf[index]
-
-
-def head_weight(params: Params) -> Array:
-    """The head's matrix (V, D): its own, or the embedding's if it is tied."""
-    return params["lm_head" if "lm_head" in params else "model"].get(
-        "weight", params["model"]["embed_tokens"]["weight"]
-    )
-
-
 def init_params(cfg: ModelConfig, seed: int, dtype=jnp.float32) -> Params:
     """Initial weights, bit-identical to torch's from the same seed: uniform, keyed by the canonical name's index."""
     shapes = tensor_shapes(cfg)
@@ -204,4 +153,5 @@ def init_params(cfg: ModelConfig, seed: int, dtype=jnp.float32) -> Params:
         u = random_bits.uniform(random_bits.random_bits(keys[name], size), dtype)
         return ((u - 0.5) * jnp.asarray(width, dtype)).reshape(shapes[name])
 
-    return build_params(cfg, tensor)
+    stacks = lambda leaf: jnp.stack([tensor(name) for name in leaf.names]) if leaf.stacked else tensor(*leaf.names)
+    return jax.tree.map(stacks, param_leaves(cfg))

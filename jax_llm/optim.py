@@ -11,6 +11,7 @@ import optax
 from jax import Array
 
 from jax_llm.layers import upcast
+from jax_llm.params import param_leaves
 from llm_common.config import ModelConfig, OptimizerConfig
 from llm_common.schedule import StepScalars
 from llm_common.tensors import decays, tensor_shapes
@@ -81,10 +82,8 @@ def decay_mask(cfg: ModelConfig) -> Tree:
 
     Decided from the canonical tensor: a stacked norm weight has two axes, (L, D), and must not decay.
     """
-    from jax_llm.model import build_params  # here, so that the optimizer can be read and used without the model
-
     shapes = tensor_shapes(cfg)
-    return build_params(cfg, lambda name: decays(shapes[name]), stack=all)
+    return jax.tree.map(lambda leaf: decays(shapes[leaf.names[0]]), param_leaves(cfg))
 
 
 def make_optimizer(cfg: OptimizerConfig, model: ModelConfig) -> optax.GradientTransformationExtraArgs:

@@ -27,8 +27,9 @@ from jax_llm.fast.kernels import make_kernels
 from jax_llm.fast.layers import Layers
 from jax_llm.layers import upcast
 from jax_llm.loss import IGNORE_INDEX, cross_entropy
-from jax_llm.model import CausalLM, Params, get_canonical, init_params, run_layers, slice_layers, stack_layers
+from jax_llm.model import CausalLM, init_params, run_layers
 from jax_llm.optim import global_norm, make_optimizer
+from jax_llm.params import Params, get_canonical, restack, unstack
 from llm_common.budget import host_memory, host_memory_used
 from llm_common.config import ModelConfig, OptimizerConfig, TrainConfig, check_length
 from llm_common.cudnn import why_not_cudnn
@@ -56,18 +57,6 @@ class Metrics(NamedTuple):
 
 def cast(params: Params, dtype) -> Params:
     return jax.tree.map(lambda p: p.astype(dtype), params)
-
-
-def unstack(params: Params) -> Params:
-    """The parameter tree with `layers` as a tuple of L trees."""
-    model = params["model"]
-    return {**params, "model": {**model, "layers": slice_layers(model["layers"])}}
-
-
-def restack(params: Params) -> Params:
-    """The inverse of `unstack`."""
-    model = params["model"]
-    return {**params, "model": {**model, "layers": stack_layers(model["layers"])}}
 
 
 def loss_and_grads(

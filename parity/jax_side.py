@@ -19,6 +19,7 @@ from jax_llm.evaluate import evaluator
 from jax_llm.fast.attention import resolve_backend
 from jax_llm.fast.kernels import make_kernels
 from jax_llm.generate import decoding_params, generate, generator
+from jax_llm.kernels import Kernels
 from jax_llm.kv_cache import init_cache
 from jax_llm.model import CausalLM
 from jax_llm.train import compiled_train_step, fit, init_state, loss_and_grads, matmul_precision, select_device
@@ -123,6 +124,24 @@ class JaxSide:
             batch = jnp.array(ids), jnp.array(targets)
             loss, grads = self._grads(self._params(weights), *batch, accumulation_steps, loss_chunks)
             return float(loss), self._tensors(grads)
+
+    def results(
+        self, weights: Tensors, ids: np.ndarray, targets: np.ndarray, kernels: Kernels, fused: bool = False
+    ) -> Tensors:
+        """Logits, loss and gradients with these kernels. fused: logits alone, of weights that lie side by side."""
+        with self.scope():
+            model, params, batch = (
+                CausalLM(self.cfg, kernels),
+                self._params(weights),
+                (jnp.array(ids), jnp.array(targets)),
+            )
+            own = decoding_params(params) if fused else params
+            logits = jax.jit(lambda params, ids: model.apply({"params": params}, ids)[0])(own, batch[0])
+            found = {"logits": np.asarray(logits).astype(np.float64)}
+            if not fused:
+                loss, grads = jax.jit(lambda *args: loss_and_grads(model, *args))(params, *batch)
+                found |= {"loss": np.asarray(loss).astype(np.float64), **self._tensors(grads)}
+            return found
 
     def uncompiled_logits(self, weights: Tensors, ids: np.ndarray) -> np.ndarray:
         """The logits, operation by operation."""

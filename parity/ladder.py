@@ -21,6 +21,7 @@ from parity.config_checks import check_config
 from parity.data_checks import check_data, check_evaluation, check_tokenizer
 from parity.device_checks import check_device
 from parity.figures import figures
+from parity.kernel_checks import check_kernels
 from parity.model_checks import check_cache, check_gradients, check_init, check_logits, check_spec
 from parity.noise import check_noise, with_noise
 from parity.precision_checks import check_precision
@@ -39,6 +40,7 @@ CHECKS: dict[str, Callable[[Settings], Iterator[Row]]] = {
     "logits": check_logits,
     "gradients": check_gradients,
     "precision": check_precision,
+    "kernels": check_kernels,
     "noise": check_noise,
     "schedule": check_schedule,
     "adamw": check_adamw,

@@ -28,7 +28,7 @@ def check_noise(s: Settings) -> Iterator[Row]:
     for dtype in s.dtypes:
         weights = random_weights(s.cfg, s.seed, dtype)
         ids, targets = random_batch(s.cfg, s.seed, s.batch, s.length)
-        allowed = FLOAT64_ALLOWED if dtype == "float64" else CEILINGS * _ceiling(s, dtype, weights, ids, targets)
+        allowed = FLOAT64_ALLOWED if dtype == "float64" else CEILINGS * ceiling(s, dtype, weights, ids, targets)
         for side in s.sides(dtype):
             base = {
                 "logits": {"logits": side.logits(weights, ids)},
@@ -110,7 +110,7 @@ def with_noise(rows: list[Row]) -> list[Row]:
     ]
 
 
-def _ceiling(s: Settings, dtype: str, weights: Tensors, ids: np.ndarray, targets: np.ndarray) -> float:
+def ceiling(s: Settings, dtype: str, weights: Tensors, ids: np.ndarray, targets: np.ndarray) -> float:
     """The error that one ulp in every weight and intermediate result makes in the worst gradient or in the logits."""
     moved = specified(s, weights, ids, targets, one_ulp_noise(s.seed, dtype))
     exact = specified(s, weights, ids, targets)

@@ -23,6 +23,7 @@ from torch_llm.evaluate import evaluator
 from torch_llm.fast.attention import resolve_backend
 from torch_llm.fast.kernels import make_kernels
 from torch_llm.generate import fuse_projections, generate, generator
+from torch_llm.kernels import Kernels
 from torch_llm.kv_cache import KVCache
 from torch_llm.model import CausalLM, empty_model
 from torch_llm.optim import gradient, make_optimizer
@@ -103,6 +104,22 @@ class TorchSide:
             loss = loss_and_grads(model, *batch, accumulation_steps)
         return float(loss), self._gradients(model)
 
+    def results(
+        self, weights: Tensors, ids: np.ndarray, targets: np.ndarray, kernels: Kernels, fused: bool = False
+    ) -> Tensors:
+        """Logits, loss and gradients with these kernels. fused: logits alone, of weights that lie side by side."""
+        model = empty_model(self.cfg, getattr(torch, self.dtype), self.device, kernels)
+        model = checkpoint.from_canonical(model, weights)
+        with self.scope():
+            inputs, labels = self._tensor(ids), self._tensor(targets)
+            with torch.no_grad():
+                logits = (fuse_projections(model) if fused else model)(inputs)
+            found = {"logits": logits.double().cpu().numpy()}
+            if not fused:
+                loss = loss_and_grads(model, inputs, labels)
+                found |= {"loss": loss.double().cpu().numpy(), **self._gradients(model)}
+            return found
+
     def tapped(self, weights: Tensors, ids: np.ndarray, targets: np.ndarray, given: Values, given_back: Values):
         """One loss and its gradients under taps: what they recorded, the loss, the gradients."""
         recorder, model = TorchRecorder(given, given_back), self._model(weights)
@@ -112,8 +129,7 @@ class TorchSide:
 
     def _gradients(self, model: CausalLM) -> Tensors:
         """The gradients left in a model; zero where there is none."""
-        grads = {name: (p, gradient(p)) for name, p in model.named_parameters()}
-        return {name: np.zeros(p.shape) if g is None else g.double().cpu().numpy() for name, (p, g) in grads.items()}
+        return {name: gradient(p).double().cpu().numpy() for name, p in model.named_parameters()}
 
     def tapped_cache(self, weights: Tensors, ids: np.ndarray, prompt: int, values: Callable[[int, int], Values]):
         """What taps record while ids are fed as `cached_logits` feeds them: recorder, first and last position."""

@@ -4,14 +4,11 @@ Every array that comes in is copied: `torch.from_numpy` would share memory with 
 """
 
 import warnings
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 
-from llm_common.checkpoint import TrainingState, load_checkpoint, save_checkpoint
-from llm_common.hf_tokenizer import AnyTokenizer
+from llm_common.checkpoint import TrainingState
 from llm_common.tensors import Tensors, check_tensors, tensor_shapes
 from torch_llm.layers import upcast
 from torch_llm.model import CausalLM
@@ -76,17 +73,6 @@ def from_training_state(trainer: Trainer, saved: TrainingState) -> Trainer:
         copy(nu, saved.nu[name])
     trainer.step, trainer.optimizer.count = saved.step, saved.adam_count
     return trainer
-
-
-def save(run: Path, trainer: Trainer, settings: dict[str, Any], tokenizer: AnyTokenizer | None = None) -> Path:
-    """Write a checkpoint folder into `run` that either framework can resume from."""
-    return save_checkpoint(run, trainer.cfg, to_training_state(trainer), {"framework": "torch", **settings}, tokenizer)
-
-
-def restore(folder: Path, trainer: Trainer) -> Trainer:
-    """Read a checkpoint folder, written by either framework. Raises UserError if it is damaged or of another model."""
-    _, saved, _ = load_checkpoint(folder, trainer.cfg)
-    return from_training_state(trainer, saved)
 
 
 def _array(tensor: torch.Tensor) -> np.ndarray:

@@ -52,11 +52,11 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
 
 
 def gate_and_up(mlp: "MLP", x: Tensor) -> tuple[Tensor, Tensor]:
-    """The two projections of the MLP: x (B, T, D) to gate and up (B, T, F)."""
+    """The MLP's projections of x (B, T, D): gate and up (B, T, F)."""
     return mlp.gate_proj(x), mlp.up_proj(x)
 
 
-# Modules own the weights. Their values come from `init_weights` or a checkpoint: until then they are zero.
+# Modules own the weights, which are zero until `init_weights` or a checkpoint fills them in.
 
 
 class Linear(nn.Module):

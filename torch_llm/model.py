@@ -23,7 +23,7 @@ from torch_llm.rope import RotaryTable
 
 
 class CausalPlaces:
-    """The place of every layer: all of the sequence before a query, or of its text's cache. Owns the rotary table."""
+    """The place of every layer: a query sees what precedes it, in the sequence or the cache. Owns the rotary table."""
 
     def __init__(self, cfg: ModelConfig) -> None:
         self.cfg, self.rotary_table = cfg, RotaryTable(cfg)

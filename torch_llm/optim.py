@@ -61,7 +61,7 @@ def adamw_update(
 
 
 def gradient(p: Tensor) -> Tensor:
-    """`main_grad`, the float32 sum of a parameter's micro-batches, if there is one; otherwise `grad`, or zero for None."""
+    """`main_grad`, the float32 sum of a parameter's micro-batches; without one `grad`, and without that zero."""
     for g in (getattr(p, "main_grad", None), p.grad):
         if g is not None:
             return g

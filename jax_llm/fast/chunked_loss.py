@@ -14,7 +14,8 @@ from jax import Array
 from jax_llm.fast.products import flat_linear
 from jax_llm.layers import upcast
 from jax_llm.loss import IGNORE_INDEX, cross_entropy
-from jax_llm.model import CausalLM, Params, head_weight
+from jax_llm.model import CausalLM
+from jax_llm.params import Params, head_weight
 
 
 @dataclasses.dataclass(frozen=True)

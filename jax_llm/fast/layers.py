@@ -11,7 +11,8 @@ import jax
 from jax import Array
 
 from jax_llm.kv_cache import KVCache
-from jax_llm.model import Params, run_layers
+from jax_llm.model import run_layers
+from jax_llm.params import Params
 
 REMAT_POLICIES = {"full": None, "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable}
 

@@ -90,9 +90,9 @@ shared(
 )
 jax(
     "layer 10 before layer 2",
-    "model:build_params",
-    'stack([tensor(f"model.layers.{i}.{suffix}") for i in range(cfg.num_hidden_layers)])',
-    'stack([tensor(f"model.layers.{i}.{suffix}") for i in sorted(range(cfg.num_hidden_layers), key=str)])',
+    "params:param_leaves",
+    'tuple(f"{LAYERS}{i}.{suffix}" for i in range(cfg.num_hidden_layers))',
+    'tuple(f"{LAYERS}{i}.{suffix}" for i in sorted(range(cfg.num_hidden_layers), key=str))',
     place="model.layers.2.input_layernorm",
     runs="logits",
 )

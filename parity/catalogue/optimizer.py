@@ -66,8 +66,8 @@ jax("no decay", "optim:adamw", "direction + weight_decay * p if decay else direc
 jax(
     "gains decay: the stacked leaf has two axes",
     "optim:decay_mask",
-    "return build_params(cfg, lambda name: decays(shapes[name]), stack=all)",
-    "return build_params(cfg, lambda name: decays(shapes[name]) or 'layers' in name, stack=all)",
+    "decays(shapes[leaf.names[0]])",
+    "decays(shapes[leaf.names[0]]) or leaf.stacked",
     place="optimizer: update of model.layers.0.input_layernorm.weight",
     **STEP,
 )

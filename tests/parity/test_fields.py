@@ -14,15 +14,18 @@ import numpy as np
 import pytest
 import torch
 
+import jax_llm.fast.kernels
 import jax_llm.model
+import torch_llm.fast.kernels
 import torch_llm.model
 from jax_llm.train import compiled_train_step, init_state, make_model
 from llm_common.config import ModelConfig, OptimizerConfig, RopeScaling, RunConfig, SamplingConfig, TrainConfig, preset
 from llm_common.errors import UserError
 from llm_common.schedule import step_scalars
 from llm_common.sharding import MeshConfig
-from parity import spec_run
+from parity import kernel_checks, spec_run
 from parity.cases import RandomBatches, random_weights, start_state
+from parity.compare import JAX, TORCH
 from parity.fuzz import Drawn, judge
 from parity.jax_side import JaxSide
 from parity.settings import Settings
@@ -337,3 +340,34 @@ def test_bookkeeping_has_its_tests():
         for field, (file, word) in fields.items():
             text = (root / file).read_text(encoding="utf-8")
             assert (word or field) in text, f"{cls.__name__}.{field}: {file} does not speak of it"
+
+
+def test_every_kernel_of_the_fast_packages_has_a_row():
+    """Each field of `Kernels` is declared, and each replacement that `fast/` offers is judged against the plain function."""
+    judged = {JAX: set(), TORCH: set()}
+    for one in kernel_checks.replacements(13):
+        judged[one.side] |= {
+            (field, getattr(kernel, "__name__", type(kernel).__name__)) for field, kernel in one.kernels.items()
+        }
+    for side, make, settings in (
+        (
+            JAX,
+            jax_llm.fast.kernels.make_kernels,
+            ({"attention": "xla"}, {"fused_projections": True}, {"attention": "cudnn"}),
+        ),
+        (TORCH, torch_llm.fast.kernels.make_kernels, ({"attention": "sdpa"},)),
+    ):
+        plain = {JAX: jax_llm.model, TORCH: torch_llm.model}[side].PLAIN
+        given = set()
+        for more in (*settings, {"remat": "full"}, {"loss_chunks": 2}):
+            kernels = make(**more)
+            for field in dataclasses.fields(kernels):
+                kernel = getattr(kernels, field.name)
+                if kernel != getattr(plain, field.name):
+                    given.add((field.name, getattr(kernel, "__name__", type(kernel).__name__)))
+        assert given <= judged[side], given - judged[side]
+
+
+def test_the_two_sides_have_the_same_kernels():
+    fields = [[f.name for f in dataclasses.fields(side.PLAIN)] for side in (jax_llm.model, torch_llm.model)]
+    assert [name.removesuffix("s") for name in fields[0]] == [name.removesuffix("s") for name in fields[1]]

@@ -78,11 +78,15 @@ def test_a_bug_on_each_side_names_both():
 
 
 def test_a_backward_alone_is_placed_on_the_way_back():
-    edit = Edit(NORM, "self.function(x, self.weight, self.eps)", "self.function(x, self.weight, self.eps) + 0 * x.mean()")
+    edit = Edit(
+        NORM, "self.function(x, self.weight, self.eps)", "self.function(x, self.weight, self.eps) + 0 * x.mean()"
+    )
     with planted([edit]):  # nothing changes: the control
         assert trace(S, optimizer=False).faults() == (None, None)
     edit = Edit(
-        NORM, "rms_norm(x, self.weight, self.eps)", "rms_norm(x, self.weight, self.eps) + (x - x.detach()) * 1e-6"
+        NORM,
+        "self.function(x, self.weight, self.eps)",
+        "self.function(x, self.weight, self.eps) + (x - x.detach()) * 1e-6",
     )
     with planted([edit]):
         found = trace(S, optimizer=False)
