@@ -5,11 +5,13 @@ gradients over micro-batches.
 import dataclasses
 import math
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 
 from llm_common.config import ModelConfig, OptimizerConfig, SamplingConfig
 from parity import spec, spec_run
+from parity.as_written import without_compiler
 from parity.cases import Always, random_batch, random_weights, start_state
 from parity.compare import Row, round_to, tensor_errors, verdict, worse_side, worst
 from parity.generated_dtypes import noted_dtypes
@@ -117,15 +119,22 @@ def accumulator_row(s: Settings, dtype: str) -> Row:
 STEPPED = 2.0**-19
 
 
-def optimizer_row(s: Settings, dtype: str, micro_batches: int) -> Row:
+def optimizer_row(s: Settings, dtype: str, micro_batches: int, compiled: bool = False) -> Row:
     """A clipped step from the middle of a run in a low precision, against float64 arithmetic on the gradient that the run has.
 
-    The gradient is what a step with beta1 = 0 and no clip leaves in the first moments.
+    The gradient is what a step with beta1 = 0 and no clip leaves in the first moments. compiled: as a compiled run makes it in
+    torch, without the compiler.
     """
+    with without_compiler():
+        return _optimizer_row(s, dtype, micro_batches, compiled)
+
+
+def _optimizer_row(s: Settings, dtype: str, micro_batches: int, compiled: bool) -> Row:
     cfg, n = dataclasses.replace(s.cfg, num_hidden_layers=1), 2
     weights, rng = random_weights(cfg, s.seed, "float32"), np.random.default_rng((s.seed, 27))
     data = Always(tuple(x.astype(np.int32) for x in random_batch(cfg, s.seed, n, s.length, ignored=False)))
-    fields = {"batch_size": n, "gradient_accumulation_steps": micro_batches}
+    fields: dict[str, Any] = {"batch_size": n, "gradient_accumulation_steps": micro_batches}
+    fields["compile"] = "on" if compiled else "auto"
     errors = []
     for side in s.sides(dtype, cfg):
         norms: list[float] = []
@@ -151,5 +160,6 @@ def optimizer_row(s: Settings, dtype: str, micro_batches: int) -> Row:
             found |= {f"{what} of {name}": e for name, e in tensor_errors(as_float64(x), y).items()}
         errors.append(found)
     item = f"clipped step of a run in {micro_batches} micro-batch" + ("es" if micro_batches > 1 else "")
+    item += ", the compiled form" if compiled else ""
     row = worse_side("precision", item, dtype, errors, STEPPED)
-    return row if row.ok else dataclasses.replace(row, place="AdamW (precision)")
+    return row if row.ok else dataclasses.replace(row, place="clipped_update" if compiled else "AdamW (precision)")

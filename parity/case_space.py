@@ -28,6 +28,7 @@ MODEL: Space = {
     "hidden": (16, 24),
     "eps": (1e-5, 1e-3, 1e-6),
     "theta": (1e4, 30.0, 5e5),
+    "window": (4, 5, 6, 1, 11, 12),  # of Mistral: within a sequence of 6 or 12, all but its first position, all of it
 }
 RUN: Space = MODEL | {
     "length": (6, 12),
@@ -37,6 +38,7 @@ RUN: Space = MODEL | {
     "separators": (0, 2, 1),
     "remat": ("none", "full", "dots"),
     "scan": (False, True),
+    "compiled": (False, True),  # torch's way through a compiled run, without its compiler; JAX compiles every run
     "counted": ("all", "few", "most", "none"),
     "betas": ((0.9, 0.95), (0.8, 0.99), (0.0, 0.5), (0.95, 0.999)),
     "adam_eps": (1e-8, 1e-3),
@@ -47,7 +49,7 @@ RUN: Space = MODEL | {
     "resumed": (False, True),  # from a state with fewer updates than steps
     "overflow": ("none", "nan", "inf", "-inf"),  # in the second step, then on
 }
-TEXT: Space = {"family": FAMILIES, "tied": (False, True), "heads": MODEL["heads"]} | {
+TEXT: Space = {name: MODEL[name] for name in ("family", "tied", "heads", "window")} | {
     "prompts": ((3, 3), (1, 4, 2), (5,)),  # how long they are
     "new": (4, 11),
     "dtype": ("float64", "float32"),
@@ -88,6 +90,7 @@ PLACES = {
     "separators": "inside_documents",
     "remat": "remat",
     "scan": "scan_layers",
+    "compiled": "train_step (compiled)",
     "attention": "dot_product_attention",
     "clip": "clip",
     "decay": "AdamW (decay)",
@@ -117,8 +120,10 @@ STEPS = 3
 
 
 def fix(case: Case) -> Case:
-    """What cannot be together: a tied head has the row of the embedding that overflows in every batch."""
-    return {**case, "overflow": "none"} if case.get("tied") and case.get("overflow", "none") != "none" else case
+    """What cannot be together: a tied head has the row of the embedding that overflows in every batch. And a window is Mistral's."""
+    if case.get("tied") and case.get("overflow", "none") != "none":
+        case = {**case, "overflow": "none"}
+    return {**case, "window": 4} if case.get("family") != "mistral" and "window" in case else case
 
 
 SPACES: dict[str, Space] = {"run": RUN, "text": TEXT, "low": LOW, "mesh": MESH}
@@ -142,7 +147,7 @@ def config_of(case: Case) -> ModelConfig:
         tie_word_embeddings=case["tied"],
         model_type="llama" if family == "llama 3" else family,
         rope_scaling=scaling,
-        sliding_window=4 if family == "mistral" else None,
+        sliding_window=case["window"] if family == "mistral" else None,
     )
 
 
@@ -236,6 +241,7 @@ def recipe(case: Case, seed: int) -> Recipe:
         "document_separator": separator,
         "remat": case["remat"],
         "scan_layers": case["scan"],
+        "compile": "on" if case["compiled"] else "auto",
         "seed": seed,
     }
     return Recipe(cfg, opt, fields, state, data)

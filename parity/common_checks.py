@@ -7,6 +7,7 @@ import math
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import safetensors.numpy
@@ -18,9 +19,10 @@ from llm_common.export import export
 from llm_common.tensor_files import open_model_files
 from parity import spec_run
 from parity.cases import RandomBatches, families, random_weights, start_state
-from parity.compare import Row, round_to, shared, three_way
+from parity.compare import TORCH, Row, round_to, shared, three_way
 from parity.settings import Settings
 from parity.training_checks import UPDATE_ALLOWED, spec_train, update_of
+from torch_llm.checkpoint import to_training_state
 
 SCHEDULE_ALLOWED = 1e-15  # two float64 spellings of one formula, relative to lr_max; one step early shows above 1e-6
 
@@ -121,3 +123,28 @@ def check_resume(s: Settings) -> Iterator[Row]:
     item = "JAX goes on from torch, torch from JAX"
     row = three_way("resume", item, "float64", updates, UPDATE_ALLOWED, "the side named is the one that went on")
     yield row if row.ok else dataclasses.replace(row, place="to_training_state, from_training_state")
+    yield _own_state_row(s)
+
+
+def _own_state_row(s: Settings) -> Row:
+    """torch's own `state_dict` of a bfloat16 run, loaded into another that then goes on alone: neither sees the other's memory."""
+    cfg, opt = dataclasses.replace(s.cfg, num_hidden_layers=1), OptimizerConfig(lr_max=1e-2, total_steps=9)
+    data: Any = RandomBatches(cfg, s.seed, batch=s.batch, length=s.length)
+    side = s.sides("bfloat16", cfg)[1]
+    start = start_state(random_weights(cfg, s.seed, "float32"), "float32")
+    whole = side.train(start, opt, data, 4)
+    first, second = side.trainer(start, opt, data), side.trainer(start, opt, data)
+    first.fit(data, 2)
+    second.model.load_state_dict(first.model.state_dict())
+    second.optimizer.load_state_dict(first.optimizer.state_dict())
+    second.step = first.step
+    first.fit(data, 4)
+    second.fit(data, 4)
+    wrong = 0
+    for trainer in (first, second):
+        end = to_training_state(trainer)
+        for found, wanted in ((end.weights, whole.weights), (end.mu, whole.mu), (end.nu, whole.nu)):
+            wrong += sum(not np.array_equal(found[name], wanted[name]) for name in wanted)
+    place = "AdamW.load_state_dict" if wrong else ""
+    item = "torch's own state dicts, loaded into another run: tensors that differ"
+    return Row("resume", item, "bfloat16", wrong, 0, not wrong, TORCH if wrong else "", place=place)

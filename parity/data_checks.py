@@ -24,6 +24,7 @@ from parity.cases import families, random_weights
 from parity.compare import SHARED, Row, each_number, shared
 from parity.model_checks import FLOAT64_ALLOWED
 from parity.settings import Settings
+from parity.stream_checks import stream_rows
 from parity.trace import located_or
 
 END = "<|endoftext|>"
@@ -57,6 +58,7 @@ def check_tokenizer(s: Settings) -> Iterator[Row]:
     yield shared("tokenizer", "texts whose ids differ", wrong, place="Tokenizer.encode")
     yield shared("tokenizer", "texts that do not come back", back, place="Tokenizer.decode")
     yield from _bytes_and_documents(tokenizer, merges)
+    yield from stream_rows(merges)
 
 
 def _bytes_and_documents(tokenizer: Tokenizer, merges: list[tuple[bytes, bytes]]) -> Iterator[Row]:

@@ -1,36 +1,44 @@
-"""The dtypes of tensors in a model that generates, seen at the functions it calls; imports neither framework."""
+"""The dtypes of tensors in a model that generates, seen at the kernels it is given; imports neither framework."""
 
 import contextlib
+import dataclasses
 import importlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 from unittest import mock
 
-# Functions of the model, and how many of their first arguments are activations, the cache's keys and values among them.
-GENERATED = (("attention", "dot_product_attention", 3), ("layers", "rms_norm", 2), ("layers", "swiglu", 2))
+# Kernels of the model, and how many of their first arguments are activations, the cache's keys and values among them.
+GENERATED = {"attention": 3, "norm": 2, "activation": 2}
 
 
 @contextlib.contextmanager
 def noted_dtypes(package: str, dtype: str) -> Iterator[list[str]]:
-    """A list to which, while this is open, what has another dtype is added: function, which tensor, its dtype.
+    """A list to which, while this is open, what has another dtype is added: kernel, which tensor, its dtype.
 
-    Nothing is seen of programs that were compiled before.
+    A generator must be made within this.
     """
     wrong: list[str] = []
+    make = importlib.import_module(f"{package}.fast.kernels").make_kernels
+
+    def make_noting(*args: Any, **kwargs: Any) -> Any:
+        kernels = make(*args, **kwargs)
+        noting = {name: _noting(getattr(kernels, name), name, n, dtype, wrong) for name, n in GENERATED.items()}
+        return dataclasses.replace(kernels, **noting)
+
     with contextlib.ExitStack() as stack:
-        for module, function, n in GENERATED:
-            stack.enter_context(_noting(f"{package}.{module}", function, n, dtype, wrong))
+        for module in ("generate", "distributed"):
+            stack.enter_context(mock.patch(f"{package}.{module}.make_kernels", make_noting))
         yield wrong
 
 
-def _noting(module: str, name: str, n: int, dtype: str, wrong: list[str]):
-    """A patch: the function, which notes those of its first n arguments and its result that have another dtype."""
-    function = getattr(importlib.import_module(module), name)
+def _noting(kernel: Callable[..., Any], name: str, n: int, dtype: str, wrong: list[str]) -> Callable[..., Any]:
+    """The kernel, which notes those of its first n arguments and its result that have another dtype."""
 
-    def noting(*args, **kwargs):
-        result = function(*args, **kwargs)
+    def noting(*args: Any, **kwargs: Any) -> Any:
+        result = kernel(*args, **kwargs)
         for what, x in [*((f"argument {i}", x) for i, x in enumerate(args[:n])), ("result", result)]:
             if str(x.dtype).removeprefix("torch.") != dtype:
                 wrong.append(f"{name} {what}: {x.dtype}")
         return result
 
-    return mock.patch(f"{module}.{name}", noting)
+    return noting

@@ -7,17 +7,23 @@ import dataclasses
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import jax.numpy as jnp
+import numpy as np
+import torch
+
 from jax_llm import model as jax_model
+from jax_llm.attention import reference_attention
 from jax_llm.fast import products as jax_products
 from jax_llm.fast.attention import FusedAttention
 from jax_llm.fast.chunked_loss import ChunkedLoss as JaxChunkedLoss
 from jax_llm.fast.layers import Layers
 from parity.cases import random_batch, random_weights
-from parity.compare import JAX, TORCH, Row, Tensors, tensor_errors, worst
+from parity.compare import JAX, TORCH, Row, Tensors, tensor_error, tensor_errors, worst
 from parity.model_checks import FLOAT64_ALLOWED
 from parity.noise import ceiling
 from parity.settings import Settings
 from torch_llm import model as torch_model
+from torch_llm.attention import reference_attention as torch_reference_attention
 from torch_llm.fast import products as torch_products
 from torch_llm.fast.attention import fused_attention
 from torch_llm.fast.chunked_loss import ChunkedLoss as TorchChunkedLoss
@@ -71,6 +77,7 @@ def replacements(length: int) -> tuple[Replacement, ...]:
 
 def check_kernels(s: Settings) -> Iterator[Row]:
     """Loss, gradients and logits with one kernel replaced, against the plain model of the same side."""
+    yield from _windows(s)
     weights = random_weights(s.cfg, s.seed)
     ids, targets = random_batch(s.cfg, s.seed, s.batch, s.length)
     plain: dict[tuple[str, str], Tensors] = {}
@@ -89,3 +96,33 @@ def check_kernels(s: Settings) -> Iterator[Row]:
             allowed = ceiling(s, one.dtype, weights, ids, targets)
         ok, item = error <= allowed, f"{one.side}, {' and '.join(one.kernels)}: {one.name} against plain"
         yield Row("kernels", item, one.dtype, error, allowed, ok, "" if ok else one.side, place="" if ok else one.name)
+
+
+def _windows(s: Settings) -> Iterator[Row]:
+    """Attention that takes a window by itself, against a mask of that window, around the length T of a sequence; without cache."""
+    if "float32" not in s.dtypes:
+        return
+    rng, t = np.random.default_rng((s.seed, 31)), 6
+    q, k, v = (rng.standard_normal((2, t, heads, 8)).astype(np.float32) for heads in (4, 2, 2))
+    distance = np.arange(t)[:, None] - np.arange(t)
+    for name, put, fused, plain in (
+        (JAX, jnp.array, FusedAttention("xla"), reference_attention),
+        (TORCH, torch.tensor, fused_attention, torch_reference_attention),
+    ):
+        errors = {}
+        for window in (1, 2, t - 2, t - 1, t, t + 1):
+            mask = (distance >= 0) & (distance < window)
+            args = [put(x) for x in (q, k, v)]
+            expected = np.asarray(plain(*args, put(mask)), np.float64)
+            for kernel in (fused, plain):
+                found = np.asarray(kernel(*args, None, window), np.float64)
+                errors[f"window {window} of {t}"] = max(
+                    errors.get(f"window {window} of {t}", 0.0),
+                    tensor_error(found, expected, float(np.linalg.norm(expected))),
+                )
+        at, error = worst(errors)
+        # of T products of H factors each, softmax and T again: the roundings of float32, all in one direction
+        allowed = (8 + 2 * t) * 2.0**-23
+        ok = error <= allowed
+        item, place = f"{name}, attention: a window by itself against its mask", "" if ok else "attention (window)"
+        yield Row("kernels", item, "float32", error, allowed, ok, "" if ok else name, "" if ok else at, place)

@@ -48,7 +48,7 @@ RECIPES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "qwen2": ({"remat": "full", "gradient_accumulation_steps": 1}, {"max_grad_norm": None, "weight_decay": 0.5}),
     "qwen3": ({"scan_layers": True}, {"max_grad_norm": 1e3, "beta1": 0.0}),
     "documents": ({"document_separator": 3}, {}),
-    "overflow": ({}, {"warmup_steps": 1, "beta2": 0.9}),
+    "overflow": ({"compile": "on"}, {"warmup_steps": 1, "beta2": 0.9}),
 }
 SEPARATOR = 3
 STEPS, SEED = 10, 5

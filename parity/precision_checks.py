@@ -190,6 +190,7 @@ def check_precision(s: Settings) -> Iterator[Row]:
         yield accumulator_row(s, "bfloat16")
         for micro_batches in (1,) if s.quick else (1, 2):
             yield optimizer_row(s, "bfloat16", micro_batches)
+        yield optimizer_row(s, "bfloat16", 1, compiled=True)
         yield generating_row(s, "bfloat16")
 
 

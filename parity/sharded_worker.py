@@ -220,6 +220,10 @@ def main() -> None:
     keep_freed_memory()
     hosts = join(task["framework"], task["device"])
     run = run_jax if task["framework"] == "jax" else run_torch
+    if run is run_torch and task["device"] == "cpu":
+        from parity.as_written import without_compiler
+
+        without_compiler().__enter__()  # for the whole process: a compiled run's own ways, at no compiler's cost
     run = functools.partial(trace, task["framework"]) if task["trace"] else run
     out = Path(task["out"])
     bug = find_bug(task["bug"]) if task["bug"] else None

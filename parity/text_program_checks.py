@@ -23,6 +23,7 @@ DRAW = SimpleNamespace(temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, seed=18)
 def text_rows(shop: Workshop, train_flags: dict[str, object]) -> Iterator[Row]:
     """All of them. train_flags: of a run in float64, without data."""
     yield _shards_row(shop)
+    yield _manifest_row(shop)
     # the id that will end documents is one that a text of the initial weights has
     init = spec.initial_weights(SEED, CONFIG)
     (free,) = spec.generate(init, [shop.ids(PROMPT)], CONFIG, DRAW, NEW)
@@ -59,6 +60,27 @@ def _shards_row(shop: Workshop) -> Row:
 
 def _file_of(folder: Path, shard: dict) -> Path:
     return folder / next(x for x in shard.values() if isinstance(x, str) and x.endswith(".npy"))
+
+
+def _manifest_row(shop: Workshop) -> Row:
+    """What the manifests say of shards, against the shards: documents that are ended by an id that stands within many of them."""
+    ids = [shop.ids(text) for text in shop.documents]
+    end, folder = max(ids[0], key=lambda i: sum(x.count(i) for x in ids)), shop.folder / "counted"
+    call("prepare_data", "--tokenizer", shop.folder / "bpe.json", "--data", shop.folder / "text.txt", "--out", f"{folder}/",
+         "--part-size", 300, "--processes", 1, "--validation", 0.3, "--document-end", end)  # fmt: skip
+    wrong = 0
+    for side in ("train", "validation"):
+        held_out = side == "validation"
+        mine = [n for n, text in enumerate(shop.documents) if spec_run.is_held_out(text, 0.3) == held_out]
+        said = json.loads((folder / side / "manifest.json").read_text(encoding="utf-8"))
+        wanted = {
+            "tokens": sum(len(ids[n]) + 1 for n in mine),
+            "documents": len(mine),
+            "bytes": sum(len(shop.documents[n].encode()) for n in mine),
+            "document_ends_inside": sum(ids[n].count(end) for n in mine),
+        }
+        wrong += sum(said[key] != x for key, x in wanted.items())
+    return shared("programs", "counts in the manifests of shards", wrong, place="shards._write_shard")
 
 
 def _marked_ids(shop: Workshop, text: str) -> list[int]:

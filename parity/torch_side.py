@@ -167,15 +167,19 @@ class TorchSide:
         """Run `Trainer.fit`; `on_step` gets the step, a function that reads the state, and the step's metrics.
 
         fields: of the run's `TrainConfig`."""
-        train = self._train_config(**{"seq_len": dataset.batch(state.step)[0].shape[1], **fields})
+        trainer = self.trainer(state, opt, dataset, **fields)
 
         def hook(step, trainer, metrics):
             if on_step is not None:
                 on_step(step, lambda: checkpoint.to_training_state(trainer), metrics)
 
-        trainer = checkpoint.from_training_state(Trainer(self.cfg, train, opt, self.device, init_weights=False), state)
         trainer.fit(dataset, until_step, hook)
         return checkpoint.to_training_state(trainer)
+
+    def trainer(self, state: TrainingState, opt: OptimizerConfig, dataset, **fields) -> Trainer:
+        """A trainer that goes on from a state. fields: of the run's `TrainConfig`."""
+        train = self._train_config(**{"seq_len": dataset.batch(state.step)[0].shape[1], **fields})
+        return checkpoint.from_training_state(Trainer(self.cfg, train, opt, self.device, init_weights=False), state)
 
     def evaluate(self, weights: Tensors, evaluation: Evaluation, **fields) -> tuple[float, int]:
         """Sum of the held-out losses in nats, and the number of tokens. fields: of the run's `TrainConfig`."""

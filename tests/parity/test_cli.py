@@ -37,7 +37,7 @@ def test_one_check_alone_writes_table_json_and_markdown(tmp_path, capsys):
 def test_a_difference_gives_exit_code_one_and_names_the_side(tmp_path, capsys, monkeypatch, fresh):
     import jax_llm.layers
 
-    monkeypatch.setattr(jax_llm.layers, "swiglu", lambda gate, up: gate * up)
+    monkeypatch.setattr(jax_llm.layers.swiglu, "__code__", (lambda gate, up: gate * up).__code__)
     code = cli.main(["--check", "logits", "--dtype", "float64", "--out", str(tmp_path)])  # bare flags mean `run`
     out = capsys.readouterr().out
     assert code == 1
@@ -52,7 +52,7 @@ def test_a_side_that_raises_is_a_finding_and_not_the_end(monkeypatch, fresh):
     def broken(gate, up):
         raise RuntimeError("shapes differ")
 
-    monkeypatch.setattr(torch_llm.layers, "swiglu", broken)
+    monkeypatch.setattr(torch_llm.layers.swiglu, "__code__", broken.__code__)
     rows = run_checks(Settings(dtypes=("float64",)), ("logits", "init"))
     found = [(row.check, row.ok, row.side) for row in rows]
     assert found[0] == ("logits", False, "torch")

@@ -1,0 +1,24 @@
+"""Compiled forms of torch without its compiler: a run takes the ways of a compiled one, and each function runs as it is written."""
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+from unittest import mock
+
+import torch
+
+from torch_llm.fast import optim
+
+
+@contextlib.contextmanager
+def without_compiler() -> Iterator[None]:
+    """While this is open, torch compiles nothing, at no cost of a compiler."""
+
+    def as_written(function: Any = None, **_: Any) -> Any:
+        return function
+
+    with (
+        mock.patch.object(torch, "compile", as_written),
+        mock.patch.object(optim, "compiled_update", return_value=optim.clipped_update),
+    ):
+        yield
