@@ -197,6 +197,11 @@ def _evaluated(shop: Workshop) -> Iterator[Row]:
             ["--data", folder / "many-validation.npz", "--batches", "all", "--seq-len", 20],
             of(examples, shop.end),
         ),
+        (
+            "examples, the first two of them",
+            ["--data", folder / "many-validation.npz", "--batches", 1, "--batch-size", 2, "--seq-len", 20],
+            of((examples[0][:2], examples[1][:2]), shop.end),
+        ),
         ("a text", ["--text", folder / "held.txt"], of(short)),
         ("a text in windows", ["--text", folder / "held.txt", "--seq-len", 5, "--batch-size", 2], of(long)),
     ):
@@ -308,6 +313,26 @@ def _extended(shop: Workshop) -> Iterator[Row]:
     logs = [log_numbers(path / "log.jsonl") for path in runs]
     yield numbers_row("log of train.py, extended in the other framework", logs, expected, "train.py (resume)")
     yield _saved_row(f"state that train.py saves after {LONGER} steps", runs, before["state"], state, LONGER)
+    yield _segments_row(shop, folders)
+
+
+def _segments_row(shop: Workshop, folders: dict[str, str]) -> Row:
+    """What a run that was made longer twice remembers of its lengths."""
+    last = LONGER + 1
+
+    def run(framework: str) -> list[Any]:
+        path = shop.folder / folders[framework]
+        call("train", "--framework", framework, "--out", path, *shop.train_flags, "--total-steps", last)
+        return json.loads((path / f"step-{last:08d}" / "state.json").read_text(encoding="utf-8"))["settings"][
+            "segments"
+        ]
+
+    found, at = on_both(FRAMEWORKS, run), (0, STEPS, LONGER)
+    wanted = [{"from_step": a, "total_steps": b} for a, b in zip(at, (STEPS, LONGER, last), strict=True)]
+    wrong = [int(segments != wanted) for segments in found]
+    side = verdict(wrong[0] > 0, wrong[1] > 0, found[0] == found[1])
+    item, place = "lengths that a run remembers, made longer twice", "Run.resume" if side else ""
+    return Row("programs", item, "", max(wrong), 0, not side, side, str(found[0])[:200] if side else "", place)
 
 
 def _saved_row(item: str, runs: Sequence[Path], start: Any, end: Any, step: int) -> Row:
