@@ -90,7 +90,7 @@ BUGS = [
         '{"micro_batches":3}',
     ),
     (
-        Edit("jax_llm.train:head_weight", '"lm_head" if "lm_head" in params else "model"', '"model"'),
+        Edit("jax_llm.params:head_weight", '"lm_head" in params', "False"),
         'run 3 {"layers":2,"chunks":3,"micro_batches":3,"betas":[0.8,0.99]}',
         "JAX",
         "chunked_cross_entropy",
