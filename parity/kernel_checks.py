@@ -105,10 +105,11 @@ def _windows(s: Settings) -> Iterator[Row]:
     rng, t = np.random.default_rng((s.seed, 31)), 6
     q, k, v = (rng.standard_normal((2, t, heads, 8)).astype(np.float32) for heads in (4, 2, 2))
     distance = np.arange(t)[:, None] - np.arange(t)
-    for name, put, fused, plain in (
+    cases: tuple[tuple[str, Callable[..., Any], Callable[..., Any], Callable[..., Any]], ...] = (
         (JAX, jnp.array, FusedAttention("xla"), reference_attention),
         (TORCH, torch.tensor, fused_attention, torch_reference_attention),
-    ):
+    )
+    for name, put, fused, plain in cases:
         errors = {}
         for window in (1, 2, t - 2, t - 1, t, t + 1):
             mask = (distance >= 0) & (distance < window)

@@ -148,6 +148,11 @@ def compare(group: Group, shape: str, mesh: str, got: dict[str, Any]) -> Iterato
         # exponents or of more numbers. Summed in bfloat16 all of them do: the bound lies halfway.
         short = row("gradients of 8 bits in a bfloat16 run", float(got["short sums"]), 0.75)
         yield dataclasses.replace(short, dtype="bfloat16")
+    if "other products" in got:
+        other = row(
+            "products of a bfloat16 step whose dtypes are not those of one device", int(got["other products"]), 0
+        )
+        yield dataclasses.replace(other, dtype="bfloat16")
     if "wide tensors" in got:
         wide = row("generating in bfloat16: tensors of another dtype", int(got["wide tensors"]), 0)
         yield dataclasses.replace(wide, dtype="bfloat16")
@@ -201,6 +206,7 @@ FUNCTIONS = {
     "moments": "train_step",
     "update": "train_step",
     "held-out loss": "evaluate",
+    "products of a bfloat16 step": "compiled_train_step",
     "generating": "generator",
     "tokens of texts": "generator",
 }

@@ -9,6 +9,7 @@ import functools
 import hashlib
 import json
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from llm_common.checkpoint import TrainingState, load_checkpoint, save_checkpoin
 from llm_common.config import ModelConfig
 from llm_common.hosts import Hosts
 from llm_common.processes import end_with_launcher
+from llm_common.schedule import step_scalars
 from llm_common.sharding import MeshConfig
 from llm_common.tensors import Tensors
 from parity import mesh_cases as cases
@@ -81,6 +83,8 @@ def run_jax(shape: str, mesh_config: MeshConfig, hosts: Hosts, folder: Path) -> 
             _compare(distributed.to_training_state(cfg, again), saved, f"{mesh_config} -> {other}")
     with distributed.generator(cfg, weights, mesh_config, hosts.device, "float64") as stream:
         results["texts"] = cases.texts(stream)
+    if shape == "llama":
+        results["other products"] = _other_products(cfg, distributed.make_mesh(mesh_config, hosts.device))
     return results | _generated_dtypes("jax_llm", distributed, shape, mesh_config, hosts)
 
 
@@ -199,6 +203,40 @@ def _short_sums(cfg: ModelConfig, mesh_config: MeshConfig, device: str) -> float
     grads = torch.cat([p.grad.reshape(-1) for p in trainer.parameters.values() if p.grad is not None])
     grads = grads[grads != 0]
     return (grads == grads.to(torch.bfloat16)).float().mean().item()
+
+
+def _other_products(cfg: ModelConfig, mesh: Any) -> int:
+    """How many matrix products of a bfloat16 step on a mesh have operands of another dtype than those of one device."""
+    import jax
+    import jax.numpy as jnp
+
+    from jax_llm import distributed
+    from jax_llm import train as single
+
+    train = dataclasses.replace(cases.TRAIN, compute_dtype="bfloat16", gradient_accumulation_steps=1)
+    opt, platform = cases.OPT, mesh.devices.flat[0].platform
+    state = jax.eval_shape(lambda: single.init_state(cfg, train, opt))
+    batch = jax.ShapeDtypeStruct((train.batch_size, train.seq_len), jnp.int32)
+    scalars = tuple(step_scalars(opt, 0, updates) for updates in (0, 1))
+    found: list[Counter[str]] = []
+
+    def walk(jaxpr: Any) -> None:
+        for equation in jaxpr.eqns:
+            if equation.primitive.name == "dot_general":
+                found[-1][" ".join(str(x.aval.dtype) for x in equation.invars)] += 1
+            for value in equation.params.values():
+                inner = getattr(value, "jaxpr", value)
+                if hasattr(inner, "eqns"):
+                    walk(inner)
+
+    for step in (
+        single.compiled_train_step(cfg, train, opt, platform),
+        distributed.compiled_train_step(cfg, train, opt, mesh),
+    ):
+        found.append(Counter())
+        walk(jax.make_jaxpr(step)(state, batch, batch, scalars, 0).jaxpr)
+    one, many = found
+    return sum(abs(many[dtypes] - one[dtypes]) for dtypes in one | many)
 
 
 def _all(tensors: Tensors) -> dict[str, np.ndarray]:

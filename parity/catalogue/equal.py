@@ -57,7 +57,8 @@ equivalent(
     ("torch_llm.layers:swiglu", "F.silu(upcast(gate)) * upcast(up)", "upcast(up) * F.silu(upcast(gate))"),
 )
 equivalent(
-    "matmul for einsum", ("jax_llm.fast.products:flat_linear", 'jnp.einsum("...d,fd->...f", rows, weight)', "(rows @ weight.T)")
+    "matmul for einsum",
+    ("jax_llm.fast.products:flat_linear", 'jnp.einsum("...d,fd->...f", rows, weight)', "(rows @ weight.T)"),
 )
 equivalent(
     "keys repeated instead of queries grouped",

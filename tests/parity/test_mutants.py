@@ -134,7 +134,9 @@ def test_a_bug_that_is_not_seen_is_not_counted_as_caught():
 
 def test_a_bug_of_the_pass_without_gradients_is_placed_too():
     edit = Edit(
-        "torch_llm.fast.products:lean_embedding", "F.embedding(input_ids, weight)", "F.embedding(input_ids, weight) * 1.0001"
+        "torch_llm.fast.products:lean_embedding",
+        "F.embedding(input_ids, weight)",
+        "F.embedding(input_ids, weight) * 1.0001",
     )
     outcome = run_mutant(Mutant("x", "x", (edit,), "logits", TORCH, "model.embed_tokens"))
     assert outcome.ok, (outcome.found, outcome.note)
