@@ -113,10 +113,10 @@ def _windows(s: Settings) -> Iterator[Row]:
         errors = {}
         for window in (1, 2, t - 2, t - 1, t, t + 1):
             mask = (distance >= 0) & (distance < window)
-            args = [put(x) for x in (q, k, v)]
-            expected = np.asarray(plain(*args, put(mask)), np.float64)
+            a, b, c = put(q), put(k), put(v)
+            expected = np.asarray(plain(a, b, c, put(mask)), np.float64)
             for kernel in (fused, plain):
-                found = np.asarray(kernel(*args, None, window), np.float64)
+                found = np.asarray(kernel(a, b, c, None, window), np.float64)
                 errors[f"window {window} of {t}"] = max(
                     errors.get(f"window {window} of {t}", 0.0),
                     tensor_error(found, expected, float(np.linalg.norm(expected))),

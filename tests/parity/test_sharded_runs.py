@@ -192,7 +192,7 @@ def _runs(process: int) -> bool:
 
 def test_no_process_outlives_the_one_that_began_it(tmp_path):
     """A killed parent cannot tell its children; they notice. A process of which the variable came without the pipe goes on."""
-    child = "import time; from llm_common.processes import end_with_launcher; end_with_launcher(); print('up', flush=True); time.sleep(60)"
+    child = "import time; from llm_common.processes import end_with_launcher; end_with_launcher(); print('up\\n', end='', flush=True); time.sleep(60)"
     parent = f"""
 import os, subprocess, sys
 from llm_common.processes import lifeline
