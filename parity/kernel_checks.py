@@ -105,7 +105,7 @@ def _windows(s: Settings) -> Iterator[Row]:
     rng, t = np.random.default_rng((s.seed, 31)), 6
     q, k, v = (rng.standard_normal((2, t, heads, 8)).astype(np.float32) for heads in (4, 2, 2))
     distance = np.arange(t)[:, None] - np.arange(t)
-    cases: tuple[tuple[str, Callable[..., Any], Callable[..., Any], Callable[..., Any]], ...] = (
+    cases: Any = (
         (JAX, jnp.array, FusedAttention("xla"), reference_attention),
         (TORCH, torch.tensor, fused_attention, torch_reference_attention),
     )
