@@ -131,7 +131,7 @@ def test_calibrations_are_merged_into_one_table(tmp_path):
 
 def test_a_check_without_a_part_in_the_dtype_says_so(tmp_path):
     with pytest.raises(UserError, match="nothing was checked"):
-        cli.main(["--check", "init", "--dtype", "bfloat16", "--out", str(tmp_path)])
+        cli.main(["--check", "resume", "--dtype", "float32", "--out", str(tmp_path)])
 
 
 def test_the_verdict_names_the_first_failure():
