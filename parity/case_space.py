@@ -91,7 +91,7 @@ PLACES = {
     "remat": "remat",
     "scan": "scan_layers",
     "compiled": "train_step (compiled)",
-    "attention": "dot_product_attention",
+    "attention": "fused_attention",
     "clip": "clip",
     "decay": "AdamW (decay)",
     "betas": "AdamW",

@@ -213,7 +213,7 @@ def measure_startup(args: argparse.Namespace, task: dict[str, Any]) -> dict[str,
 def measure_attention(args: argparse.Namespace, task: dict[str, Any]) -> dict[str, Any]:
     """Attention alone, forward and backward, of one layer and the whole batch."""
     cfg, train, name, backend = model_config(args), from_flags(TrainConfig, args), task["side"], task["backend"]
-    side, attention = import_side(name, "train"), import_side(name, "attention")
+    side, attention = import_side(name, "train"), import_side(name, "fast.attention").attention_kernel(backend)
     b, t, n, kv_heads, h = (
         train.batch_size,
         train.seq_len,
@@ -229,7 +229,7 @@ def measure_attention(args: argparse.Namespace, task: dict[str, Any]) -> dict[st
         import jax.numpy as jnp
 
         q, k, v = (jax.device_put(jnp.array(x, train.compute_dtype), target) for x in arrays)
-        loss = lambda *qkv: (attention.dot_product_attention(*qkv, None, backend) * qkv[0]).sum()
+        loss = lambda *qkv: (attention(*qkv, None) * qkv[0]).sum()
         step = jax.jit(jax.grad(loss, (0, 1, 2)))
         once = lambda: jax.block_until_ready([step(q, k, v) for _ in range(args.steps)])
     else:
@@ -240,7 +240,7 @@ def measure_attention(args: argparse.Namespace, task: dict[str, Any]) -> dict[st
 
         def once() -> None:
             for _ in range(args.steps):
-                out = attention.dot_product_attention(q, k, v, None, backend)
+                out = attention(q, k, v, None)
                 torch.autograd.grad(out, (q, k, v), q.detach())
             if target.type == "cuda":
                 torch.cuda.synchronize()
