@@ -119,21 +119,21 @@ jax(
 )
 jax(
     "logits in parts: the loss of the last alone",
-    "chunked_loss:_chunks_forward",
+    "fast.chunked_loss:_chunks_forward",
     "total + cross_entropy(logits, targets, count)",
     "cross_entropy(logits, targets, count)",
     **LOSS,
 )
 torch(
     "logits in parts: each part's own mean",
-    "chunked_loss:_Chunks.forward",
+    "fast.chunked_loss:_Chunks.forward",
     "cross_entropy(logits, own_targets, count)",
     "cross_entropy(logits, own_targets)",
     **LOSS,
 )
 torch(
     "logits in parts: gradient of targets that do not count",
-    "chunked_loss:d_cross_entropy",
+    "fast.chunked_loss:d_cross_entropy",
     "targets != IGNORE_INDEX",
     "targets == targets",
     "gradients",
@@ -141,12 +141,12 @@ torch(
 both(
     "logits in parts: the head learns from the last alone",
     (
-        "chunked_loss:_chunks_forward",
+        "fast.chunked_loss:_chunks_forward",
         'd_weight + upcast(jnp.einsum("btv,btd->vd", d_logits, x))',
         'upcast(jnp.einsum("btv,btd->vd", d_logits, x))',
     ),
     (
-        "chunked_loss:_Chunks.forward",
+        "fast.chunked_loss:_Chunks.forward",
         "d_weight + upcast(d_logits.flatten(0, 1).T @ own.flatten(0, 1))",
         "upcast(d_logits.flatten(0, 1).T @ own.flatten(0, 1))",
     ),

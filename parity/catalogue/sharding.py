@@ -252,8 +252,8 @@ SHARDING_BUGS = (
     jax(
         "layers restored in reverse order",
         "from_canonical",
-        "names[index[0]]",
-        "names[::-1][index[0]]",
+        "leaf.names[index[0]]",
+        "leaf.names[::-1][index[0]]",
         "fsdp=4",
         "weights of",
     ),
