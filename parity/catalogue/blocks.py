@@ -131,7 +131,7 @@ jax(
     "last layer run twice",
     "model:Transformer.__call__",
     "self.norm(x)",
-    "self.norm(apply_layer(0, slice_layers(self.layers, self.cfg.num_hidden_layers)[-1], x, None)[0])",
+    "self.norm(apply_layer(0, slice_layers(self.get_variable('params', 'layers'))[-1], x, None)[0])",
     place="model",
 )
 torch(
@@ -174,7 +174,7 @@ torch(
     "token ids one too high",
     "model:Transformer.forward",
     "self.embed_tokens(input_ids)",
-    "self.embed_tokens((input_ids + 1) % self.cfg.vocab_size)",
+    "self.embed_tokens((input_ids + 1) % len(self.embed_tokens.weight))",
     place="model.embed_tokens",
 )
 jax(
