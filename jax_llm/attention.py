@@ -82,7 +82,8 @@ class Attention(nn.Module):
             q = RMSNorm(cfg.rms_norm_eps, kernels.norm, name="q_norm")(q)
             k = RMSNorm(cfg.rms_norm_eps, kernels.norm, name="k_norm")(k)
         q, k = apply_rope(q, place.cos, place.sin), apply_rope(k, place.cos, place.sin)
-        if cache is not None and place.slots is not None:
+        if cache is not None:
+            assert place.slots is not None, "a cache needs the slots to write at"
             k, v = cache = update(cache, k, v, place.slots)  # (B, S, K, H): all slots, the mask hides the empty ones
         out = kernels.attention(q, k, v, place.mask, place.window)  # (B, T, N, H)
         return Linear(d, kernels.linear, name="o_proj")(out.reshape(b, t, -1)), cache

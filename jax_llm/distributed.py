@@ -26,7 +26,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jax_llm import train as single
 from jax_llm.checkpoint import to_host
 from jax_llm.evaluate import evaluate as single_evaluate
-from jax_llm.fast.attention import SplashAttention, resolve_backend
+from jax_llm.fast.attention import SplashAttention, needs_mesh, resolve_backend
 from jax_llm.fast.kernels import make_kernels
 from jax_llm.generate import generate_stream
 from jax_llm.layers import Embedding
@@ -35,7 +35,6 @@ from jax_llm.optim import make_optimizer
 from jax_llm.params import Leaf, Params, get_canonical, param_leaves, unstack
 from jax_llm.train import (
     TrainState,
-    attention_backend,
     make_model,
     make_train_step,
     matmul_precision,
@@ -150,9 +149,8 @@ def constrain(mesh: Mesh) -> contextlib.AbstractContextManager[None]:
 @functools.lru_cache(maxsize=8)
 def mesh_model(cfg: ModelConfig, train: TrainConfig, mesh: Mesh) -> CausalLM:
     """The model that a run uses on a mesh."""
-    platform = mesh.devices.flat[0].platform
-    model = make_model(cfg, train, platform)
-    if attention_backend(cfg, train, platform) != "splash":
+    model = make_model(cfg, train, mesh.devices.flat[0].platform)
+    if model.kernels.attention is not needs_mesh:
         return model
     splash = SplashAttention(mesh, PartitionSpec(BATCH_AXES, None, "tensor"))
     return dataclasses.replace(model, kernels=dataclasses.replace(model.kernels, attention=splash))

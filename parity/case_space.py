@@ -38,7 +38,8 @@ RUN: Space = MODEL | {
     "separators": (0, 2, 1),
     "remat": ("none", "full", "dots"),
     "scan": (False, True),
-    "compiled": (False, True),  # torch's way through a compiled run, without its compiler; JAX compiles every run
+    # torch takes the way of a compiled run, on a CPU without its compiler; JAX compiles every run
+    "compiled": (False, True),
     "counted": ("all", "few", "most", "none"),
     "betas": ((0.9, 0.95), (0.8, 0.99), (0.0, 0.5), (0.95, 0.999)),
     "adam_eps": (1e-8, 1e-3),

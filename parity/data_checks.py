@@ -26,8 +26,8 @@ from parity.model_checks import FLOAT64_ALLOWED
 from parity.settings import Settings
 from parity.stream_checks import stream_rows
 from parity.trace import located_or
+from parity.workshop import END
 
-END = "<|endoftext|>"
 TEXTS = [
     "The quick brown fox's tail; they'll say it isn't, we've 1234 reasons (or 56).  Two spaces,\ttabs\nand lines.\n\n",
     "low lower lowest new newer newest wide wider widest " * 3,
@@ -57,18 +57,13 @@ def check_tokenizer(s: Settings) -> Iterator[Row]:
         back += tokenizer.decode(expected) != text
     yield shared("tokenizer", "texts whose ids differ", wrong, place="Tokenizer.encode")
     yield shared("tokenizer", "texts that do not come back", back, place="Tokenizer.decode")
-    yield from _bytes_and_documents(tokenizer, merges)
+    yield _documents_row(merges)
     yield from stream_rows(merges)
 
 
-def _bytes_and_documents(tokenizer: Tokenizer, merges: list[tuple[bytes, bytes]]) -> Iterator[Row]:
-    """Bytes for each id, which are not its characters; what stands around a document; where an answer begins."""
-    letters = [bytes([b]) for b in range(256)] + [a + b for a, b in merges]
-    lengths = tokenizer.byte_lengths()
-    wrong = sum(int(lengths[i]) != len(x) for i, x in enumerate(letters))
-    wrong += int(lengths[tokenizer.special_tokens[END]] != 0) + abs(len(lengths) - len(letters) - 1)
-    yield shared("tokenizer", "ids whose bytes are counted wrong", wrong, place="byte_lengths")
-    wrong = 0
+def _documents_row(merges: list[tuple[bytes, bytes]]) -> Row:
+    """What stands around a document; where an answer begins."""
+    letters, wrong = [bytes([b]) for b in range(256)] + [a + b for a, b in merges], 0
     for prefixed, end in itertools.product((False, True), (END, "none")):
         text = "a naïve café, 你好"
         one = Tokenizer(merges, fast=False, prompt_prefix=[END] if prefixed else [])
@@ -85,7 +80,7 @@ def _bytes_and_documents(tokenizer: Tokenizer, merges: list[tuple[bytes, bytes]]
                 for n, x in zip(ends, where, strict=True)
             ]
             wrong += (head, answer) != spec_run.example(prefix, ids, ends, at, last)
-    yield shared("tokenizer", "documents and answers with other ids", wrong, place="DocumentEncoder")
+    return shared("tokenizer", "documents and answers with other ids", wrong, place="DocumentEncoder")
 
 
 def check_data(s: Settings) -> Iterator[Row]:

@@ -32,6 +32,7 @@ from parity import spec
 from parity.border_checks import accumulator_row, border_rows, generating_row, optimizer_row
 from parity.cases import families, random_batch, random_weights
 from parity.compare import Row, round_to, spacing, verdict
+from parity.jaxprs import equations
 from parity.settings import Settings
 
 # Share of elements that may differ from the specification rounded where the algorithm rounds: float32 sums in another
@@ -323,19 +324,12 @@ def _jaxpr_dtypes(op: Callable[[], Any]) -> dict[str, Any]:
     """Primitive -> dtypes of its floating inputs, over the whole traced program; plus the first product's."""
     found: dict[str, Any] = {}
 
-    def walk(jaxpr) -> None:
-        for equation in jaxpr.eqns:
-            dtypes = {str(v.aval.dtype) for v in equation.invars if jnp.issubdtype(v.aval.dtype, jnp.floating)}
-            if dtypes:
-                found.setdefault(equation.primitive.name, set()).update(dtypes)
-            if equation.primitive.name == "dot_general":
-                found.setdefault("first product", str(equation.outvars[0].aval.dtype))
-            for value in equation.params.values():
-                inner = getattr(value, "jaxpr", value)
-                if hasattr(inner, "eqns"):
-                    walk(inner)
-
-    walk(jax.make_jaxpr(op)().jaxpr)
+    for equation in equations(jax.make_jaxpr(op)().jaxpr):
+        dtypes = {str(v.aval.dtype) for v in equation.invars if jnp.issubdtype(v.aval.dtype, jnp.floating)}
+        if dtypes:
+            found.setdefault(equation.primitive.name, set()).update(dtypes)
+        if equation.primitive.name == "dot_general":
+            found.setdefault("first product", str(equation.outvars[0].aval.dtype))
     return found
 
 

@@ -16,7 +16,6 @@ from llm_common.checkpoint import TrainingState
 from llm_common.config import ModelConfig, OptimizerConfig, SamplingConfig
 from llm_common.errors import UserError
 from parity import drawn, spec, spec_run
-from parity.as_written import without_compiler
 from parity.case_space import MODEL, OTHERWISE, PLACES, POISON, SPACES, config_of, fix, recipe
 from parity.cases import Always, random_batch, random_weights, start_state
 from parity.compare import (
@@ -82,8 +81,7 @@ def run_row(s: Settings, case: Case, item: str, seed: int) -> Row:
 
     if read_at is not None:
         rows[1]["adam_count"] = r.state.adam_count + sum(not row["skipped"] for row in rows[:2])
-    with without_compiler():
-        outcomes = on_both(s.sides("float64", r.cfg), run)
+    outcomes = on_both(s.sides("float64", r.cfg), run)
     expected = _outcome(case, r.state, TrainingState(*values), rows)
     of = lambda kind: [outcome[kind] for outcome in outcomes]
     found = [each_number("runs", item, of("numbers"), expected["numbers"], FLOAT64_ALLOWED)]

@@ -26,6 +26,7 @@ from llm_common.sharding import MeshConfig
 from llm_common.tensors import Tensors
 from parity import mesh_cases as cases
 from parity.generated_dtypes import noted_dtypes
+from parity.jaxprs import equations
 from parity.planting import planted
 from parity.sharded import find_bug
 
@@ -218,24 +219,14 @@ def _other_products(cfg: ModelConfig, mesh: Any) -> int:
     state = jax.eval_shape(lambda: single.init_state(cfg, train, opt))
     batch = jax.ShapeDtypeStruct((train.batch_size, train.seq_len), jnp.int32)
     scalars = tuple(step_scalars(opt, 0, updates) for updates in (0, 1))
-    found: list[Counter[str]] = []
 
-    def walk(jaxpr: Any) -> None:
-        for equation in jaxpr.eqns:
-            if equation.primitive.name == "dot_general":
-                found[-1][" ".join(str(x.aval.dtype) for x in equation.invars)] += 1
-            for value in equation.params.values():
-                inner = getattr(value, "jaxpr", value)
-                if hasattr(inner, "eqns"):
-                    walk(inner)
+    def products(step: Any) -> Counter[str]:
+        program = equations(jax.make_jaxpr(step)(state, batch, batch, scalars, 0).jaxpr)
+        found = (x.invars for x in program if x.primitive.name == "dot_general")
+        return Counter(" ".join(str(x.aval.dtype) for x in operands) for operands in found)
 
-    for step in (
-        single.compiled_train_step(cfg, train, opt, platform),
-        distributed.compiled_train_step(cfg, train, opt, mesh),
-    ):
-        found.append(Counter())
-        walk(jax.make_jaxpr(step)(state, batch, batch, scalars, 0).jaxpr)
-    one, many = found
+    one = products(single.compiled_train_step(cfg, train, opt, platform))
+    many = products(distributed.compiled_train_step(cfg, train, opt, mesh))
     return sum(abs(many[dtypes] - one[dtypes]) for dtypes in one | many)
 
 
@@ -252,20 +243,25 @@ def _compare(state: TrainingState, saved: Path, what: str) -> None:
                 raise AssertionError(f"checkpoint {what}: {part} of {name} differs")
 
 
+def as_written(framework: str, device: str) -> contextlib.AbstractContextManager[None]:
+    """`without_compiler`, for torch alone: a process of JAX needs no torch."""
+    if framework == "jax":
+        return contextlib.nullcontext()
+    from parity.as_written import without_compiler
+
+    return without_compiler(device)
+
+
 def main() -> None:
     end_with_launcher()
     task = json.loads(sys.argv[1])
     keep_freed_memory()
     hosts = join(task["framework"], task["device"])
     run = run_jax if task["framework"] == "jax" else run_torch
-    if run is run_torch and task["device"] == "cpu":
-        from parity.as_written import without_compiler
-
-        without_compiler().__enter__()  # for the whole process: a compiled run's own ways, at no compiler's cost
     run = functools.partial(trace, task["framework"]) if task["trace"] else run
     out = Path(task["out"])
     bug = find_bug(task["bug"]) if task["bug"] else None
-    with planted([bug.edit]) if bug else contextlib.nullcontext():
+    with planted([bug.edit]) if bug else contextlib.nullcontext(), as_written(task["framework"], task["device"]):
         for number, (shape, mesh) in enumerate(task["cases"]):
             results = run(shape, MeshConfig.parse(mesh), hosts, out / f"run-{number}")
             if hosts.index == 0:

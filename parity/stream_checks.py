@@ -15,8 +15,8 @@ from llm_common.corpus import Corpus
 from llm_common.text_stream import TextStream
 from llm_common.tokenizer import Tokenizer
 from parity.compare import Row, shared
+from parity.workshop import END
 
-END = "<|endoftext|>"
 # Two that begin alike, one with letters and signs, one of a single sign; END is the longest. A shorter one ends within a longer.
 SPECIAL = ("<s>", "<|im_start|>", "<|im|>", "§", END)
 ADDED = ("<tool>", "==>")  # not special: they are text, and one token each
@@ -29,7 +29,7 @@ def stream_rows(merges: list[tuple[bytes, bytes]]) -> Iterator[Row]:
     yield shared(
         "tokenizer", "ids of streams with special tokens at every border", _streams(merges), place="stream_blocks"
     )
-    yield shared("tokenizer", "bytes of added and special tokens", _bytes(merges), place="byte_lengths")
+    yield shared("tokenizer", "ids whose bytes are counted wrong", _bytes(merges), place="byte_lengths")
     yield shared("tokenizer", "texts that end at another stop string", _stops(merges), place="TextStream")
 
 
@@ -88,7 +88,7 @@ def _streams(merges: list[tuple[bytes, bytes]]) -> int:
 
 
 def _bytes(merges: list[tuple[bytes, bytes]]) -> int:
-    """Ids that count other bytes of text: a special token stands for none, another added one for its own."""
+    """Ids that count other bytes of text, or its characters: a special token stands for none, another added one for its own."""
     tokenizer = Tokenizer(merges, SPECIAL, fast=False, added_tokens=ADDED)
     lengths = tokenizer.byte_lengths()
     expected = [1] * 256 + [len(a + b) for a, b in merges] + [0] * len(SPECIAL) + [len(x.encode()) for x in ADDED]

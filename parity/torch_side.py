@@ -16,6 +16,7 @@ from llm_common.checkpoint import TrainingState
 from llm_common.config import ModelConfig, OptimizerConfig, SamplingConfig, Separator, TrainConfig
 from llm_common.evaluation import Evaluation
 from llm_common.tensors import decays
+from parity.as_written import without_compiler
 from parity.compare import Tensors, joined
 from parity.taps import TorchRecorder, Values
 from torch_llm import checkpoint, random_bits, sampling
@@ -166,14 +167,15 @@ class TorchSide:
     ) -> TrainingState:
         """Run `Trainer.fit`; `on_step` gets the step, a function that reads the state, and the step's metrics.
 
-        fields: of the run's `TrainConfig`."""
-        trainer = self.trainer(state, opt, dataset, **fields)
+        fields: of the run's `TrainConfig`. A compiled run on a CPU is one without the compiler."""
 
         def hook(step, trainer, metrics):
             if on_step is not None:
                 on_step(step, lambda: checkpoint.to_training_state(trainer), metrics)
 
-        trainer.fit(dataset, until_step, hook)
+        with without_compiler(self.device.type):
+            trainer = self.trainer(state, opt, dataset, **fields)
+            trainer.fit(dataset, until_step, hook)
         return checkpoint.to_training_state(trainer)
 
     def trainer(self, state: TrainingState, opt: OptimizerConfig, dataset, **fields) -> Trainer:

@@ -94,9 +94,8 @@ class CapturedSteps:
         self.model, self.sampling, self.compile, self.device = model, sampling, compile, weight.device
         self.cache = KVCache(model.cfg, batch_size, slots, weight.dtype, self.device, static=True)
         self.numbers, self.key = torch.zeros_like(self.cache.length), random_bits.key(0, self.device)
-        model.model.places.rotary_table(
-            self.numbers[:, None], upcast(weight[:0]).dtype
-        )  # made here, not while capturing
+        # made here, not while capturing
+        model.model.places.rotary_table(self.numbers[:, None], upcast(weight[:0]).dtype)
         self.graphs: dict[int, tuple[torch.cuda.CUDAGraph, Tensor, Tensor]] = {}
         self.pool = torch.cuda.graph_pool_handle()
 

@@ -93,17 +93,27 @@ class AdamW(torch.optim.Optimizer):
             group["count"] = value
 
     @torch.no_grad()
-    def step(self, closure=None, factor: Tensor | float = 1.0) -> None:
-        """An update with the gradients times `factor`."""
+    def step(self, closure=None, **how: Tensor) -> None:
+        """An update of all parameters. how: as `update_group` takes it."""
         assert closure is None, "AdamW needs no closure"
         self.count += 1
         for group in self.param_groups:
             beta1, beta2 = group["beta1"], group["beta2"]
             scalars = (group["lr"], *bias_corrections(beta1, beta2, self.count))
-            for p in group["params"]:
-                master, (mu, nu), g = self.master(p), self.moments(p), gradient(p).to(wide_dtype([p]))
-                adamw_update(master, mu, nu, g * factor, scalars, beta1, beta2, group["eps"], group["weight_decay"])
-                self.round_master(p)
+            self.update_group(group, scalars, (beta1, beta2, group["eps"], group["weight_decay"]), **how)
+
+    def update_group(
+        self,
+        group: dict[str, Any],
+        scalars: tuple[float, float, float],
+        settings: tuple[float, float, float, float],
+        factor: Tensor | float = 1.0,
+    ) -> None:
+        """An update with the gradients times `factor`. scalars, settings: of `adamw_update`."""
+        for p in group["params"]:
+            master, (mu, nu) = self.master(p), self.moments(p)
+            adamw_update(master, mu, nu, gradient(p).to(master.dtype) * factor, scalars, *settings)
+            self.round_master(p)
 
     def master(self, p: nn.Parameter) -> Tensor:
         """What an update changes: the parameter itself, or its float32 master, at the start the parameter's value."""

@@ -120,23 +120,18 @@ def describe(cfg: ModelConfig, train: TrainConfig, device: str) -> str:
     instead = f" (not cuDNN's: {refused})" if target.type == "cuda" and backend == "sdpa" and refused else ""
     compiled = "torch.compile" if compiles(train, target) else "not compiled"
     hides = train.document_separator is not None or (cfg.sliding_window or train.seq_len) < train.seq_len
-    if hides and compiles(train, target) and takes_block_masks(cfg, train, target):
+    dtype = getattr(torch, train.compute_dtype)
+    if hides and compiles(train, target) and takes_blocks(backend, target.type, dtype, cfg.head_dim):
         instead = " (on one GPU FlexAttention, for its mask)"
     apart = ", documents apart" if train.document_separator is not None else ""
     more = apart + (", deterministic" if train.deterministic else "")
     return f"{name}, {train.compute_dtype}, {backend} attention{instead}, {compiled}, remat {train.remat}{more}"
 
 
-def takes_block_masks(cfg: ModelConfig, train: TrainConfig, device: torch.device) -> bool:
-    """Whether a compiled program takes its masks in blocks."""
-    backend = resolve_backend(train.attention_backend, train.compute_dtype)
-    return takes_blocks(backend, device.type, getattr(torch, train.compute_dtype), cfg.head_dim)
-
-
 def run_kernels(cfg: ModelConfig, train: TrainConfig, device: torch.device) -> Kernels:
     """The kernels of a run's settings on a device."""
     backend = resolve_backend(train.attention_backend, train.compute_dtype)
-    blocks = takes_block_masks(cfg, train, device)
+    blocks = takes_blocks(backend, device.type, getattr(torch, train.compute_dtype), cfg.head_dim)
     return make_kernels(backend, train.remat, train.loss_chunks, train.document_separator, blocks)
 
 

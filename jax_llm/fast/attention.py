@@ -97,12 +97,9 @@ class SplashAttention:
         return shard_map(q, k, v)
 
 
-@dataclasses.dataclass(frozen=True)
-class NeedsMesh:
+def needs_mesh(*_: Any) -> Array:
     """In the place of a kernel that works on a mesh alone."""
-
-    def __call__(self, *_: Any) -> Array:
-        raise UserError("attention_backend = 'splash' needs --mesh; use 'auto' without one")
+    raise UserError("attention_backend = 'splash' needs --mesh; use 'auto' without one")
 
 
 def attention_kernel(backend: str) -> Callable[..., Array]:
@@ -111,7 +108,7 @@ def attention_kernel(backend: str) -> Callable[..., Array]:
         "reference": reference_attention,
         "xla": FusedAttention("xla"),
         "cudnn": FusedAttention("cudnn"),
-        "splash": NeedsMesh(),
+        "splash": needs_mesh,
     }
     if backend not in known:
         raise UserError(f"attention backend {backend!r} is unknown; known: {', '.join(known)}")

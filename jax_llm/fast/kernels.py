@@ -19,13 +19,12 @@ def make_kernels(
     loss_chunks: int = 1,
     separator: Separator = None,
     fused_projections: bool = False,
-    plain: Kernels = PLAIN,
 ) -> Kernels:
-    """`plain` with the functions that these settings ask for.
+    """`PLAIN` with the functions that these settings ask for.
 
     attention: a resolved backend. separator: the id that ends a document, if none may see another.
     """
-    kernels = dataclasses.replace(plain, linear=flat_linear, attention=attention_kernel(attention))
+    kernels = dataclasses.replace(PLAIN, linear=flat_linear, attention=attention_kernel(attention))
     if attention == "cudnn":
         kernels = dataclasses.replace(kernels, gate_up=separated_gate_up)
     if fused_projections:

@@ -41,8 +41,8 @@ SHARDING_BUGS = (
     jax(
         "documents together in a run on a mesh",
         "mesh_model",
-        "make_model(cfg, train, platform)",
-        "make_model(cfg, dataclasses.replace(train, document_separator=None), platform)",
+        "make_model(cfg, train, mesh.devices.flat[0].platform)",
+        "make_model(cfg, dataclasses.replace(train, document_separator=None), mesh.devices.flat[0].platform)",
         "fsdp=2,tensor=2",
         "losses",
         shape="documents",

@@ -28,6 +28,7 @@ from parity.cases import RandomBatches, random_weights, start_state
 from parity.compare import JAX, TORCH
 from parity.fuzz import Drawn, judge
 from parity.jax_side import JaxSide
+from parity.jaxprs import equations
 from parity.settings import Settings
 from parity.torch_side import TorchSide
 from torch_llm.train import Trainer
@@ -167,23 +168,15 @@ def jax_program(train: TrainConfig) -> dict[str, int]:
     either = tuple(step_scalars(opt, 0, n) for n in (0, 1))
     found: dict[str, int] = {"largest logits": 0}
 
-    def walk(jaxpr) -> None:
-        for equation in jaxpr.eqns:
-            found[equation.primitive.name] = found.get(equation.primitive.name, 0) + 1
-            if equation.primitive.name == "scan":
-                key = f"scan of {equation.params['length']}"
-                found[key] = found.get(key, 0) + 1
-            for v in equation.outvars:
-                shape = getattr(v.aval, "shape", ())
-                if len(shape) > 1 and shape[-1] == cfg.vocab_size:
-                    found["largest logits"] = max(found["largest logits"], int(np.prod(shape)))
-            for value in equation.params.values():
-                for inner in value if isinstance(value, (tuple, list)) else [value]:
-                    inner = getattr(inner, "jaxpr", inner)
-                    if hasattr(inner, "eqns"):
-                        walk(inner)
-
-    walk(jax.make_jaxpr(step)(state, inputs, inputs, either, 0).jaxpr)
+    for equation in equations(jax.make_jaxpr(step)(state, inputs, inputs, either, 0).jaxpr):
+        found[equation.primitive.name] = found.get(equation.primitive.name, 0) + 1
+        if equation.primitive.name == "scan":
+            key = f"scan of {equation.params['length']}"
+            found[key] = found.get(key, 0) + 1
+        for v in equation.outvars:
+            shape = getattr(v.aval, "shape", ())
+            if len(shape) > 1 and shape[-1] == cfg.vocab_size:
+                found["largest logits"] = max(found["largest logits"], int(np.prod(shape)))
     return found
 
 

@@ -84,12 +84,12 @@ class BlockPlaces:
     places: Callable[[ModelConfig], Callable[..., Callable[[int], Place]]]
 
     def __call__(self, cfg: ModelConfig) -> "_BlockPlaces":
-        return _BlockPlaces(cfg, self.places(cfg))
+        return _BlockPlaces(self.places(cfg))
 
 
 class _BlockPlaces:
-    def __init__(self, cfg: ModelConfig, places: Any) -> None:
-        self.cfg, self.places, self.rotary_table = cfg, places, places.rotary_table
+    def __init__(self, places: Any) -> None:
+        self.places, self.rotary_table = places, places.rotary_table
 
     def __call__(self, input_ids: Tensor, cache: KVCache | None, dtype: torch.dtype) -> Callable[[int], Place]:
         places = self.places(input_ids, cache, dtype)

@@ -18,14 +18,13 @@ def make_kernels(
     loss_chunks: int = 1,
     separator: Separator = None,
     block_masks: bool = False,
-    plain: Kernels = PLAIN,
 ) -> Kernels:
-    """`plain` with the functions that these settings ask for.
+    """`PLAIN` with the functions that these settings ask for.
 
     attention: a resolved backend. separator: the id that ends a document, if none may see another. block_masks: whether a compiled
     program takes its masks in blocks.
     """
-    kernels = dataclasses.replace(plain, embedding=lean_embedding, attention=attention_kernel(attention))
+    kernels = dataclasses.replace(PLAIN, embedding=lean_embedding, attention=attention_kernel(attention))
     if remat != "none":
         kernels = dataclasses.replace(kernels, layer=Remat(remat))
     if loss_chunks > 1:

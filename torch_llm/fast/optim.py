@@ -2,11 +2,11 @@
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from llm_common.schedule import bias_corrections
 from torch_llm import optim
 from torch_llm.optim import AdamW, adamw_update, gradient, wide_dtype
 
@@ -49,29 +49,28 @@ def compiled_update() -> Callable[..., None]:
 class CompiledAdamW(AdamW):
     """AdamW whose update is a compiled program that asks the device whether there is one, and the host nothing."""
 
-    @torch.no_grad()
-    def step(self, closure=None, factor: Tensor | float = 1.0, finite: Tensor | None = None) -> None:
+    def update_group(
+        self,
+        group: dict[str, Any],
+        scalars: tuple[float, float, float],
+        settings: tuple[float, float, float, float],
+        factor: Tensor | float = 1.0,
+        finite: Tensor | None = None,
+    ) -> None:
         """An update with the gradients times `factor`.
 
         finite: bool tensor on the device. If False, the update changes nothing; `count` has been raised already, so the caller
         must lower it.
         """
-        assert closure is None, "AdamW needs no closure"
-        self.count += 1
-        for group in self.param_groups:
-            beta1, beta2 = group["beta1"], group["beta2"]
-            device, dtype = group["params"][0].device, wide_dtype(group["params"])  # a wider one would widen the update
-            on_host = torch.tensor(
-                (group["lr"], *bias_corrections(beta1, beta2, self.count)),
-                dtype=dtype,
-                pin_memory=device.type == "cuda",
-            )
-            scalars = list(on_host.to(device, non_blocking=True).unbind())
-            if not isinstance(factor, Tensor):
-                factor = torch.full((), factor, device=device)
-            finite = torch.ones((), dtype=torch.bool, device=device) if finite is None else finite
-            for p in group["params"]:
-                tensors = self.master(p), *self.moments(p), gradient(p)
-                flat = [x.detach().reshape(-1) for x in tensors]  # views: one shape for the program to know
-                compiled_update()(*flat, factor, finite, scalars, beta1, beta2, group["eps"], group["weight_decay"])
-                self.round_master(p)
+        update, device = compiled_update(), group["params"][0].device
+        dtype = wide_dtype(group["params"])  # a wider one would make the whole update as wide
+        on_host = torch.tensor(scalars, dtype=dtype, pin_memory=device.type == "cuda")
+        on_device = list(on_host.to(device, non_blocking=True).unbind())
+        if not isinstance(factor, Tensor):
+            factor = torch.full((), factor, device=device)
+        finite = torch.ones((), dtype=torch.bool, device=device) if finite is None else finite
+        for p in group["params"]:
+            tensors = self.master(p), *self.moments(p), gradient(p)
+            flat = [x.detach().reshape(-1) for x in tensors]  # views: one shape for the program to know
+            update(*flat, factor, finite, on_device, *settings)
+            self.round_master(p)
