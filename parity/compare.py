@@ -97,15 +97,21 @@ def worse_side(check: str, item: str, dtype: str, errors: Sequence[Mapping[str, 
 
 
 def each_number(
-    check: str, item: str, results: Sequence[Mapping[str, Any]], expected: Mapping[str, Any], allowed: float
+    check: str,
+    item: str,
+    results: Sequence[Mapping[str, Any]],
+    expected: Mapping[str, Any],
+    allowed: float | Mapping[str, float],
 ) -> Row:
     """A row for single float64 numbers of JAX, torch and the specification, whose name is the note: the first that differs, or the
     worst. Each is compared by itself: among others it would be measured against their norm. One that is missing is no number.
+    allowed: of all, or by name.
     """
     rows = []
+    bounds = allowed if isinstance(allowed, Mapping) else dict.fromkeys(expected, allowed)
     for key, x in expected.items():
         values = [{key: np.array(float(found.get(key, math.nan)))} for found in (*results, {key: x})]
-        rows.append(three_way(check, item, "float64", values, allowed, key))
+        rows.append(three_way(check, item, "float64", values, bounds[key], key))
     return next((row for row in rows if not row.ok), max(rows, key=lambda row: row.measured))
 
 

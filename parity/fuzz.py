@@ -106,8 +106,11 @@ def fuzz(
     with processes(jobs) as pool:
         while True:
             while len(waiting) < 2 * jobs and (past or time.monotonic() < end):
-                one = past.pop(0) if past else draw(number, settings.seed)
-                number += not past
+                if past:
+                    one = past.pop(0)
+                else:
+                    one = draw(number, settings.seed)
+                    number += 1
                 waiting[pool.submit(_judge_of_many, settings, one, next(begun))] = one
             if not waiting:
                 return done, None, None

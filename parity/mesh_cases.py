@@ -20,6 +20,7 @@ from llm_common.tensors import Tensors
 from parity import case_space, drawn, spec, spec_run
 from parity.cases import random_batch, random_weights, start_state
 from parity.compare import joined
+from parity.run_control import Run, control_runs
 from parity.spec_run import rows_of_host
 
 BASE = ModelConfig(
@@ -158,6 +159,7 @@ class Expected:
     gradients: Tensors
     rows: list[dict[str, float]]  # of every step, as its metrics say
     end: TrainingState
+    controls: list[Run]  # the same run, from weights one ulp away
     held_out: tuple[float, int]
     texts: list[int]
 
@@ -180,4 +182,5 @@ def expected(name: str) -> Expected:
     for sampling in (SamplingConfig(temperature=0), DRAWN):
         words += itertools.chain(*spec.generate(c.weights, PROMPTS, c.cfg, sampling, NEW_TOKENS))
     init = spec.initial_weights(c.train.seed, c.cfg)
-    return Expected(init, logits, loss, gradients, rows, TrainingState(*state), (total, count), words)
+    controls = control_runs(c.start, c.data.batch, c.until, c.cfg, c.opt, separator, c.train.seed)
+    return Expected(init, logits, loss, gradients, rows, TrainingState(*state), controls, (total, count), words)

@@ -33,6 +33,7 @@ from parity.compare import (
 )
 from parity.drawn import Case, Space
 from parity.model_checks import CEILING, FLOAT64_ALLOWED, one_ulp_noise
+from parity.run_control import allowed_error, allowed_errors, control_runs
 from parity.settings import Settings
 from parity.sharded import group_of, run_group
 from parity.token_checks import allowed_margin, draw_margin
@@ -84,8 +85,13 @@ def run_row(s: Settings, case: Case, item: str, seed: int) -> Row:
     outcomes = on_both(s.sides("float64", r.cfg), run)
     expected = _outcome(case, r.state, TrainingState(*values), rows)
     of = lambda kind: [outcome[kind] for outcome in outcomes]
-    found = [each_number("runs", item, of("numbers"), expected["numbers"], FLOAT64_ALLOWED)]
-    for kind, allowed in (("moments", MOMENTS_ALLOWED), ("update", UPDATE_ALLOWED)):
+    controls = control_runs(r.state, r.data.batch, r.until, r.cfg, r.opt, r.fields["document_separator"], seed)
+    moved = [_outcome(case, r.state, *run) for run in controls]
+    of_control = lambda kind: [outcome[kind] for outcome in moved]
+    bounds = allowed_errors(FLOAT64_ALLOWED, expected["numbers"], of_control("numbers"))
+    found = [each_number("runs", item, of("numbers"), expected["numbers"], bounds)]
+    for kind, flat in (("moments", MOMENTS_ALLOWED), ("update", UPDATE_ALLOWED)):
+        allowed = allowed_error(flat, expected[kind], of_control(kind))
         found.append(three_way("runs", item, "float64", [*of(kind), expected[kind]], allowed, kind))
     bad = [row for row in found if not row.ok]
     return bad[0] if bad else max(found, key=lambda row: row.measured / row.allowed)
