@@ -9,7 +9,7 @@ import numpy as np
 import torch
 import transformers
 
-from jax_llm.checkpoint import from_canonical
+from jax_llm.engine.checkpoint import from_canonical
 from jax_llm.model import CausalLM
 from llm_common.config import preset
 from parity.cases import random_weights

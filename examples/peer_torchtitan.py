@@ -18,10 +18,10 @@ from unittest.mock import MagicMock
 
 import numpy as np
 import torch
-from peers import autocast_step
 
 from llm_common.config import ModelConfig, OptimizerConfig, TrainConfig
 from llm_common.errors import UserError
+from llm_tools.bench.peers import autocast_step
 
 packages = ["torch", "torchtitan"]
 

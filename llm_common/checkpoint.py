@@ -1,4 +1,4 @@
-"""Checkpoint folders, in NumPy: what `jax_llm.checkpoint` and `torch_llm.checkpoint` both write and both read.
+"""Checkpoint folders, in NumPy: what `jax_llm.engine.checkpoint` and `torch_llm.engine.checkpoint` both write and both read.
 
     step-00001000/
       config.json            the model, as transformers reads it

@@ -3,7 +3,6 @@
 import contextlib
 import glob
 import hashlib
-import importlib
 import importlib.util
 import io
 import json
@@ -147,14 +146,6 @@ def is_out_of_memory(error: BaseException) -> bool:
         or "Out of memory" in text
         or "can't allocate memory" in text
     )
-
-
-def import_side(framework: str, module: str):
-    """The module `jax_llm.<module>` or `torch_llm.<module>`, after checking that its framework is installed."""
-    if framework not in ("jax", "torch"):
-        raise UserError(f"framework must be 'jax' or 'torch', got {framework!r}")
-    require_framework(framework)
-    return importlib.import_module(f"{framework}_llm.{module}")
 
 
 def run_main(main: Callable[[], int | None]) -> None:

@@ -1,6 +1,6 @@
 """One training run in its folder: the lock, resuming, the log, evaluations, checkpoints, and requests to stop.
 
-Both frameworks train inside it, so a run that changes frameworks is one run: `jax_llm.checkpoint.fit_and_save` and its twin
+Both frameworks train inside it, so a run that changes frameworks is one run: `jax_llm.engine.checkpoint.fit_and_save` and its twin
 give it the numbers of each step and two functions, which read the training state and compute the held-out loss.
 """
 

@@ -297,7 +297,7 @@ def _sharded(args: argparse.Namespace) -> bool:
         return caught == len(outcomes)
     rows, name = [], "CPU"
     if args.device == "gpu":
-        from torch_llm.train import device_kind
+        from torch_llm.engine.device import device_kind
 
         name = f"2 x {device_kind('gpu')}"
     groups = TWO_GPUS if args.device == "gpu" else QUICK if args.quick else (*GROUPS, *drawn_groups(args.seed))

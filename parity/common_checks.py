@@ -22,7 +22,7 @@ from parity.cases import RandomBatches, families, random_weights, start_state
 from parity.compare import TORCH, Row, round_to, shared, three_way
 from parity.settings import Settings
 from parity.training_checks import UPDATE_ALLOWED, spec_train, update_of
-from torch_llm.checkpoint import to_training_state
+from torch_llm.engine.checkpoint import to_training_state
 
 SCHEDULE_ALLOWED = 1e-15  # two float64 spellings of one formula, relative to lr_max; one step early shows above 1e-6
 

@@ -10,12 +10,12 @@ import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
+from jax_llm.engine import backend as jax_backend
 from llm_common.bpe_trainer import train_bpe
 from llm_common.checkpoint import load_checkpoint, save_checkpoint
 from llm_common.config import OptimizerConfig, SamplingConfig, TrainConfig, preset
 from llm_common.corpus import documents
 from llm_common.data import TokenDataset, unigram_entropy, write_tokens
-from llm_common.errors import import_side
 from llm_common.run import Run
 from llm_common.run_settings import run_settings
 from llm_common.tokenizer import FILE_NAME, Tokenizer
@@ -27,6 +27,7 @@ from parity.report import conclude, draw_curves, make_console, print_progress
 from parity.settings import Settings
 from parity.torch_side import TorchSide
 from parity.training_checks import LOSS_FACTOR, LOSS_FLOOR
+from torch_llm.engine import backend as torch_backend
 
 STEPS = 200
 PROMPT = "Return a string"
@@ -101,6 +102,9 @@ def prepare(console: Console, out: Path, data: str | None) -> tuple[Tokenizer, P
     return tokenizer, path, unigram
 
 
+BACKENDS = {module.BACKEND.name: module.BACKEND for module in (jax_backend, torch_backend)}
+
+
 def _train(console, name, out, cfg, train, opt, dataset, tokenizer) -> tuple[list[float], Path]:
     """One run from step 0; its losses and its last checkpoint. The control resumes from a step 0 with weights moved."""
     run, framework = out / name, "torch" if name == "torch" else "jax"
@@ -129,7 +133,7 @@ def _train(console, name, out, cfg, train, opt, dataset, tokenizer) -> tuple[lis
                 progress.update(task, advance=1, loss=row["loss"])
 
         training = Run(run, cfg, train, opt, dataset, framework, tokenizer=tokenizer, on_event=on_event)
-        folder = import_side(framework, "run").fit_and_save(training, "cpu")
+        folder = BACKENDS[framework].fit_and_save(training, "cpu", None)
     seconds = time.perf_counter() - start
     tokens = len(losses) * train.batch_size * train.seq_len
     console.print(

@@ -8,9 +8,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jax_llm.checkpoint import from_canonical, to_canonical
+from jax_llm.engine.checkpoint import from_canonical, to_canonical
+from jax_llm.engine.gradients import loss_and_grads
 from jax_llm.model import CausalLM
-from jax_llm.train import loss_and_grads
 from parity.cases import random_batch, random_weights
 from parity.compare import JAX, TORCH, Row, Tensors, tensor_errors, verdict, worst
 from parity.emulation import with_bfloat16_operands

@@ -25,9 +25,7 @@ def noted_dtypes(package: str, dtype: str) -> Iterator[list[str]]:
         noting = {name: _noting(getattr(kernels, name), name, n, dtype, wrong) for name, n in GENERATED.items()}
         return dataclasses.replace(kernels, **noting)
 
-    with contextlib.ExitStack() as stack:
-        for module in ("generate", "distributed"):
-            stack.enter_context(mock.patch(f"{package}.{module}.make_kernels", make_noting))
+    with mock.patch(f"{package}.engine.plan.make_kernels", make_noting):
         yield wrong
 
 

@@ -13,16 +13,20 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-import jax_llm.train
-from jax_llm import checkpoint, optim, random_bits, sampling
-from jax_llm.evaluate import evaluator
+import jax_llm.engine.train
+from jax_llm import optim, random_bits, sampling
+from jax_llm.engine import checkpoint
+from jax_llm.engine.decoding import decoding_params
+from jax_llm.engine.device import matmul_precision, select_device
+from jax_llm.engine.evaluate import evaluator
+from jax_llm.engine.generate import generate, generator
+from jax_llm.engine.gradients import loss_and_grads
+from jax_llm.engine.train import compiled_train_step, fit, init_state
 from jax_llm.fast.attention import resolve_backend
 from jax_llm.fast.kernels import make_kernels
-from jax_llm.generate import decoding_params, generate, generator
 from jax_llm.kernels import Kernels
 from jax_llm.kv_cache import init_cache
 from jax_llm.model import CausalLM
-from jax_llm.train import compiled_train_step, fit, init_state, loss_and_grads, matmul_precision, select_device
 from llm_common.checkpoint import TrainingState
 from llm_common.config import ModelConfig, OptimizerConfig, SamplingConfig, TrainConfig
 from llm_common.evaluation import Evaluation
@@ -161,7 +165,7 @@ class JaxSide:
         recorder = JaxRecorder(given, given_back)
         with self.scope(), recorder.attached():
             args = self._params(weights), jnp.array(ids), jnp.array(targets)
-            loss, grads = jax_llm.train.loss_and_grads(recorder.of(self._model(ids)), *args)
+            loss, grads = loss_and_grads(recorder.of(self._model(ids)), *args)
             return recorder, float(loss), self._tensors(grads)
 
     def tapped_cache(self, weights: Tensors, ids: np.ndarray, prompt: int, values: Callable[[int, int], Values]):
@@ -187,7 +191,7 @@ class JaxSide:
             given = self._params(grads, self.dtype)
             return jnp.array(loss, jnp.dtype(self.master)), given
 
-        with jax.disable_jit(), mock.patch.object(jax_llm.train, "loss_and_grads", stand_in):
+        with jax.disable_jit(), mock.patch.object(jax_llm.engine.train, "loss_and_grads", stand_in):
             yield
 
     def train(

@@ -50,7 +50,7 @@ def points_of(case: MeshCase) -> list[Point]:
 
 def torch_faults(case: MeshCase, trainer: Any, mesh: MeshConfig, hosts: Hosts) -> Found:
     """Of a trainer that has a case's finite weights: what a first micro-batch meets on its way, by hooks."""
-    from torch_llm import distributed
+    from torch_llm.engine import distributed
 
     inputs, targets = trainer.read_batch(case.data)
     rows = case.train.batch_size // mesh.batch_shards
@@ -83,9 +83,9 @@ def torch_faults(case: MeshCase, trainer: Any, mesh: MeshConfig, hosts: Hosts) -
 
 def jax_faults(case: MeshCase, mesh: Any) -> Found:
     """The same of JAX, whose arrays are those of all devices; operation by operation, as a compiler shows no points."""
-    from jax_llm import distributed
-    from jax_llm.checkpoint import to_canonical
-    from jax_llm.train import loss_and_grads
+    from jax_llm.engine import distributed
+    from jax_llm.engine.checkpoint import to_canonical
+    from jax_llm.engine.gradients import loss_and_grads
     from parity.taps import JaxRecorder
 
     found, step = Found(), case.start.step

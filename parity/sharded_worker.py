@@ -37,9 +37,11 @@ def run_jax(shape: str, mesh_config: MeshConfig, hosts: Hosts, folder: Path) -> 
     import jax
     from jax.sharding import NamedSharding, PartitionSpec
 
-    from jax_llm import distributed
-    from jax_llm.checkpoint import to_canonical, to_host
-    from jax_llm.train import loss_and_grads, make_model, x64
+    from jax_llm.engine import distributed
+    from jax_llm.engine.checkpoint import to_canonical, to_host
+    from jax_llm.engine.device import x64
+    from jax_llm.engine.gradients import loss_and_grads
+    from jax_llm.engine.plan import make_model
 
     case = cases.mesh_case(shape)
     cfg, train, opt, weights, data, start = case.cfg, case.train, case.opt, case.weights, case.data, case.start
@@ -93,7 +95,7 @@ def run_torch(shape: str, mesh_config: MeshConfig, hosts: Hosts, folder: Path) -
     import torch
     import torch.distributed as dist
 
-    from torch_llm import distributed
+    from torch_llm.engine import distributed
 
     case = cases.mesh_case(shape)
     cfg, train, opt, weights, data, start = case.cfg, case.train, case.opt, case.weights, case.data, case.start
@@ -157,13 +159,13 @@ def trace(framework: str, shape: str, mesh_config: MeshConfig, hosts: Hosts, fol
 
     case = cases.mesh_case(shape)
     if framework == "jax":
-        from jax_llm import distributed
-        from jax_llm.train import x64
+        from jax_llm.engine import distributed
+        from jax_llm.engine.device import x64
 
         with x64("float64"):
             found = jax_faults(case, distributed.make_mesh(mesh_config, hosts.device))
     else:
-        from torch_llm.distributed import ShardedTrainer
+        from torch_llm.engine.distributed import ShardedTrainer
 
         trainer = ShardedTrainer(case.cfg, case.train, case.opt, mesh_config, hosts.device, init_weights=False)
         trainer.from_canonical(case.weights)
@@ -196,7 +198,7 @@ def _short_sums(cfg: ModelConfig, mesh_config: MeshConfig, device: str) -> float
     """The share of the gradients of a bfloat16 run that are bfloat16 numbers: all, if the devices' are summed in bfloat16."""
     import torch
 
-    from torch_llm.distributed import ShardedTrainer
+    from torch_llm.engine.distributed import ShardedTrainer
 
     train = dataclasses.replace(cases.TRAIN, compute_dtype="bfloat16", gradient_accumulation_steps=1)
     trainer = ShardedTrainer(cfg, train, cases.OPT, mesh_config, device)
@@ -211,8 +213,8 @@ def _other_products(cfg: ModelConfig, mesh: Any) -> int:
     import jax
     import jax.numpy as jnp
 
-    from jax_llm import distributed
-    from jax_llm import train as single
+    from jax_llm.engine import distributed
+    from jax_llm.engine import train as single
 
     train = dataclasses.replace(cases.TRAIN, compute_dtype="bfloat16", gradient_accumulation_steps=1)
     opt, platform = cases.OPT, mesh.devices.flat[0].platform
@@ -271,12 +273,12 @@ def main() -> None:
 
 def join(framework: str, device: str) -> Hosts:
     if framework == "jax":
-        from jax_llm.hosts import join_hosts
+        from jax_llm.engine.hosts import join_hosts
 
         return join_hosts(device, 60)
     import torch
 
-    from torch_llm.hosts import join_hosts
+    from torch_llm.engine.hosts import join_hosts
 
     torch.set_num_threads(1)
     return join_hosts(device, 60)

@@ -11,7 +11,7 @@ from unittest import mock
 import numpy as np
 import torch
 
-import torch_llm.train
+import torch_llm.engine.train
 from llm_common.checkpoint import TrainingState
 from llm_common.config import ModelConfig, OptimizerConfig, SamplingConfig, Separator, TrainConfig
 from llm_common.evaluation import Evaluation
@@ -19,16 +19,20 @@ from llm_common.tensors import decays
 from parity.as_written import without_compiler
 from parity.compare import Tensors, joined
 from parity.taps import TorchRecorder, Values
-from torch_llm import checkpoint, random_bits, sampling
-from torch_llm.evaluate import evaluator
+from torch_llm import random_bits, sampling
+from torch_llm.engine import checkpoint
+from torch_llm.engine.decoding import fuse_projections
+from torch_llm.engine.device import matmul_precision, select_device
+from torch_llm.engine.evaluate import evaluator
+from torch_llm.engine.generate import generate, generator
+from torch_llm.engine.gradients import loss_and_grads
+from torch_llm.engine.train import Trainer
 from torch_llm.fast.attention import resolve_backend
 from torch_llm.fast.kernels import make_kernels
-from torch_llm.generate import fuse_projections, generate, generator
 from torch_llm.kernels import Kernels
 from torch_llm.kv_cache import KVCache
 from torch_llm.model import CausalLM, empty_model
 from torch_llm.optim import gradient, make_optimizer
-from torch_llm.train import Trainer, loss_and_grads, matmul_precision, select_device
 
 
 class TorchSide:
@@ -125,7 +129,7 @@ class TorchSide:
         """One loss and its gradients under taps: what they recorded, the loss, the gradients."""
         recorder, model = TorchRecorder(given, given_back), self._model(weights)
         with self.scope(), recorder.attached(model):
-            loss = torch_llm.train.loss_and_grads(model, self._tensor(ids), self._tensor(targets))
+            loss = loss_and_grads(model, self._tensor(ids), self._tensor(targets))
         return recorder, float(loss), self._gradients(model)
 
     def _gradients(self, model: CausalLM) -> Tensors:
@@ -153,7 +157,7 @@ class TorchSide:
                 p.grad = self._tensor(grads[name]).to(p.dtype)
             return torch.tensor(loss, dtype=getattr(torch, self.master))
 
-        with mock.patch.object(torch_llm.train, "loss_and_grads", stand_in):
+        with mock.patch.object(torch_llm.engine.train, "loss_and_grads", stand_in):
             yield
 
     def train(

@@ -21,17 +21,17 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
-import tokenizer_cases
-from cases import OURS, WORK, model_config
-from flags import add_flags, at_least_one, from_flags, make_parser, prepare_environment
-from measure import run_worker
-from peers import find_peer
-
 from llm_common.budget import GIB
 from llm_common.config import PRESETS, ModelConfig, SamplingConfig, TrainConfig, check_length
-from llm_common.errors import UserError, import_side, run_main
+from llm_common.errors import UserError, run_main
 from llm_common.processes import end_with_launcher
 from llm_common.words import PATTERNS
+from llm_tools.bench import tokenizer_cases
+from llm_tools.bench.cases import OURS, WORK, model_config
+from llm_tools.bench.measure import run_worker
+from llm_tools.bench.peers import find_peer
+from llm_tools.flags import add_flags, at_least_one, from_flags, make_parser, prepare_environment
+from llm_tools.frameworks import open_backend
 
 WHAT = tuple(name for name in WORK if name != "ceilings")
 PEERS_RECIPE = "A peer trains by its own recipe: of the flags it takes the batch, the length and the dtype."
@@ -117,7 +117,7 @@ def main() -> None:
 def check(args: argparse.Namespace) -> None:
     """Refuse what cannot be measured, before anything is, and fill in what no flag says: what pays on the device."""
     first = next(iter(frameworks(args)), "torch")
-    if import_side(first, "train").device_kind(args.device).lower() == "cpu":
+    if open_backend(first).device_kind(args.device).lower() == "cpu":
         args.compute_dtype = args.compute_dtype or "float32"
     else:
         args.compute_dtype = args.compute_dtype or "bfloat16"
@@ -146,8 +146,8 @@ def check(args: argparse.Namespace) -> None:
                 "decode needs --new-tokens of at least 2, as the first is timed apart, and --batch of at least 1"
             )
     for side in frameworks(args):
-        import_side(side, "train").describe(cfg, train, args.device)  # is the device there?
-    kinds = {side: import_side(side, "train").device_kind(args.device) for side in {*frameworks(args), "torch"}}
+        open_backend(side).plan_run(cfg, train, args.device)  # is the device there?
+    kinds = {side: open_backend(side).device_kind(args.device) for side in {*frameworks(args), "torch"}}
     if len({kind.lower() == "cpu" for kind in kinds.values()}) > 1:
         raise UserError(f"{kinds}: install torch for this device too, as the ceilings are measured with it")
 

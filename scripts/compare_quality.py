@@ -16,16 +16,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from flags import add_flags, from_flags, make_parser, prepare_environment
 from rich.console import Console
 from rich.table import Table
 
 from llm_common.config import ModelConfig, OptimizerConfig, TrainConfig, preset
 from llm_common.data import TokenDataset
-from llm_common.errors import UserError, import_side, require_framework, require_package, run_main
+from llm_common.errors import UserError, require_framework, require_package, run_main
 from llm_common.evaluation import Evaluation
 from llm_common.run_log import environment
 from llm_common.schedule import learning_rate
+from llm_tools.flags import add_flags, from_flags, make_parser, prepare_environment
+from llm_tools.frameworks import open_backend
 
 ALLOWED = 3.0  # times the noise
 FLOOR = 1e-4  # nats: a noise of three runs may come out too small by chance
@@ -79,19 +80,9 @@ def ours(framework: str, cfg: ModelConfig, train: TrainConfig, opt: OptimizerCon
 
     losses: list[float] = []
     keep = lambda step, state, metrics: losses.append(metrics["loss"])
-    side = import_side(framework, "train")
-    device = side.select_device(args.device)
-    if framework == "torch":
-        trainer = side.Trainer(cfg, train, opt, device)
-        trainer.fit(data, on_step=lambda *x: keep(*x))
-        total, count = import_side("torch", "evaluate").evaluate(trainer.model, held_out)
-    else:
-        import jax
-
-        with jax.default_device(device), side.x64(train.master_dtype):
-            state = side.fit(side.init_state(cfg, train, opt), cfg, train, opt, data, on_step=lambda *x: keep(*x))
-            model = side.make_model(cfg, train, device.platform)
-            total, count = import_side("jax", "evaluate").evaluate(model, state.params, train.compute_dtype, held_out)
+    with open_backend(framework).open_session(cfg, train, opt, args.device, None) as session:
+        session.fit(data, on_step=keep)
+        total, count = session.evaluate(held_out)
     return losses, total / count
 
 
@@ -100,9 +91,9 @@ def theirs(nudge: int, cfg: ModelConfig, train: TrainConfig, opt: OptimizerConfi
     import torch
     import transformers
 
-    from torch_llm.checkpoint import to_canonical
+    from torch_llm.engine.checkpoint import to_canonical
+    from torch_llm.engine.device import matmul_precision, select_device
     from torch_llm.model import init_model
-    from torch_llm.train import matmul_precision, select_device
 
     device = select_device(args.device)
     config = {key: value for key, value in cfg.to_hf().items() if key not in ("architectures", "model_type")}

@@ -15,14 +15,12 @@ import shutil
 from pathlib import Path
 
 import numpy as np
-from flags import make_parser
 
 from llm_common.checkpoint import STATE_FILE, TrainingState, load_checkpoint, save_checkpoint
 from llm_common.config import ModelConfig
 from llm_common.errors import (
     UserError,
     has_its_checksum,
-    import_side,
     json_bytes,
     notice,
     read_json,
@@ -34,6 +32,8 @@ from llm_common.errors import (
 from llm_common.hf_tokenizer import load_tokenizer
 from llm_common.tensor_files import check_finite
 from llm_common.tensors import check_tensors, tensor_shapes
+from llm_tools.flags import make_parser
+from llm_tools.frameworks import open_backend
 
 CHECKSUMS = "checksums.json"
 PARTS, COUNTERS = ("weights", "mu", "nu"), ("step", "adam_count")
@@ -64,9 +64,9 @@ def main() -> None:
         source, framework = (args.from_orbax, "jax") if args.from_orbax else (args.from_dcp, "torch")
         if not source.is_dir():
             raise UserError(f"{source}: no such folder")
-        side = import_side(framework, "foreign_checkpoint")
+        backend = open_backend(framework)
         check_files(source)
-        state = to_state(cfg, str(source), side.read(source, flat(state)))
+        state = to_state(cfg, str(source), backend.read_checkpoint(source, flat(state)))
     if args.to is not None:
         tokenizer = load_tokenizer(like)
         print(save_checkpoint(out, cfg, state, settings, tokenizer))
@@ -74,7 +74,7 @@ def main() -> None:
     partial = out.with_name(f".{out.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.parent.mkdir(parents=True, exist_ok=True)
-    import_side("jax" if args.to_orbax else "torch", "foreign_checkpoint").write(partial, flat(state))
+    open_backend("jax" if args.to_orbax else "torch").write_checkpoint(partial, flat(state))
     write_whole(partial / CHECKSUMS, json_bytes(with_checksum({"files": file_hashes(partial)})))
     partial.rename(out)
     print(f"{out}: {3 * len(state.weights)} tensors of {like / STATE_FILE}, step {state.step}")

@@ -18,7 +18,17 @@ import json
 from pathlib import Path
 from typing import Any
 
-from flags import (
+from llm_common.checkpoint import load_weights, read_settings
+from llm_common.config import ATTENTION_BACKENDS, DTYPES, ModelConfig, TrainConfig, check_length
+from llm_common.corpus import Corpus
+from llm_common.data import check_data, open_tokens
+from llm_common.errors import UserError, is_out_of_memory, run_main
+from llm_common.evaluation import DocumentEvaluation, Evaluation, open_held_out
+from llm_common.hf_tokenizer import AnyTokenizer, load_tokenizer, open_tokenizer
+from llm_common.run import newest
+from llm_common.sharding import MeshConfig, check_sharded
+from llm_common.tokenizer import check_vocabulary
+from llm_tools.flags import (
     add_mesh_flags,
     add_special_flag,
     add_text_flags,
@@ -28,17 +38,7 @@ from flags import (
     only_the_first_prints,
     prepare_environment,
 )
-
-from llm_common.checkpoint import load_weights, read_settings
-from llm_common.config import ATTENTION_BACKENDS, DTYPES, ModelConfig, TrainConfig, check_length
-from llm_common.corpus import Corpus
-from llm_common.data import check_data, open_tokens
-from llm_common.errors import UserError, import_side, is_out_of_memory, run_main
-from llm_common.evaluation import DocumentEvaluation, Evaluation, open_held_out
-from llm_common.hf_tokenizer import AnyTokenizer, load_tokenizer, open_tokenizer
-from llm_common.run import newest
-from llm_common.sharding import MeshConfig, check_sharded
-from llm_common.tokenizer import check_vocabulary
+from llm_tools.frameworks import open_backend
 
 MOST_TOKENS = 8192  # of a batch, as long as a flag does not say how many texts it has
 
@@ -75,7 +75,7 @@ def main() -> None:
         at_least_one(args, "batches")
 
     prepare_environment(None)
-    side = import_side(args.framework, "evaluate")
+    backend = open_backend(args.framework)
     folder = newest(args.checkpoint)
     cfg, weights = load_weights(folder)
     if args.seq_len is not None:
@@ -101,14 +101,10 @@ def main() -> None:
     mesh = None if args.mesh is None else MeshConfig.parse(args.mesh)
     if mesh is not None:
         check_sharded(mesh, cfg, train)
-    hosts = join(args.framework, args, mesh)
+    hosts = join(backend, args, mesh)
     only_the_first_prints(hosts)
-    if mesh is None:
-        opened = side.evaluator(cfg, weights, train, hosts.device)
-    else:
-        opened = import_side(args.framework, "distributed").evaluator(cfg, weights, train, mesh, hosts.device)
     try:
-        with opened as evaluate:
+        with backend.evaluator(cfg, weights, train, hosts.device, mesh) as evaluate:
             result = evaluation.summary(*evaluate(evaluation))
     except Exception as error:
         if not is_out_of_memory(error):

@@ -21,7 +21,20 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from flags import (
+
+from llm_common.budget import GIB, decode_bytes
+from llm_common.checkpoint import load_weights, stops_of
+from llm_common.config import COMPILE, DTYPES, ModelConfig, SamplingConfig
+from llm_common.errors import UserError, is_out_of_memory, run_main
+from llm_common.hf_tokenizer import AnyTokenizer, load_tokenizer, open_tokenizer
+from llm_common.run import newest
+from llm_common.sequences import encode_conversation, resolve_token
+from llm_common.sharding import MeshConfig, check_mesh
+from llm_common.tensors import check_prompts
+from llm_common.text_stream import TextStream
+from llm_common.tokenizer import check_vocabulary
+from llm_common.words import clean
+from llm_tools.flags import (
     add_flags,
     add_mesh_flags,
     add_special_flag,
@@ -32,19 +45,7 @@ from flags import (
     only_the_first_prints,
     prepare_environment,
 )
-
-from llm_common.budget import GIB, decode_bytes
-from llm_common.checkpoint import load_weights, stops_of
-from llm_common.config import COMPILE, DTYPES, ModelConfig, SamplingConfig
-from llm_common.errors import UserError, import_side, is_out_of_memory, run_main
-from llm_common.hf_tokenizer import AnyTokenizer, load_tokenizer, open_tokenizer
-from llm_common.run import newest
-from llm_common.sequences import encode_conversation, resolve_token
-from llm_common.sharding import MeshConfig, check_mesh
-from llm_common.tensors import check_prompts
-from llm_common.text_stream import TextStream
-from llm_common.tokenizer import check_vocabulary
-from llm_common.words import clean
+from llm_tools.frameworks import FRAMEWORKS, open_backend
 
 MOST_TEXTS = 100_000
 
@@ -94,7 +95,7 @@ def main() -> None:
     args.stop = [clean(text) for text in args.stop]
     if "" in args.stop:
         raise UserError("--stop is empty: give at least one character")
-    sides = {name: import_side(name, "generate") for name in ("jax", "torch") if args.framework in (name, "both")}
+    backends = [open_backend(name) for name in FRAMEWORKS if args.framework in (name, "both")]
     folder = newest(args.checkpoint)
     cfg, weights = load_weights(folder)
     tokenizer = open_tokenizer(args.tokenizer) if args.tokenizer else load_tokenizer(folder)
@@ -112,16 +113,12 @@ def main() -> None:
         if args.framework == "both":
             raise UserError("--mesh with --framework both: generate with one framework, then with the other")
         check_mesh(mesh, cfg)
-    hosts = join(args.framework, args, mesh)
+    hosts = join(backends[0], args, mesh)
     only_the_first_prints(hosts)
     results: dict[str, list[list[int]]] = {}
-    for name, side in sides.items():
-        if mesh is None:
-            settings = {"compile": args.compile} if name == "torch" else {}
-            opened = side.generator(cfg, weights, hosts.device, args.compute_dtype, **settings)
-        else:
-            opened = import_side(name, "distributed").generator(cfg, weights, mesh, hosts.device, args.compute_dtype)
-        with opened as stream:
+    for backend in backends:
+        name = backend.name
+        with backend.generator(cfg, weights, args.compute_dtype, hosts.device, mesh, args.compile) as stream:
             results[name] = []
             while (done := len(results[name])) < len(rows):
                 results[name] += write_texts(

@@ -11,7 +11,6 @@ import argparse
 from pathlib import Path
 
 import numpy as np
-from flags import at_least_one, make_parser
 from rich.console import Console
 from rich.table import Table
 
@@ -20,6 +19,7 @@ from llm_common.errors import UserError, require_package, run_main
 from llm_common.examples import load_examples
 from llm_common.hf_tokenizer import AnyTokenizer, open_tokenizer
 from llm_common.shards import ShardedTokens
+from llm_tools.flags import at_least_one, make_parser
 
 PIECE = 1 << 24  # ids read at once
 

@@ -23,7 +23,6 @@ from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
-from flags import add_corpus_flags, add_special_flag, at_least_one, cores, make_parser, open_corpus
 from rich.console import Console
 
 from llm_common.data import unigram_entropy, write_tokens
@@ -33,6 +32,7 @@ from llm_common.hf_tokenizer import AnyTokenizer, open_tokenizer
 from llm_common.progress import reading_bar
 from llm_common.sequences import AUTO, DocumentEncoder
 from llm_common.shards import PART, is_held_out, prepare
+from llm_tools.flags import add_corpus_flags, add_special_flag, at_least_one, cores, make_parser, open_corpus
 
 T = TypeVar("T")
 

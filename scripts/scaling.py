@@ -17,15 +17,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from flags import join, make_parser, only_the_first_prints, prepare_environment
-from measure import RandomTokens, quartiles, run_json, versions
 
 from llm_common.budget import GIB, flops_per_step
 from llm_common.config import ModelConfig, OptimizerConfig, TrainConfig, preset
-from llm_common.errors import UserError, import_side, run_main
+from llm_common.errors import UserError, run_main
 from llm_common.metrics import StepMetrics
 from llm_common.processes import end_with_launcher
 from llm_common.sharding import ONE_DEVICE, MeshConfig, check_sharded
+from llm_tools.bench.measure import RandomTokens, quartiles, run_json, versions
+from llm_tools.flags import join, make_parser, only_the_first_prints, prepare_environment
+from llm_tools.frameworks import open_backend
 
 
 def main() -> None:
@@ -92,37 +93,23 @@ def measure(args: argparse.Namespace, task: dict[str, Any]) -> dict[str, Any]:
         times.append(time.perf_counter())
         losses.append(metrics)
 
-    side, start = import_side(framework, "train"), time.perf_counter()
-    hosts = None if mesh is None else join(framework, args, mesh)
+    backend, start = open_backend(framework), time.perf_counter()
+    hosts = None if mesh is None else join(backend, args, mesh)
     device = args.device if hosts is None else hosts.device
-    if framework == "torch":
-        if mesh is None:
-            trainer = side.Trainer(cfg, train, opt, side.select_device(device))
-        else:
-            trainer = import_side("torch", "distributed").ShardedTrainer(cfg, train, opt, mesh, device)
-        trainer.fit(data, on_step=note)
-    elif mesh is None:
-        import jax
-
-        with jax.default_device(side.select_device(device)):
-            side.fit(side.init_state(cfg, train, opt), cfg, train, opt, data, on_step=note)
-    else:
-        distributed = import_side("jax", "distributed")
-        devices = distributed.make_mesh(mesh, device)
-        state = distributed.init_state(cfg, train, opt, devices)
-        distributed.fit(state, cfg, train, opt, data, devices, on_step=note)
+    with backend.open_session(cfg, train, opt, device, mesh) as session:
+        session.fit(data, on_step=note)
     if hosts is not None:
         only_the_first_prints(hosts)
     seconds = np.diff(times)[args.warm_up - 1 :]
     return {
         "framework": framework,
         "mesh": task["mesh"],
-        "device": side.device_kind(device),
+        "device": backend.device_kind(device),
         "seconds": quartiles(seconds),
         "first_step": times[0] - start,
         "tokens": train.batch_size * train.seq_len,
         "flops": flops_per_step(cfg, train),
-        "memory": side.memory_used(device),
+        "memory": backend.memory_used(device),
         "losses": [losses[0]["loss"], losses[-1]["loss"]],
         "versions": versions(framework, "numpy"),
         "settings": asdict(replace(train, seed=0)),

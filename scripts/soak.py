@@ -25,10 +25,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from flags import at_least_one, make_parser
 from rich.console import Console
 from rich.table import Table
-from soak_kinds import CFG, DOCUMENTS, KINDS, RARE, SMALL, SPAN, TOKENIZER, state_of
 
 from llm_common.checkpoint import (
     load_checkpoint,
@@ -41,6 +39,8 @@ from llm_common.examples import load_examples, write_examples
 from llm_common.export import export
 from llm_common.hf_tokenizer import load_tokenizer
 from llm_common.shards import prepare
+from llm_tools.flags import at_least_one, make_parser
+from llm_tools.soak_kinds import CFG, DOCUMENTS, KINDS, RARE, SMALL, SPAN, TOKENIZER, state_of
 
 
 def kill_once(name: str, folder: Path, rng: random.Random) -> str | None:

@@ -20,7 +20,6 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
-from flags import make_parser
 from hlo import Program
 
 from llm_common.budget import GIB, flops_per_step, memory_per_step
@@ -28,6 +27,7 @@ from llm_common.config import OptimizerConfig, SamplingConfig, TrainConfig, pres
 from llm_common.errors import UserError, require_package, run_main
 from llm_common.processes import end_with_launcher, lifeline
 from llm_common.sharding import MeshConfig, check_sharded
+from llm_tools.flags import make_parser
 
 # Of a chip: memory (GiB), peak of bfloat16 matrix products (FLOP/s), memory and interconnect bandwidth (bytes/s, the latter of all
 # links in one direction). Source: Google Cloud's pages of the versions.
@@ -150,7 +150,7 @@ def make_topology_mesh(topology: str, config: MeshConfig | None) -> tuple[Any, M
     """A mesh of the chips of a topology that is not there. Raises UserError if they are not as many as the mesh takes."""
     from jax.experimental import topologies
 
-    from jax_llm.distributed import mesh_of
+    from jax_llm.engine.distributed import mesh_of
 
     try:
         devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
@@ -216,8 +216,8 @@ def lower_train(cfg, train: TrainConfig, mesh) -> Any:
     import jax
     import jax.numpy as jnp
 
-    from jax_llm.distributed import compiled_train_step
-    from jax_llm.train import init_state
+    from jax_llm.engine.distributed import compiled_train_step
+    from jax_llm.engine.train import init_state
     from llm_common.schedule import step_scalars
 
     opt = OptimizerConfig()
@@ -234,9 +234,10 @@ def lower_decode(cfg, train: TrainConfig, mesh) -> Any:
     import jax.numpy as jnp
     from jax.sharding import NamedSharding, PartitionSpec
 
-    from jax_llm import distributed
+    from jax_llm.engine import distributed
+    from jax_llm.engine.decoding import decode
+    from jax_llm.engine.generate import CHUNK
     from jax_llm.fast.kernels import make_kernels
-    from jax_llm.generate import CHUNK, decode
     from jax_llm.kv_cache import init_cache
     from jax_llm.model import CausalLM, init_params
     from llm_common.sharding import BATCH_AXES
@@ -291,7 +292,7 @@ def report(compiled: Any, cfg, train: TrainConfig, config: MeshConfig, version: 
         model = memory_per_step(cfg, train, train.attention_backend == "splash", True, config)
         result |= {"flops": flops, "bound_flops": flops / peak_flops, "model_memory": sum(model.values())}
     else:
-        from jax_llm.generate import CHUNK
+        from jax_llm.engine.generate import CHUNK
 
         read = cfg.num_parameters() * (2 if train.compute_dtype == "bfloat16" else 4) / config.tensor
         result |= {"bound_memory": CHUNK * read / bandwidth}  # a call draws so many tokens, one after the other

@@ -20,7 +20,23 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from flags import (
+from rich.console import Console
+
+from llm_common.budget import GIB, flops_per_step, memory_advice, memory_per_step, peak_flops
+from llm_common.checkpoint import load_weights
+from llm_common.config import PRESETS, ModelConfig, OptimizerConfig, RunConfig, TrainConfig, check_length, preset
+from llm_common.data import TokenDataset, check_data, open_tokens, read_description
+from llm_common.errors import UserError, is_out_of_memory, notice, run_main
+from llm_common.evaluation import Evaluation, open_held_out
+from llm_common.examples import open_dataset
+from llm_common.hf_tokenizer import AnyTokenizer, open_tokenizer
+from llm_common.progress import TrainingProgress
+from llm_common.run import LOG_FILE, Run, newest
+from llm_common.sharding import ONE_DEVICE, MeshConfig, check_sharded
+from llm_common.shards import find_manifest
+from llm_common.tensor_files import TensorFiles
+from llm_common.tokenizer import check_vocabulary
+from llm_tools.flags import (
     add_flags,
     add_mesh_flags,
     from_flags,
@@ -31,22 +47,7 @@ from flags import (
     prepare_environment,
     require,
 )
-from rich.console import Console
-
-from llm_common.budget import GIB, flops_per_step, memory_advice, memory_per_step, peak_flops
-from llm_common.checkpoint import load_weights
-from llm_common.config import PRESETS, ModelConfig, OptimizerConfig, RunConfig, TrainConfig, check_length, preset
-from llm_common.data import TokenDataset, check_data, open_tokens, read_description
-from llm_common.errors import UserError, import_side, is_out_of_memory, notice, run_main
-from llm_common.evaluation import Evaluation, open_held_out
-from llm_common.examples import open_dataset
-from llm_common.hf_tokenizer import AnyTokenizer, open_tokenizer
-from llm_common.progress import TrainingProgress
-from llm_common.run import LOG_FILE, Run, newest
-from llm_common.sharding import ONE_DEVICE, MeshConfig, check_sharded
-from llm_common.shards import find_manifest
-from llm_common.tensor_files import TensorFiles
-from llm_common.tokenizer import check_vocabulary
+from llm_tools.frameworks import open_backend
 
 
 def make_train_parser() -> argparse.ArgumentParser:
@@ -90,21 +91,21 @@ def main() -> None:
     if mesh is not None:
         check_sharded(mesh, cfg, train)
     check_vocabulary(tokenizer, cfg.vocab_size)
-    hosts = join(args.framework, args, mesh)
-    side = import_side(args.framework, "train")
-    description = side.describe(cfg, train, hosts.device)  # before the data, which may take long: is the device there?
+    backend = open_backend(args.framework)
+    hosts = join(backend, args, mesh)
+    plan = backend.plan_run(cfg, train, hosts.device)  # before the data, which may take long: is the device there?
     data = check_data(args.data, tokenizer)
     if args.document_mask and train.document_separator is None:
         train = dataclasses.replace(train, document_separator=separator_of(args.data, data))
         if mesh is not None:
             check_sharded(mesh, cfg, train)
-        description = side.describe(cfg, train, hosts.device)
+        plan = backend.plan_run(cfg, train, hosts.device)
     dataset = open_dataset(args.data, train.seq_len, train.batch_size, train.seed, cfg.vocab_size)
     evaluation = open_evaluation(args, cfg, train, config, tokenizer)
     console = Console(highlight=False, soft_wrap=True, quiet=hosts.index > 0)
-    if mesh is not None:
-        description += f", mesh {mesh}, {hosts.count} process" + ("es" if hosts.count > 1 else "")
-    console.print(f"{args.framework}: {description}", markup=False)
+    processes = f"{hosts.count} process" + ("es" if hosts.count > 1 else "")
+    where = "" if mesh is None else f", mesh {mesh}, {processes}"
+    console.print(f"{args.framework}: {plan}{where}", markup=False)
     size = (
         f"{len(dataset.tokens):,} tokens of data"
         if isinstance(dataset, TokenDataset)
@@ -112,17 +113,16 @@ def main() -> None:
     )
     held_out = "nothing held out" if evaluation is None else f"{evaluation.n_targets:,} held-out tokens"
     console.print(f"{cfg.num_parameters():,} parameters, {size}, {held_out}; log: {args.out / LOG_FILE}", markup=False)
-    fused = not any(f"{name} attention" in description for name in ("reference", "xla"))  # which keep their scores
-    need = memory_per_step(cfg, train, fused, "not compiled" not in description, mesh or ONE_DEVICE)
-    check_memory(console, cfg, train, need, side.memory_limit(hosts.device))
+    need = memory_per_step(cfg, train, not plan.keeps_scores, plan.compiled, mesh or ONE_DEVICE)
+    check_memory(console, cfg, train, need, backend.memory_limit(hosts.device))
     flops, tokens_per_step = flops_per_step(cfg, train), train.batch_size * train.seq_len
     if args.dry_run:
         dry_run(console, cfg, train, opt, need, dataset, tokenizer)
         return
-    peak = peak_flops(side.device_kind(hosts.device), train.compute_dtype)
+    peak = peak_flops(plan.device_kind, train.compute_dtype)
     if peak is not None and mesh is not None:
         peak *= mesh.size
-    memory = lambda: side.memory_used(hosts.device)
+    memory = lambda: backend.memory_used(hosts.device)
     progress = TrainingProgress(
         console, opt.total_steps, config.log_every, tokens_per_step, flops / tokens_per_step, peak, memory
     )
@@ -141,15 +141,11 @@ def main() -> None:
         hosts=hosts,
         roles={name: data.get(name) for name in ("document_end", "turn_end")},
     )
-    trainer = import_side(args.framework, "run")
     if train.deterministic and mesh is None:
-        console.print(trainer.cost_of_determinism(cfg, train, opt, dataset, hosts.device))
+        console.print(backend.cost_of_determinism(cfg, train, opt, dataset, hosts.device))
     try:
         with progress:
-            if mesh is None:
-                folder = trainer.fit_and_save(run, hosts.device)
-            else:
-                folder = trainer.fit_and_save_on_mesh(run, mesh, hosts.device)
+            folder = backend.fit_and_save(run, hosts.device, mesh)
     except Exception as error:
         if is_out_of_memory(error):
             raise UserError(f"memory ran out: {memory_advice(cfg, train, need)}") from None

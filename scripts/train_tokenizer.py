@@ -11,7 +11,6 @@ file; --out FOLDER/ writes Hugging Face's tokenizer.json and tokenizer_config.js
 
 from pathlib import Path
 
-from flags import add_corpus_flags, at_least_one, cores, make_parser, open_corpus
 from rich.console import Console
 
 from llm_common.bpe_trainer import TIE_RULES, check_special_tokens, train_bpe
@@ -20,6 +19,7 @@ from llm_common.hf_tokenizer import companions
 from llm_common.progress import reading_bar
 from llm_common.tokenizer import END_OF_TEXT, FILE_NAME, Tokenizer
 from llm_common.words import PATTERNS
+from llm_tools.flags import add_corpus_flags, at_least_one, cores, make_parser, open_corpus
 
 WORTH_A_PROCESS = 32 << 20  # bytes of text for each: to start one takes as long as to count ten
 

@@ -96,24 +96,24 @@ jax(
     place="model.layers.2.input_layernorm",
     runs="logits",
 )
-torch("moments not restored", "checkpoint:from_training_state", "copy(mu, saved.mu[name])", "pass", "resume")
+torch("moments not restored", "engine.checkpoint:from_training_state", "copy(mu, saved.mu[name])", "pass", "resume")
 jax(
     "mu restored as nu",
-    "checkpoint:from_training_state",
+    "engine.checkpoint:from_training_state",
     "optax.tree_utils.tree_set(opt_state, mu=mu, nu=nu)",
     "optax.tree_utils.tree_set(opt_state, mu=nu, nu=nu)",
     "resume",
 )
 jax(
     "schedule starts again on resuming",
-    "train:fit",
+    "engine.train:fit",
     "step, known_count, skipped_in_row = int(state.step), int(state.adam_count), 0",
     "step, known_count, skipped_in_row = 0 * int(state.step), int(state.adam_count), 0\nuntil_step = until_step and until_step - int(state.step)",
     "resume",
 )
 torch(
     "bias correction starts again on resuming",
-    "checkpoint:from_training_state",
+    "engine.checkpoint:from_training_state",
     "trainer.step, trainer.optimizer.count = saved.step, saved.adam_count",
     "trainer.step = saved.step",
     "resume",
@@ -232,7 +232,7 @@ shared(
 )
 jax(
     "mean of the batches' means",
-    "evaluate:evaluate",
+    "engine.evaluate:evaluate",
     "total, count = total + float(to_host(loss).astype(np.float64).sum()), count + int(to_host(n).sum())",
     "total, count = total + float(to_host(loss).sum()) / int(to_host(n).sum()), count + 1",
     place="evaluate",
@@ -240,7 +240,7 @@ jax(
 )
 torch(
     "sum in the last batch alone",
-    "evaluate:evaluate",
+    "engine.evaluate:evaluate",
     "total, count = total + float(loss.double().sum()), count + int(n.sum())",
     "total, count = float(loss.double().sum()), count + int(n.sum())",
     place="evaluate",

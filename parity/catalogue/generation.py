@@ -118,14 +118,14 @@ both(
 FUSED = {"check": "cache", "place": "fuse_projections"}
 jax(
     "fused keys before queries",
-    "generate:fuse_projections",
+    "engine.decoding:fuse_projections",
     "[layer[block][name] for name in names]",
     "[layer[block][name] for name in sorted(names)]",
     **FUSED,
 )
 torch(
     "fused keys before queries",
-    "generate:fuse_projections",
+    "engine.decoding:fuse_projections",
     "[module.get_submodule(name) for name in names]",
     "[module.get_submodule(name) for name in sorted(names)]",
     **FUSED,
@@ -149,7 +149,7 @@ torch(
 )
 torch(
     "fused bias lost",
-    "generate:fuse_projections",
+    "engine.decoding:fuse_projections",
     "Linear(1, 1, bias=parts[0].bias is not None)",
     "Linear(1, 1, bias=False)",
     **FUSED,
@@ -157,7 +157,7 @@ torch(
 area("generation")
 GENERATE = {"check": "tokens", "place": "generate"}
 torch("padding kept", "kv_cache:KVCache.set_length", "self.length.copy_(length)", "pass", **GENERATE)
-jax("padding kept", "generate:decode_step", "cache.length + last + 1", "cache.length + t", **GENERATE)
+jax("padding kept", "engine.decoding:decode_step", "cache.length + last + 1", "cache.length + t", **GENERATE)
 jax(
     "cache adds where it should overwrite",
     "kv_cache:update",
@@ -165,18 +165,18 @@ jax(
     "cache.k.at[at].add(k, unique_indices=True)",
     **GENERATE,
 )
-torch("logits of the padding", "generate:decode_step", "lengths is None", "True", **GENERATE)
-jax("end of text ignored", "generate:generate_stream", "token in eos_ids", "False", **GENERATE)
+torch("logits of the padding", "engine.decoding:decode_step", "lengths is None", "True", **GENERATE)
+jax("end of text ignored", "engine.generate:generate_stream", "token in eos_ids", "False", **GENERATE)
 both(
     "end of text kept",
     (
-        "generate:generate_stream",
+        "engine.generate:generate_stream",
         "done[row] = done[row] or token in eos_ids\nif not done[row]:\n"
         "    new[row].append(token)\n    texts[row].append(token)\n    done[row] = finished is not None and finished(row, texts[row])",
         "if not done[row]:\n    new[row].append(token)\n    texts[row].append(token)\n    done[row] = token in eos_ids",
     ),
     (
-        "generate:generate_stream",
+        "engine.generate:generate_stream",
         "done[row] = done[row] or token in eos_ids\nif not done[row]:\n"
         "    new[row].append(token)\n    texts[row].append(token)\n    done[row] = finished is not None and finished(row, texts[row])",
         "if not done[row]:\n    new[row].append(token)\n    texts[row].append(token)\n    done[row] = token in eos_ids",
@@ -186,12 +186,12 @@ both(
 both(
     "drawn for the position before",
     (
-        "generate:decode_step",
+        "engine.decoding:decode_step",
         "sample(logits[:, 0], sampling, key, numbers, new_cache.length)",
         "sample(logits[:, 0], sampling, key, numbers, new_cache.length - 1)",
     ),
     (
-        "generate:decode_step",
+        "engine.decoding:decode_step",
         "sample(logits[:, 0], sampling, key, numbers, cache.length)",
         "sample(logits[:, 0], sampling, key, numbers, cache.length - 1)",
     ),
@@ -199,14 +199,14 @@ both(
 )
 torch(
     "drawn for the padded position",
-    "generate:decode_step",
+    "engine.decoding:decode_step",
     "sample(logits[:, 0], sampling, key, numbers, cache.length)",
     "sample(logits[:, 0], sampling, key, numbers, cache.length.max().expand(cache.length.shape))",
     **GENERATE,
 )
 jax(
     "texts numbered from 1",
-    "generate:generate_stream",
+    "engine.generate:generate_stream",
     "np.arange(b, dtype=np.int32) if numbers is None else np.array(numbers, np.int32)",
     "1 + np.arange(b, dtype=np.int32)",
     **GENERATE,

@@ -10,7 +10,7 @@ LOSS = {"check": "loss", "runs": "gradients"}
 jax("sum for mean", "loss:cross_entropy", "total / jnp.maximum(count, 1)", "total", place="loss", **LOSS)
 torch(
     "-100 counted",
-    "train:loss_and_grads",
+    "engine.gradients:loss_and_grads",
     "(targets != IGNORE_INDEX).sum()",
     "torch.tensor(targets.numel())",
     place="loss",
@@ -97,7 +97,7 @@ jax(
 )
 torch(
     "last micro-batch alone",
-    "train:loss_and_grads",
+    "engine.gradients:loss_and_grads",
     "loss.backward()",
     "model.zero_grad()\nloss.backward()",
     "gradients",
@@ -111,7 +111,7 @@ alike(
 )
 jax(
     "gradients averaged over micro-batches",
-    "train:loss_and_grads",
+    "engine.gradients:loss_and_grads",
     "(loss, grads), _ = jax.lax.scan(add, (zero_loss, zero), (cut(inputs), cut(targets)))",
     "(loss, grads), _ = jax.lax.scan(add, (zero_loss, zero), (cut(inputs), cut(targets)))\n"
     "grads = jax.tree.map(lambda g: g / accumulation_steps, grads)",

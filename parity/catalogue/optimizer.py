@@ -141,7 +141,7 @@ torch(
 torch("Adam's count advances by two", "optim:AdamW.step", "self.count += 1", "self.count += 2", place=UP, **STEP)
 jax(
     "bias corrections of the steps, not the updates",
-    "train:one_step_behind",
+    "engine.train:one_step_behind",
     "jnp.where(updated, yes, no)",
     "yes",
     place="",
@@ -210,7 +210,7 @@ both(
 )
 torch(
     "returns the norm after clipping",
-    "train:Trainer.train_step",
+    "engine.train:Trainer.train_step",
     "read_later(loss, norm, ~finite, lr)",
     "read_later(loss, norm * factor, ~finite, lr)",
     place="optimizer: gradient norm",
@@ -288,23 +288,23 @@ shared(
 )
 torch(
     "lr of the step after",
-    "train:Trainer.train_step",
+    "engine.train:Trainer.train_step",
     "learning_rate(self.opt, self.step)",
     "learning_rate(self.opt, self.step + 1)",
     place=UP,
     **STEP,
 )
-jax("a skipped step does not count", "train:make_train_step", "state.step + 1", "state.step + finite", **STEP)
+jax("a skipped step does not count", "engine.train:make_train_step", "state.step + 1", "state.step + finite", **STEP)
 torch(
     "a skipped step is not skipped",
-    "train:Trainer.train_step",
+    "engine.train:Trainer.train_step",
     "torch.isfinite(norm)",
     "torch.ones((), dtype=torch.bool)",
     **STEP,
 )
 both(
     "a skipped step counts as an update",
-    ("train:make_train_step", "state.adam_count + finite", "state.adam_count + 1"),
-    ("train:Trainer.train_step", "self.step += 1", "self.step += 1\nself.optimizer.count += not bool(finite)"),
+    ("engine.train:make_train_step", "state.adam_count + finite", "state.adam_count + 1"),
+    ("engine.train:Trainer.train_step", "self.step += 1", "self.step += 1\nself.optimizer.count += not bool(finite)"),
     **STEP,
 )

@@ -18,12 +18,12 @@ class ShardingBug:
 
 
 def torch(name, function, old, new, mesh, item, shape="llama", processes=4) -> ShardingBug:
-    edit = Edit(f"torch_llm.distributed:{function}", old, new)
+    edit = Edit(f"torch_llm.engine.distributed:{function}", old, new)
     return ShardingBug(name, edit, "torch", processes, 1, shape, mesh, item)
 
 
 def jax(name, function, old, new, mesh, item, shape="llama", processes=1, devices=4) -> ShardingBug:
-    edit = Edit(f"jax_llm.distributed:{function}", old, new)
+    edit = Edit(f"jax_llm.engine.distributed:{function}", old, new)
     return ShardingBug(name, edit, "jax", processes, devices, shape, mesh, item)
 
 

@@ -8,13 +8,14 @@ import jax.numpy as jnp
 import pytest
 
 from jax_llm import random_bits
+from jax_llm.engine.decoding import decode_step
+from jax_llm.engine.plan import make_model
+from jax_llm.engine.train import init_state, make_train_step
 from jax_llm.fast.attention import resolve_backend
 from jax_llm.fast.kernels import make_kernels
-from jax_llm.generate import decode_step
 from jax_llm.kv_cache import init_cache
 from jax_llm.model import CausalLM, init_params
 from jax_llm.optim import make_optimizer
-from jax_llm.train import init_state, make_model, make_train_step
 from llm_common.config import OptimizerConfig, SamplingConfig, TrainConfig, preset
 from llm_common.schedule import step_scalars
 

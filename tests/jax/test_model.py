@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 
 from jax_llm import attention, layers, rope
-from jax_llm.checkpoint import from_canonical, to_canonical
+from jax_llm.engine.checkpoint import from_canonical, to_canonical
+from jax_llm.engine.gradients import loss_and_grads
 from jax_llm.fast.attention import attention_kernel, resolve_backend
 from jax_llm.fast.kernels import make_kernels
 from jax_llm.kv_cache import init_cache
 from jax_llm.model import PLAIN, CausalLM, init_params
-from jax_llm.train import loss_and_grads
 from llm_common.config import preset
 from llm_common.errors import UserError
 from llm_common.tensors import tensor_shapes

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from jax_llm import random_bits, sampling
-from jax_llm.checkpoint import from_canonical
-from jax_llm.generate import generate, generate_stream, generator
+from jax_llm.engine.checkpoint import from_canonical
+from jax_llm.engine.generate import generate, generate_stream, generator
 from jax_llm.model import CausalLM
 from llm_common.config import SamplingConfig, preset
 from llm_common.errors import UserError
@@ -108,7 +108,7 @@ def test_end_of_text_ends_a_text_and_is_not_in_it(params):
 
 
 def test_a_new_seed_needs_no_new_program(params):
-    from jax_llm import generate as module
+    from jax_llm.engine import generate as module
 
     sizes = lambda: (module.prefill._cache_size(), module.decode._cache_size())
     generate(CausalLM(CFG), params, PROMPT, 4, SamplingConfig(seed=1))

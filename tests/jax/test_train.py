@@ -10,22 +10,16 @@ import optax
 import pytest
 
 from jax_llm import optim
-from jax_llm.checkpoint import from_canonical, to_canonical
-from jax_llm.evaluate import evaluator
+from jax_llm.engine.checkpoint import from_canonical, to_canonical
+from jax_llm.engine.device import select_device
+from jax_llm.engine.diagnose import first_not_finite
+from jax_llm.engine.evaluate import evaluator
+from jax_llm.engine.gradients import loss_and_grads
+from jax_llm.engine.plan import make_model
+from jax_llm.engine.run import fit_and_save
+from jax_llm.engine.train import Metrics, fit, init_state, make_train_step, one_step_behind
 from jax_llm.loss import cross_entropy
 from jax_llm.model import CausalLM
-from jax_llm.run import fit_and_save
-from jax_llm.train import (
-    Metrics,
-    first_not_finite,
-    fit,
-    init_state,
-    loss_and_grads,
-    make_model,
-    make_train_step,
-    one_step_behind,
-    select_device,
-)
 from llm_common.checkpoint import latest_checkpoint, load_checkpoint
 from llm_common.config import OptimizerConfig, RunConfig, TrainConfig, preset
 from llm_common.errors import UserError

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-import jax_llm.run
-import torch_llm.run
+import jax_llm.engine.run
+import torch_llm.engine.run
 from llm_common.checkpoint import load_checkpoint
 from llm_common.config import OptimizerConfig, RunConfig, TrainConfig, preset
 from llm_common.data import TokenDataset
@@ -16,7 +16,7 @@ from parity.compare import tensor_errors
 
 CFG = preset("tiny")
 OPT = OptimizerConfig(lr_max=1e-3, warmup_steps=3, total_steps=30)
-SIDES = {"jax": jax_llm.run, "torch": torch_llm.run}
+SIDES = {"jax": jax_llm.engine.run, "torch": torch_llm.engine.run}
 
 
 @pytest.fixture

@@ -83,7 +83,7 @@ def test_a_time_is_read():
 # none of these is in the catalogue; each shows only with the settings of its case
 BUGS = [
     (
-        Edit("torch_llm.train:loss_and_grads", "loss.backward()", "model.zero_grad()\nloss.backward()"),
+        Edit("torch_llm.engine.gradients:loss_and_grads", "loss.backward()", "model.zero_grad()\nloss.backward()"),
         'run 3 {"family":"qwen2","micro_batches":3,"chunks":3,"remat":"full"}',
         "torch",
         "loss_and_grads (accumulation)",

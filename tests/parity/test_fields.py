@@ -18,7 +18,8 @@ import jax_llm.fast.kernels
 import jax_llm.model
 import torch_llm.fast.kernels
 import torch_llm.model
-from jax_llm.train import compiled_train_step, init_state, make_model
+from jax_llm.engine.plan import make_model
+from jax_llm.engine.train import compiled_train_step, init_state
 from llm_common.config import ModelConfig, OptimizerConfig, RopeScaling, RunConfig, SamplingConfig, TrainConfig, preset
 from llm_common.errors import UserError
 from llm_common.schedule import step_scalars
@@ -31,7 +32,7 @@ from parity.jax_side import JaxSide
 from parity.jaxprs import equations
 from parity.settings import Settings
 from parity.torch_side import TorchSide
-from torch_llm.train import Trainer
+from torch_llm.engine.train import Trainer
 
 # field -> (a case in which its value is not the shadow's, the shadow: what a side takes in its place)
 Numbers = dict[str, tuple[str, Any]]

@@ -7,9 +7,9 @@ import pytest
 
 from llm_common.config import OptimizerConfig, RunConfig, SamplingConfig, TrainConfig, preset
 from llm_common.data import TokenDataset
-from llm_common.errors import import_side
 from llm_common.run import Run
 from llm_common.run_log import read_log
+from llm_tools.frameworks import open_backend
 from parity.cases import random_weights
 from parity.ladder import run_checks
 from parity.settings import Settings
@@ -38,7 +38,7 @@ def test_both_frameworks_train_alike_in_bfloat16(tmp_path):
     data, curves = TokenDataset(tmp_path / "tokens.npy", 128, 8, 0, 2048), {}
     for framework in ("jax", "torch"):
         run = Run(tmp_path / framework, preset("demo"), train, opt, data, framework)
-        import_side(framework, "run").fit_and_save(run, "gpu")
+        open_backend(framework).fit_and_save(run, "gpu", None)
         rows = read_log(tmp_path / framework / "log.jsonl")
         curves[framework] = np.array([row["loss"] for row in rows if "event" not in row])
     assert curves["jax"][-1] < curves["jax"][0] - 1
@@ -53,18 +53,18 @@ def test_a_deterministic_run_resumed_is_bitwise_the_straight_one(framework, tmp_
     train = TrainConfig(batch_size=8, seq_len=128, compute_dtype="bfloat16", deterministic=True)
     opt = OptimizerConfig(lr_max=2e-3, warmup_steps=2, total_steps=12)
     data = TokenDataset(tmp_path / "tokens.npy", 128, 8, 0, 2048)
-    fit_and_save = import_side(framework, "run").fit_and_save
+    fit_and_save = lambda run: open_backend(framework).fit_and_save(run, "gpu", None)
 
     def stop(row):
         if row["step"] == 7 and "event" not in row:
             raise KeyboardInterrupt
 
-    straight = fit_and_save(Run(tmp_path / "a", preset("demo"), train, opt, data, framework), "gpu")
+    straight = fit_and_save(Run(tmp_path / "a", preset("demo"), train, opt, data, framework))
     saves = RunConfig(save_every=5)
     run = Run(tmp_path / "b", preset("demo"), train, opt, data, framework, config=saves, on_event=stop)
     with pytest.raises(KeyboardInterrupt):
-        fit_and_save(run, "gpu")
-    resumed = fit_and_save(Run(tmp_path / "b", preset("demo"), train, opt, data, framework), "gpu")
+        fit_and_save(run)
+    resumed = fit_and_save(Run(tmp_path / "b", preset("demo"), train, opt, data, framework))
     for name in ("model.safetensors", "optimizer.safetensors"):
         assert (straight / name).read_bytes() == (resumed / name).read_bytes()
 
@@ -75,7 +75,7 @@ def test_the_same_text_from_both_on_a_gpu_and_on_the_cpu():
     texts = []
     for framework in ("jax", "torch"):
         for device in ("cpu", "gpu"):
-            with import_side(framework, "generate").generator(cfg, weights, device, "float64") as stream:
+            with open_backend(framework).generator(cfg, weights, "float64", device, None, "auto") as stream:
                 texts.append(list(stream(prompt, 30, SamplingConfig(seed=4, top_p=0.9))))
     assert texts[0] == texts[1] == texts[2] == texts[3]
 
@@ -84,10 +84,10 @@ def test_the_same_text_from_both_on_a_gpu_and_on_the_cpu():
 def test_captured_steps_give_the_text_of_the_cpu(compile):
     cfg, weights = preset("tiny"), random_weights(preset("tiny"), 0)
     prompts = [[1, 2, 3], [4], [5, 6, 7, 8, 9]]
-    generator = import_side("torch", "generate").generator
+    generator = open_backend("torch").generator
     texts = []
-    for device, settings in (("cpu", {}), ("gpu", {"compile": compile})):
-        with generator(cfg, weights, device, "float64", **settings) as stream:
+    for device in ("cpu", "gpu"):
+        with generator(cfg, weights, "float64", device, None, compile) as stream:
             for seed in (4, 5):  # the second time the captured step is played again, with another key and other numbers
                 texts.append(list(stream(prompts, 30, SamplingConfig(seed=seed, top_p=0.9), (), [seed, 2, 7])))
     assert texts[:2] == texts[2:]
@@ -158,11 +158,11 @@ def test_fast_attention_with_a_mask_errs_no_more_than_the_reference(hidden, rema
     from parity import spec
     from parity.jax_side import JaxSide
     from parity.torch_side import TorchSide
-    from torch_llm.checkpoint import from_canonical
+    from torch_llm.engine.checkpoint import from_canonical
+    from torch_llm.engine.gradients import batch_loss
     from torch_llm.fast.attention import in_blocks
     from torch_llm.fast.kernels import make_kernels
     from torch_llm.model import empty_model
-    from torch_llm.train import batch_loss
 
     window, separator = HIDDEN[hidden]
     family = {} if window is None else {"model_type": "mistral", "sliding_window": window}

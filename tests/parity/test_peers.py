@@ -1,6 +1,5 @@
 """The peers of `benchmark.py` that are not on the package index, or not whole: what is missing is said, with what to do."""
 
-import sys
 from pathlib import Path
 
 import pytest
@@ -8,11 +7,9 @@ import torch
 
 from llm_common.config import OptimizerConfig, TrainConfig, preset
 from llm_common.errors import UserError
+from llm_tools.bench.peers import find_peer
 
 ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT / "scripts"))
-
-from peers import find_peer  # noqa: E402
 
 
 def peer(name):

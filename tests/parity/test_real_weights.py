@@ -89,11 +89,11 @@ from llm_common.checkpoint import load_weights
 framework = sys.argv[1]
 if framework == "jax":
     import jax, jax.numpy as jnp
-    from jax_llm.checkpoint import from_canonical
+    from jax_llm.engine.checkpoint import from_canonical
     jnp.zeros(3).block_until_ready()
 else:
     import torch
-    from torch_llm.checkpoint import from_canonical
+    from torch_llm.engine.checkpoint import from_canonical
     from torch_llm.model import empty_model
 cfg, weights = load_weights(Path(sys.argv[2]))
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

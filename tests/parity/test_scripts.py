@@ -1,7 +1,6 @@
 """The scripts as a user types them: from text to a generated text, and one clear line for every bad input."""
 
 import gzip
-import importlib
 import json
 import subprocess
 import sys
@@ -17,6 +16,9 @@ from llm_common.corpus import python_documentation
 from llm_common.run_log import read_log
 from llm_common.tensors import tensor_shapes
 from llm_common.tokenizer import Tokenizer
+from llm_tools import flags
+from llm_tools.bench import measure
+from llm_tools.frameworks import open_backend
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"
 
@@ -226,7 +228,7 @@ def test_a_missing_framework_names_the_command(framework, monkeypatch):
     find = errors.importlib.util.find_spec
     monkeypatch.setattr(errors.importlib.util, "find_spec", lambda name: None if name == framework else find(name))
     with pytest.raises(errors.UserError, match=rf"{framework} is not installed; run: pip install '.\[{framework}\]'"):
-        errors.import_side(framework, "checkpoint")
+        open_backend(framework)
 
 
 @pytest.fixture
@@ -517,8 +519,6 @@ def test_benchmark_names_what_is_wrong_with_a_peer(run, tmp_path):
 
 
 def test_a_worker_may_print_and_may_die(monkeypatch, tmp_path):
-    monkeypatch.syspath_prepend(str(SCRIPTS))
-    measure = importlib.import_module("measure")
     script = tmp_path / "worker.py"
     monkeypatch.setattr(sys, "argv", [str(script)])
     lines = ["{'loss': 1.0}", '{"loss": 1}', '{"seconds": 2}']
@@ -568,7 +568,7 @@ def test_benchmark_measures_both_frameworks_and_a_peer(tmp_path):
 
 def test_torchs_search_for_kernels_takes_the_median_of_runs_without_a_cache():
     code = """
-import flags
+from llm_tools import flags
 flags.prepare_environment(None)
 from torch._inductor.runtime.benchmarking import TritonBenchmarker, benchmarker
 assert type(benchmarker) is TritonBenchmarker, type(benchmarker)
@@ -581,8 +581,7 @@ assert type(benchmarker) is TritonBenchmarker, type(benchmarker)
     ("device", "seq_len", "kept"), [("cpu", 128, True), ("gpu", 128, False), ("cpu", 512, False), ("auto", 512, False)]
 )
 def test_freed_memory_is_kept_for_small_steps_on_a_cpu_alone(device, seq_len, kept, monkeypatch):
-    monkeypatch.syspath_prepend(str(SCRIPTS))
-    flags, calls = importlib.import_module("flags"), []
+    calls = []
     monkeypatch.setattr(flags, "keep_freed_memory", lambda: calls.append(True))
     flags.keep_memory_of_a_small_step(device, preset("demo"), TrainConfig(seq_len=seq_len))
     assert bool(calls) == kept

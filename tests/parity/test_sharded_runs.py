@@ -132,7 +132,7 @@ def test_processes_end_well_right_after_their_last_collective():
     code = """
 import sys
 import torch, torch.distributed as dist
-from torch_llm.hosts import join_hosts
+from torch_llm.engine.hosts import join_hosts
 torch.set_num_threads(1)
 hosts = join_hosts("cpu", 60)
 sys.setswitchinterval(100)

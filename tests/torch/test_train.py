@@ -18,16 +18,19 @@ from llm_common.tokenizer import Tokenizer
 from parity import spec
 from parity.cases import RandomBatches, random_batch, random_weights
 from torch_llm import optim
-from torch_llm.checkpoint import from_canonical, to_canonical, to_training_state
-from torch_llm.evaluate import evaluator
+from torch_llm.engine.checkpoint import from_canonical, to_canonical, to_training_state
+from torch_llm.engine.device import matmul_precision, select_device
+from torch_llm.engine.diagnose import first_not_finite
+from torch_llm.engine.evaluate import evaluator
+from torch_llm.engine.generate import generate
+from torch_llm.engine.gradients import loss_and_grads
+from torch_llm.engine.run import fit_and_save
+from torch_llm.engine.train import Trainer
 from torch_llm.fast import optim as fast_optim
 from torch_llm.fast.kernels import make_kernels
-from torch_llm.generate import generate
 from torch_llm.loss import cross_entropy
 from torch_llm.model import empty_model
 from torch_llm.optim import make_optimizer
-from torch_llm.run import fit_and_save
-from torch_llm.train import Trainer, first_not_finite, loss_and_grads, matmul_precision, select_device
 
 CFG = preset("tiny")
 TRAIN = TrainConfig(batch_size=3, seq_len=13)

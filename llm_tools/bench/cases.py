@@ -2,24 +2,24 @@
 
 import argparse
 import contextlib
-import functools
+import itertools
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from flags import from_flags, keep_memory_of_a_small_step
-from measure import RandomTokens, ceilings, profiled, quartiles, top_kernels, versions
-from peers import find_peer
-from tokenizer_cases import measure_tokenizer
 
 from llm_common.budget import attention_flops, decode_bytes, flops_per_step
 from llm_common.config import ModelConfig, OptimizerConfig, SamplingConfig, TrainConfig, preset
 from llm_common.data import TokenDataset
-from llm_common.errors import import_side
+from llm_tools.bench.measure import RandomTokens, ceilings, profiled, quartiles, top_kernels, versions
+from llm_tools.bench.peers import find_peer
+from llm_tools.bench.tokenizer_cases import measure_tokenizer
+from llm_tools.flags import from_flags, keep_memory_of_a_small_step
+from llm_tools.frameworks import open_backend
 
 OURS = ("jax", "torch")
 
@@ -34,8 +34,8 @@ def work(args: argparse.Namespace, task: dict[str, Any]) -> dict[str, Any]:
 
 
 def measure_ceilings(args: argparse.Namespace, task: dict[str, Any]) -> dict[str, Any]:
-    side = import_side("torch", "train")
-    return {**ceilings(args.device, args.compute_dtype), "device": side.device_kind(args.device)}
+    kind = open_backend("torch").device_kind(args.device)
+    return {**ceilings(args.device, args.compute_dtype), "device": kind}
 
 
 def packages(name: str) -> list[str]:
@@ -72,36 +72,20 @@ def measure_train(args: argparse.Namespace, task: dict[str, Any]) -> dict[str, A
     opt = OptimizerConfig(lr_max=1e-4, lr_min=1e-5, total_steps=clock.total)  # stable without a warm-up
     data, name = RandomTokens(cfg, train), task["side"]
     keep_memory_of_a_small_step(args.device, cfg, train)
-    side = import_side(name if name in OURS else "torch", "train")
+    backend = open_backend(name if name in OURS else "torch")
     folder = None if args.profile is None else args.profile / Path(name).stem
     note = lambda step, _, metrics: clock(step, lambda: metrics["loss"])
-    if name == "torch":
-        trainer = side.Trainer(cfg, train, opt, side.select_device(args.device))
-        steps = lambda n: trainer.fit(data, trainer.step + n, note)
-    elif name == "jax":
-        import jax
-
-        jax.config.update("jax_default_device", side.select_device(args.device))
-        states = [side.init_state(cfg, train, opt)]
-
-        def steps(n: int) -> None:
-            state = states.pop()
-            states.append(side.fit(state, cfg, train, opt, data, int(state.step) + n, note))
-
-    else:
-        step, done = find_peer(name).train(cfg, train, opt, side.select_device(args.device)), [0]
-
-        def steps(n: int) -> None:
-            for _ in range(n):
-                loss = step(*data.batch(done[0]))
-                done[0] += 1
-                clock(done[0], lambda loss=loss: loss)
-
-    steps(clock.total)
-    last, memory = clock.losses[-1], side.memory_used(args.device)
-    if folder is not None:
-        with profiled("jax" if name == "jax" else "torch", folder):
-            steps(3)
+    with contextlib.ExitStack() as stack:
+        if name in OURS:
+            session = stack.enter_context(backend.open_session(cfg, train, opt, args.device, None))
+            steps = lambda n: session.fit(data, session.step + n, note)
+        else:
+            steps = peer_steps(name, cfg, train, opt, args, data, clock)
+        steps(clock.total)
+        last, memory = clock.losses[-1], backend.memory_used(args.device)
+        if folder is not None:
+            with profiled("jax" if name == "jax" else "torch", folder):
+                steps(3)
     return {
         "seconds": quartiles(clock.seconds or [0.0]),
         "first_step": clock.first_step,
@@ -111,14 +95,36 @@ def measure_train(args: argparse.Namespace, task: dict[str, Any]) -> dict[str, A
         "memory": memory,
         "kernels": [] if folder is None else top_kernels(folder, 3),
         "settings": asdict(train),
-        "uses": side.describe(cfg, train, args.device) if name in OURS else name,
+        "uses": str(backend.plan_run(cfg, train, args.device)) if name in OURS else name,
         "versions": versions(*packages(name)),
     }
 
 
+def peer_steps(
+    name: str,
+    cfg: ModelConfig,
+    train: TrainConfig,
+    opt: OptimizerConfig,
+    args: argparse.Namespace,
+    data: Any,
+    clock: Any,
+) -> Callable[[int], None]:
+    """A function that makes n more steps of a peer."""
+    from torch_llm.engine.device import select_device
+
+    step, done = find_peer(name).train(cfg, train, opt, select_device(args.device)), itertools.count()
+
+    def steps(n: int) -> None:
+        for number in itertools.islice(done, n):
+            loss = step(*data.batch(number))
+            clock(number + 1, lambda loss=loss: loss)
+
+    return steps
+
+
 def measure_decode(args: argparse.Namespace, task: dict[str, Any]) -> dict[str, Any]:
     cfg, name, b, n = model_config(args), task["side"], task["batch"], args.new_tokens
-    side = import_side(name if name in OURS else "torch", "train")
+    backend = open_backend(name if name in OURS else "torch")
     prompts = np.random.default_rng(0).integers(0, cfg.vocab_size, (b, args.prompt_length))
     sampling, started = SamplingConfig(args.temperature), time.perf_counter()
     folder = None if args.profile is None else args.profile / f"{Path(name).stem}-{b}"
@@ -131,14 +137,16 @@ def measure_decode(args: argparse.Namespace, task: dict[str, Any]) -> dict[str, 
         return times
 
     if name in OURS:
-        with open_generator(args, name, cfg) as generate:
+        with backend.generator(cfg, None, args.compute_dtype, args.device, None, args.compile) as generate:
             stream = lambda n=n: generate(prompts.tolist(), n, sampling)
             timing = run(stream, measure, args, n, started)
             if folder is not None:
                 with profiled(name, folder):
                     measure(stream)
     else:
-        decode = find_peer(name).decode(cfg, args.compute_dtype, side.select_device(args.device))
+        from torch_llm.engine.device import select_device
+
+        decode = find_peer(name).decode(cfg, args.compute_dtype, select_device(args.device))
 
         def stream(n: int = n) -> Any:  # the first new token alone, then all of them
             yield decode(prompts, 1)
@@ -152,7 +160,7 @@ def measure_decode(args: argparse.Namespace, task: dict[str, Any]) -> dict[str, 
     return {
         **timing,
         "bytes": decode_bytes(cfg, b, context, args.compute_dtype),
-        "memory": side.memory_used(args.device),
+        "memory": backend.memory_used(args.device),
         "kernels": [] if folder is None else top_kernels(folder, n),
         "versions": versions(*packages(name)),
     }
@@ -176,33 +184,6 @@ def run(
     return {"seconds": quartiles(seconds), "prefill": float(np.median(prefill)), "compile": compiling}
 
 
-@contextlib.contextmanager
-def open_generator(args: argparse.Namespace, name: str, cfg: ModelConfig) -> Iterator[Callable[..., Any]]:
-    """`generate_stream` with initial weights made on the device: those of a file would take a minute to come there."""
-    side, generate = import_side(name, "train"), import_side(name, "generate")
-    model, target = import_side(name, "model"), side.select_device(args.device)
-    with side.matmul_precision(args.compute_dtype):
-        if name == "torch":
-            import torch
-
-            backend = import_side(name, "fast.attention").resolve_backend("auto", args.compute_dtype)
-            kernels = import_side(name, "fast.kernels").make_kernels(backend)
-            made = model.init_model(cfg, 0, getattr(torch, args.compute_dtype), target, kernels).requires_grad_(False)
-            made = generate.fuse_projections(made)
-            programs = generate.Programs(args.compile == "on") if target.type == "cuda" else None
-            yield functools.partial(generate.generate_stream, made, programs=programs)
-            return
-        import jax
-
-        with jax.default_device(target):
-            resolve = import_side(name, "fast.attention").resolve_backend
-            backend = resolve("auto", target.platform, args.compute_dtype, cfg, seq_len=0)
-            kernels = import_side(name, "fast.kernels").make_kernels(backend, fused_projections=True)
-            cast = lambda: side.cast(model.init_params(cfg, 0), args.compute_dtype)
-            make = lambda: generate.decoding_params(cast())
-            yield functools.partial(generate.generate_stream, model.CausalLM(cfg, kernels), jax.jit(make)())
-
-
 def measure_startup(args: argparse.Namespace, task: dict[str, Any]) -> dict[str, Any]:
     """From the start of a process to the end of its first step, with the cache of compiled programs as it is found."""
     args.warm_up, args.groups = 1, 0
@@ -213,7 +194,6 @@ def measure_startup(args: argparse.Namespace, task: dict[str, Any]) -> dict[str,
 def measure_attention(args: argparse.Namespace, task: dict[str, Any]) -> dict[str, Any]:
     """Attention alone, forward and backward, of one layer and the whole batch."""
     cfg, train, name, backend = model_config(args), from_flags(TrainConfig, args), task["side"], task["backend"]
-    side, attention = import_side(name, "train"), import_side(name, "fast.attention").attention_kernel(backend)
     b, t, n, kv_heads, h = (
         train.batch_size,
         train.seq_len,
@@ -223,11 +203,14 @@ def measure_attention(args: argparse.Namespace, task: dict[str, Any]) -> dict[st
     )
     rng = np.random.default_rng(0)
     arrays = [rng.standard_normal((b, t, heads, h)).astype(np.float32) for heads in (n, kv_heads, kv_heads)]
-    target = side.select_device(args.device)
     if name == "jax":
         import jax
         import jax.numpy as jnp
 
+        from jax_llm.engine.device import matmul_precision, select_device
+        from jax_llm.fast.attention import attention_kernel
+
+        attention, target = attention_kernel(backend), select_device(args.device)
         q, k, v = (jax.device_put(jnp.array(x, train.compute_dtype), target) for x in arrays)
         loss = lambda *qkv: (attention(*qkv, None) * qkv[0]).sum()
         step = jax.jit(jax.grad(loss, (0, 1, 2)))
@@ -235,6 +218,10 @@ def measure_attention(args: argparse.Namespace, task: dict[str, Any]) -> dict[st
     else:
         import torch
 
+        from torch_llm.engine.device import matmul_precision, select_device
+        from torch_llm.fast.attention import attention_kernel
+
+        attention, target = attention_kernel(backend), select_device(args.device)
         q, k, v = (torch.tensor(x, device=target).to(getattr(torch, train.compute_dtype)) for x in arrays)
         q, k, v = (x.requires_grad_() for x in (q, k, v))
 
@@ -246,7 +233,7 @@ def measure_attention(args: argparse.Namespace, task: dict[str, Any]) -> dict[st
                 torch.cuda.synchronize()
 
     seconds = []
-    with side.matmul_precision(train.compute_dtype):
+    with matmul_precision(train.compute_dtype):
         for _ in range(2 + args.groups):
             start = time.perf_counter()
             once()

@@ -1,6 +1,6 @@
 """Generating text: one pass over the prompts fills the cache, then one token at a time.
 
-    here                                       torch_llm.generate
+    here                                       torch_llm.engine.generate
     prefill, decode: compiled functions of     the same steps written into a cache
     a cache, which they return                 that they change
     generate_stream(model, params, ...)        generate_stream(model, ...)
@@ -18,111 +18,19 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import Array
 
-from jax_llm import random_bits
-from jax_llm.checkpoint import from_canonical, to_host
-from jax_llm.fast.attention import resolve_backend
-from jax_llm.fast.kernels import make_kernels
-from jax_llm.kv_cache import KVCache, init_cache
+from jax_llm.engine.checkpoint import from_canonical, to_host
+from jax_llm.engine.decoding import decode, decoding_params, prefill
+from jax_llm.engine.device import matmul_precision, select_device, x64
+from jax_llm.engine.diagnose import watch_outputs
+from jax_llm.engine.plan import decoding_kernels
 from jax_llm.model import CausalLM
-from jax_llm.params import Params, unstack
-from jax_llm.sampling import sample
-from jax_llm.train import matmul_precision, select_device, watch_outputs, x64
+from jax_llm.params import Params
 from llm_common.config import ModelConfig, SamplingConfig
 from llm_common.errors import UserError
-from llm_common.tensors import FUSED, Tensors, bucket, check_prompts
+from llm_common.tensors import Tensors, bucket, check_prompts
 
 CHUNK = 16  # tokens drawn by one call of the compiled loop, after which the host looks at the texts
-
-
-def fuse_projections(layer: Params) -> Params:
-    """A layer's tree with the weights that multiply the same input put side by side, so that one product replaces them.
-
-    For decoding, whose products are too small to fill a GPU. Training gains nothing by it.
-    """
-    layer = {**layer}
-    for block, (fused, *names) in FUSED.items():
-        rest = {name: p for name, p in layer[block].items() if name not in names}
-        parts = [layer[block][name] for name in names]
-        layer[block] = {**rest, fused: jax.tree.map(lambda *w: jnp.concatenate(w), *parts)}
-    return layer
-
-
-def decoding_params(params: Params) -> Params:
-    """The tree that decoding runs with: layers as a tuple of L trees, their projections fused."""
-    params = unstack(params)
-    model = params["model"]
-    return {**params, "model": {**model, "layers": tuple(map(fuse_projections, model["layers"]))}}
-
-
-def decode_step(
-    model: CausalLM,
-    params: Params,
-    cache: KVCache,
-    tokens: Array,
-    key: Array,
-    numbers: Array,
-    sampling: SamplingConfig,
-    lengths: Array | None = None,
-) -> tuple[KVCache, Array]:
-    """Feed tokens (B, T) at the cache's next positions and draw the token that follows: the new cache and ids (B,), -1 where
-    the logits are not finite.
-
-    lengths (B,): how many of the T tokens are each text's own, if they are padded.
-    """
-    t = tokens.shape[1]
-    last = jnp.full(tokens.shape[0], t - 1) if lengths is None else lengths - 1
-    logits: Array
-    logits, new_cache = model.apply({"params": params}, jnp.maximum(tokens, 0), cache, last)  # pyright: ignore
-    new_cache = KVCache(new_cache.layers, cache.length + last + 1)  # pyright: ignore[reportAttributeAccessIssue]
-    drawn = sample(logits[:, 0], sampling, key, numbers, new_cache.length)
-    return new_cache, jnp.where(jnp.isfinite(logits[:, 0].max(-1)), drawn, -1)
-
-
-@partial(jax.jit, static_argnames=("model", "sampling", "slots"))
-def prefill(
-    params: Params,
-    prompts: Array,
-    lengths: Array,
-    numbers: Array,
-    seed: Array,
-    *,
-    model: CausalLM,
-    sampling: SamplingConfig,
-    slots: int,
-) -> tuple[KVCache, Array]:
-    """A cache of `slots` positions with the prompts (B, P) in it, and the first token of each text (B,)."""
-    dtype = params["model"]["embed_tokens"]["weight"].dtype
-    cache = init_cache(model.cfg, prompts.shape[0], slots, dtype)
-    return decode_step(model, params, cache, prompts, random_bits.key(seed), numbers, sampling, lengths)
-
-
-@partial(jax.jit, static_argnames=("model", "sampling", "n"), donate_argnames="cache")
-def decode(
-    params: Params,
-    cache: KVCache,
-    tokens: Array,
-    numbers: Array,
-    seed: Array,
-    *,
-    n: int,
-    model: CausalLM,
-    sampling: SamplingConfig,
-) -> tuple[KVCache, Array, Array]:
-    """Feed tokens (B,) and draw n more of each text: the new cache, the last ids (B,) and all n (B, n).
-
-    What does not fit into the cache is drawn from nonsense: it is for the caller to leave it away.
-    """
-    key = random_bits.key(seed)
-
-    def body(i: int, loop):
-        cache, tokens, texts = loop
-        cache, tokens = decode_step(model, params, cache, tokens[:, None], key, numbers, sampling)
-        return cache, tokens, texts.at[:, i].set(tokens)
-
-    texts = jnp.zeros((tokens.shape[0], n), tokens.dtype)
-    return jax.lax.fori_loop(0, n, body, (cache, tokens, texts))
 
 
 def generate_stream(
@@ -208,7 +116,6 @@ def generator(
     """Inside `with`: `generate_stream` of canonical weights on a device by name, its first two arguments filled in."""
     target = select_device(device)
     with jax.default_device(target), x64(compute_dtype), matmul_precision(compute_dtype):
-        backend = resolve_backend("auto", target.platform, compute_dtype, cfg, seq_len=0)
-        model = CausalLM(cfg, make_kernels(backend, fused_projections=True))
+        model = CausalLM(cfg, decoding_kernels(cfg, compute_dtype, target.platform))
         params = decoding_params(from_canonical(cfg, weights, jnp.dtype(compute_dtype)))
         yield partial(generate_stream, model, params)

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from measure import run_worker
 
 from llm_common.bpe_trainer import train_bpe
 from llm_common.corpus import Corpus, python_documentation
@@ -25,6 +24,7 @@ from llm_common.errors import UserError
 from llm_common.hf_files import to_hf_files
 from llm_common.tokenizer import END_OF_TEXT, Tokenizer
 from llm_common.words import PATTERNS, without_possessive
+from llm_tools.bench.measure import run_worker
 
 TRAINERS = {"ours, 1 process": None, "ours, 2 processes": None, "tokenizers": "tokenizers", "rustbpe": "rustbpe"}
 ENCODERS = {

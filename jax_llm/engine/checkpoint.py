@@ -12,9 +12,9 @@ import optax
 from jax import Array
 from jax.experimental import multihost_utils
 
+from jax_llm.engine.train import TrainState
 from jax_llm.optim import make_optimizer
 from jax_llm.params import Leaf, Params, get_canonical, param_leaves
-from jax_llm.train import TrainState
 from llm_common.checkpoint import TrainingState
 from llm_common.config import ModelConfig, OptimizerConfig
 from llm_common.tensors import Tensors, check_tensors, tensor_shapes

@@ -96,7 +96,7 @@ def ceilings(device: str, compute_dtype: str) -> dict[str, float]:
     """
     import torch
 
-    from torch_llm.train import matmul_precision, select_device
+    from torch_llm.engine.device import matmul_precision, select_device
 
     target, dtype = select_device(device), getattr(torch, compute_dtype)
     small = target.type == "cpu"

@@ -191,7 +191,7 @@ def work_dcp(folder: Path) -> None:
     """Convert to torch's format and back, as scripts/convert_checkpoint.py does."""
     import torch
 
-    from torch_llm import foreign_checkpoint
+    from torch_llm.engine import foreign_checkpoint
 
     torch.set_num_threads(1)
     saved = save_checkpoint(folder / "run", CFG, state_of(1), {}, TOKENIZER)

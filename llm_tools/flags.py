@@ -13,10 +13,11 @@ import typing
 from pathlib import Path
 from typing import Any
 
+from llm_common.backend import Backend
 from llm_common.budget import GIB, keep_freed_memory, memory_per_step
 from llm_common.config import ModelConfig, TrainConfig
 from llm_common.corpus import Corpus
-from llm_common.errors import UserError, import_side, read_small
+from llm_common.errors import UserError, read_small
 from llm_common.hosts import Hosts
 from llm_common.launch import launch
 from llm_common.processes import end_with_launcher
@@ -210,7 +211,7 @@ def add_mesh_flags(parser: Any) -> None:
     parser.add_argument("--join-timeout", type=float, default=300, help="seconds to wait for the other processes")
 
 
-def join(framework: str, args: argparse.Namespace, mesh: MeshConfig | None) -> Hosts:
+def join(backend: Backend, args: argparse.Namespace, mesh: MeshConfig | None) -> Hosts:
     """The processes of this program: this one alone, or those that the environment knows of."""
     started = max(int(os.environ.get(name, "1")) for name in ("WORLD_SIZE", "SLURM_NTASKS", "JAX_NUM_PROCESSES"))
     if mesh is None:
@@ -219,11 +220,11 @@ def join(framework: str, args: argparse.Namespace, mesh: MeshConfig | None) -> H
         hosts = Hosts()
         hosts.device = args.device
         return hosts
-    if framework == "torch" and mesh.size > 1 and started == 1 and "RANK" not in os.environ:
+    if backend.name == "torch" and mesh.size > 1 and started == 1 and "RANK" not in os.environ:
         # torch has a process for each device; all that a person can get wrong was looked at before
         sys.exit(launch(mesh.size))
     end_with_launcher()
-    return import_side(framework, "hosts").join_hosts(args.device, args.join_timeout)
+    return backend.join_hosts(args.device, args.join_timeout)
 
 
 def only_the_first_prints(hosts: Hosts) -> None:

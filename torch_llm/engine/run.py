@@ -1,6 +1,6 @@
 """A training run from its folder, in PyTorch: resume, train, save.
 
-here                                          jax_llm.run
+here                                          jax_llm.engine.run
 a trainer, which `fit` changes                a state goes into `fit` and comes out
 """
 
@@ -15,10 +15,11 @@ from llm_common.config import ModelConfig, OptimizerConfig, TrainConfig
 from llm_common.data import Dataset
 from llm_common.run import Run
 from llm_common.sharding import MeshConfig
-from torch_llm import distributed
-from torch_llm.checkpoint import from_training_state, load_weights, to_training_state
-from torch_llm.evaluate import evaluate
-from torch_llm.train import Trainer, select_device
+from torch_llm.engine import distributed
+from torch_llm.engine.checkpoint import from_training_state, load_weights, to_training_state
+from torch_llm.engine.device import select_device
+from torch_llm.engine.evaluate import evaluate
+from torch_llm.engine.train import Trainer
 
 
 def fit_and_save(run: Run, device: str = "auto") -> Path:

@@ -1,6 +1,6 @@
 """Torch's distributed checkpoints (DCP): a flat tree of canonical tensors. Nothing in them is executed.
 
-here                                         jax_llm.foreign_checkpoint
+here                                         jax_llm.engine.foreign_checkpoint
 torch's distributed checkpoint (DCP)         Orbax
 """
 

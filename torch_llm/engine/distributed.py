@@ -1,6 +1,6 @@
 """Training on many devices, in PyTorch: one process for each device, and a model whose parameters are cut.
 
-    here                                       jax_llm.distributed
+    here                                       jax_llm.engine.distributed
     parameters as DTensors                     arrays with a NamedSharding
     a Trainer whose model is cut by FSDP2      the same `train_step`, compiled for a
     and tensor-parallel hooks                  mesh: the compiler adds collectives
@@ -42,17 +42,17 @@ from llm_common.tensors import (
     tensor_shapes,
 )
 from torch_llm import random_bits
-from torch_llm.checkpoint import copy
-from torch_llm.fast.attention import resolve_backend
-from torch_llm.fast.kernels import make_kernels
+from torch_llm.engine.checkpoint import copy
+from torch_llm.engine.device import matmul_precision, to_device
+from torch_llm.engine.generate import generate_stream
+from torch_llm.engine.plan import decoding_kernels
+from torch_llm.engine.train import Trainer
 from torch_llm.fast.layers import Remat
 from torch_llm.fast.optim import sums_of_squares
-from torch_llm.generate import generate_stream
 from torch_llm.kernels import Kernels
 from torch_llm.loss import IGNORE_INDEX, cross_entropy, cross_entropy_sum
 from torch_llm.model import CausalLM
 from torch_llm.optim import make_optimizer
-from torch_llm.train import Trainer, matmul_precision, to_device
 
 
 def make_mesh(config: MeshConfig, device_type: str) -> DeviceMesh:
@@ -371,7 +371,7 @@ class ShardedTrainer(Trainer):
 def evaluator(
     cfg: ModelConfig, weights: Tensors, train: TrainConfig, config: MeshConfig, device: torch.device | str = "cpu"
 ) -> Iterator[EvaluateLoss]:
-    """`torch_llm.evaluate.evaluator` on a mesh: every process is given the loss over all rows."""
+    """`torch_llm.engine.evaluate.evaluator` on a mesh: every process is given the loss over all rows."""
     trainer = ShardedTrainer(cfg, train, OptimizerConfig(), config, device, init_weights=False)
     trainer.from_canonical(weights)
     yield trainer.evaluate
@@ -381,11 +381,10 @@ def evaluator(
 def generator(
     cfg: ModelConfig, weights: Tensors, config: MeshConfig, device: torch.device | str, compute_dtype: str = "float32"
 ) -> Iterator[Callable[..., Iterator[list[list[int]]]]]:
-    """`torch_llm.generate.generator` on a mesh: weights, cache and logits are cut, and every process is given all texts."""
+    """`torch_llm.engine.generate.generator` on a mesh: weights, cache and logits are cut, and every process is given all texts."""
     check_mesh(config, cfg)
     target, dtype = torch.device(device), getattr(torch, compute_dtype)
-    backend = resolve_backend("auto", compute_dtype)
-    model, parts = cut_model(cfg, make_mesh(config, target.type), make_kernels(backend), dtype, dtype, target)
+    model, parts = cut_model(cfg, make_mesh(config, target.type), decoding_kernels(compute_dtype), dtype, dtype, target)
     copy_parts(cfg, config, parts, weights)
     model.register_forward_hook(lambda module, args, logits: whole_vocabulary(logits))
     with matmul_precision(compute_dtype):

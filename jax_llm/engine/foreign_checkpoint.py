@@ -1,6 +1,6 @@
 """Checkpoints of Orbax, JAX's own format: a flat tree of canonical tensors.
 
-here           torch_llm.foreign_checkpoint
+here           torch_llm.engine.foreign_checkpoint
 Orbax          torch's distributed checkpoint (DCP)
 """
 

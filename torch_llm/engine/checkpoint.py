@@ -10,9 +10,9 @@ import torch
 
 from llm_common.checkpoint import TrainingState
 from llm_common.tensors import Tensors, check_tensors, tensor_shapes
+from torch_llm.engine.train import Trainer
 from torch_llm.layers import upcast
 from torch_llm.model import CausalLM
-from torch_llm.train import Trainer
 
 
 def from_canonical(model: CausalLM, weights: Tensors) -> CausalLM:

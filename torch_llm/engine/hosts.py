@@ -13,7 +13,7 @@ from torch._C._distributed_c10d import PrefixStore, TCPStore  # torch.distribute
 
 from llm_common.errors import UserError
 from llm_common.hosts import Hosts
-from torch_llm.train import select_device
+from torch_llm.engine.device import select_device
 
 
 class TorchHosts(Hosts):

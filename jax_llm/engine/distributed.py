@@ -1,6 +1,6 @@
 """Training and decoding on many devices, in JAX: arrays know where they lie, and the compiler puts in the communication.
 
-    here                                       torch_llm.distributed
+    here                                       torch_llm.engine.distributed
     arrays with a NamedSharding                parameters as DTensors
     the same `train_step`, compiled for a      a Trainer whose model is cut by
     mesh: the compiler adds collectives        FSDP2 and tensor-parallel hooks
@@ -23,24 +23,18 @@ import optax
 from jax import Array
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from jax_llm import train as single
-from jax_llm.checkpoint import to_host
-from jax_llm.evaluate import evaluate as single_evaluate
-from jax_llm.fast.attention import SplashAttention, needs_mesh, resolve_backend
-from jax_llm.fast.kernels import make_kernels
-from jax_llm.generate import generate_stream
+from jax_llm.engine import train as single
+from jax_llm.engine.checkpoint import to_host
+from jax_llm.engine.device import matmul_precision, platform_devices, x64
+from jax_llm.engine.evaluate import evaluate as single_evaluate
+from jax_llm.engine.generate import generate_stream
+from jax_llm.engine.plan import make_model, mesh_decoding_kernels
+from jax_llm.engine.train import TrainState, make_train_step
+from jax_llm.fast.attention import SplashAttention, needs_mesh
 from jax_llm.layers import Embedding
 from jax_llm.model import CausalLM, DecoderLayer, init_params
 from jax_llm.optim import make_optimizer
 from jax_llm.params import Leaf, Params, get_canonical, param_leaves, unstack
-from jax_llm.train import (
-    TrainState,
-    make_model,
-    make_train_step,
-    matmul_precision,
-    platform_devices,
-    x64,
-)
 from llm_common.checkpoint import TrainingState
 from llm_common.config import ModelConfig, OptimizerConfig, TrainConfig
 from llm_common.data import Dataset
@@ -169,7 +163,7 @@ def sharded(function: Callable, mesh: Mesh) -> Callable:
 
 @functools.lru_cache(maxsize=8)
 def compiled_train_step(cfg: ModelConfig, train: TrainConfig, opt: OptimizerConfig, mesh: Mesh):
-    """The train step of `jax_llm.train` compiled for a mesh, its state donated and cut in the same way when it comes out."""
+    """The train step of `jax_llm.engine.train` compiled for a mesh, its state donated and cut in the same way when it comes out."""
     model, steps = mesh_model(cfg, train, mesh), train.gradient_accumulation_steps
     step = single.one_step_behind(make_train_step(model, make_optimizer(opt, cfg), train.compute_dtype, steps))
     state = state_shardings(cfg, opt, mesh, jnp.dtype(train.master_dtype))
@@ -215,7 +209,7 @@ def fit(
     until_step: int | None = None,
     on_step: Callable[[int, TrainState, StepMetrics], bool | None] | None = None,
 ) -> TrainState:
-    """`jax_llm.train.fit` on a mesh, from a state that is cut over it."""
+    """`jax_llm.engine.train.fit` on a mesh, from a state that is cut over it."""
     read = functools.partial(read_batch, train=train, mesh=mesh)
     step = compiled_train_step(cfg, train, opt, mesh)
     return single.fit(state, cfg, train, opt, dataset, until_step, on_step, step, read)
@@ -224,7 +218,7 @@ def fit(
 def evaluate(
     cfg: ModelConfig, train: TrainConfig, params: Params, evaluation: Evaluation, mesh: Mesh
 ) -> tuple[float, int]:
-    """`jax_llm.evaluate.evaluate` on a mesh."""
+    """`jax_llm.engine.evaluate.evaluate` on a mesh."""
     model = mesh_model(cfg, train, mesh)
     with constrain(mesh):
         return single_evaluate(model, params, train.compute_dtype, evaluation, functools.partial(put, mesh=mesh))
@@ -234,7 +228,7 @@ def evaluate(
 def evaluator(
     cfg: ModelConfig, weights: Tensors, train: TrainConfig, config: MeshConfig, device: str = "auto"
 ) -> Iterator[EvaluateLoss]:
-    """`jax_llm.evaluate.evaluator` on a mesh: every host is given the loss over all rows."""
+    """`jax_llm.engine.evaluate.evaluator` on a mesh: every host is given the loss over all rows."""
     check_sharded(config, cfg, train)
     mesh = make_mesh(config, device)
     with x64(train.master_dtype):
@@ -246,15 +240,16 @@ def evaluator(
 def generator(
     cfg: ModelConfig, weights: Tensors, config: MeshConfig, device: str = "auto", compute_dtype: str = "float32"
 ) -> Iterator[Callable[..., Iterator[list[list[int]]]]]:
-    """`jax_llm.generate.generator` on a mesh: weights, cache and logits are cut, and every host is given all texts."""
+    """`jax_llm.engine.generate.generator` on a mesh: weights, cache and logits are cut, and every host is given all texts."""
     check_mesh(config, cfg)
     mesh = make_mesh(config, device)
     platform = mesh.devices.flat[0].platform
-    backend = resolve_backend("auto", platform, compute_dtype, cfg, seq_len=1)
     with x64(compute_dtype), matmul_precision(compute_dtype), constrain(mesh):
         params = from_canonical(cfg, weights, mesh, jnp.dtype(compute_dtype))
         params = jax.jit(unstack)(params)
-        yield functools.partial(generate_stream, CausalLM(cfg, make_kernels(backend)), params)
+        yield functools.partial(
+            generate_stream, CausalLM(cfg, mesh_decoding_kernels(cfg, compute_dtype, platform)), params
+        )
 
 
 def to_training_state(cfg: ModelConfig, state: TrainState) -> TrainingState:

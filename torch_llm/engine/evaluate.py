@@ -15,10 +15,12 @@ from llm_common.config import ModelConfig, TrainConfig
 from llm_common.errors import UserError
 from llm_common.evaluation import EvaluateLoss, Evaluation
 from llm_common.tensors import Tensors
-from torch_llm.checkpoint import from_canonical
+from torch_llm.engine.checkpoint import from_canonical
+from torch_llm.engine.device import matmul_precision, select_device
+from torch_llm.engine.diagnose import first_not_finite
+from torch_llm.engine.plan import make_plan
 from torch_llm.loss import cross_entropy_sum
 from torch_llm.model import CausalLM, empty_model
-from torch_llm.train import first_not_finite, matmul_precision, run_kernels, select_device
 
 
 def batch_loss(model: CausalLM, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
@@ -51,5 +53,5 @@ def evaluate(model: CausalLM, evaluation: Evaluation) -> tuple[float, int]:
 def evaluator(cfg: ModelConfig, weights: Tensors, train: TrainConfig, device: str = "auto") -> Iterator[EvaluateLoss]:
     """Inside `with`: `evaluate` of canonical weights on a device by name, all but its last argument filled in."""
     target = select_device(device)
-    model = empty_model(cfg, getattr(torch, train.compute_dtype), target, run_kernels(cfg, train, target))
+    model = empty_model(cfg, getattr(torch, train.compute_dtype), target, make_plan(cfg, train, target).kernels)
     yield partial(evaluate, from_canonical(model, weights))

@@ -1,6 +1,6 @@
 """A training run from its folder, in JAX: resume, train, save.
 
-here                                          torch_llm.run
+here                                          torch_llm.engine.run
 a state goes into `fit` and comes out         a trainer, which `fit` changes
 """
 
@@ -12,10 +12,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jax_llm import distributed
-from jax_llm.checkpoint import from_canonical, from_training_state, to_training_state
-from jax_llm.evaluate import evaluate
-from jax_llm.train import TrainState, fit, init_state, make_model, select_device, x64
+from jax_llm.engine import distributed
+from jax_llm.engine.checkpoint import from_canonical, from_training_state, to_training_state
+from jax_llm.engine.device import select_device, x64
+from jax_llm.engine.evaluate import evaluate
+from jax_llm.engine.plan import make_model
+from jax_llm.engine.train import TrainState, fit, init_state
 from llm_common.config import ModelConfig, OptimizerConfig, TrainConfig
 from llm_common.data import Dataset
 from llm_common.run import Run

@@ -13,11 +13,14 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from jax_llm.checkpoint import from_canonical, to_host
+from jax_llm.engine.checkpoint import from_canonical, to_host
+from jax_llm.engine.device import matmul_precision, select_device, x64
+from jax_llm.engine.diagnose import first_not_finite
+from jax_llm.engine.gradients import cast
+from jax_llm.engine.plan import make_model
 from jax_llm.loss import cross_entropy_sum
 from jax_llm.model import CausalLM
 from jax_llm.params import Params
-from jax_llm.train import cast, first_not_finite, make_model, matmul_precision, select_device, x64
 from llm_common.config import ModelConfig, TrainConfig
 from llm_common.errors import UserError
 from llm_common.evaluation import EvaluateLoss, Evaluation

@@ -1,0 +1,106 @@
+"""JAX as the programs see it."""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+
+import jax
+
+from jax_llm.engine import device, distributed, evaluate, foreign_checkpoint, generate, run, train
+from jax_llm.engine.decoding import decoding_params
+from jax_llm.engine.gradients import cast
+from jax_llm.engine.hosts import join_hosts
+from jax_llm.engine.plan import decoding_kernels, make_model, plan_run
+from jax_llm.model import CausalLM, init_params
+from llm_common.backend import Backend, Session, Stream
+from llm_common.config import ModelConfig, OptimizerConfig, TrainConfig
+from llm_common.data import Dataset
+from llm_common.evaluation import EvaluateLoss, Evaluation
+from llm_common.run import Run
+from llm_common.sharding import MeshConfig
+from llm_common.tensors import Tensors
+
+
+class JaxSession:
+    """A state that `fit` replaces."""
+
+    def __init__(self, state: train.TrainState, fit: Callable, evaluate: Callable) -> None:
+        self.state, self._fit, self._evaluate = state, fit, evaluate
+
+    @property
+    def step(self) -> int:
+        return int(self.state.step)
+
+    def fit(self, dataset: Dataset, until_step: int | None = None, on_step: Callable | None = None) -> None:
+        self.state = self._fit(self.state, dataset=dataset, until_step=until_step, on_step=on_step)
+
+    def evaluate(self, evaluation: Evaluation) -> tuple[float, int]:
+        return self._evaluate(self.state.params, evaluation)
+
+
+@contextlib.contextmanager
+def open_session(
+    cfg: ModelConfig, settings: TrainConfig, opt: OptimizerConfig, name: str, mesh: MeshConfig | None
+) -> Iterator[Session]:
+    recipe = {"cfg": cfg, "train": settings, "opt": opt}
+    with device.x64(settings.master_dtype):
+        if mesh is not None:
+            devices = distributed.make_mesh(mesh, name)
+            state = distributed.init_state(cfg, settings, opt, devices)
+            held_out = lambda params, data: distributed.evaluate(cfg, settings, params, data, devices)
+            yield JaxSession(state, partial(distributed.fit, mesh=devices, **recipe), held_out)
+            return
+        target = device.select_device(name)
+        with jax.default_device(target):
+            model = make_model(cfg, settings, target.platform)
+            held_out = lambda params, data: evaluate.evaluate(model, params, settings.compute_dtype, data)
+            yield JaxSession(train.init_state(cfg, settings, opt), partial(train.fit, **recipe), held_out)
+
+
+def fit_and_save(job: Run, name: str, mesh: MeshConfig | None) -> Path:
+    return run.fit_and_save(job, name) if mesh is None else run.fit_and_save_on_mesh(job, mesh, name)
+
+
+def evaluator(
+    cfg: ModelConfig, weights: Tensors, settings: TrainConfig, name: str, mesh: MeshConfig | None
+) -> contextlib.AbstractContextManager[EvaluateLoss]:
+    if mesh is None:
+        return evaluate.evaluator(cfg, weights, settings, name)
+    return distributed.evaluator(cfg, weights, settings, mesh, name)
+
+
+def generator(
+    cfg: ModelConfig, weights: Tensors | None, dtype: str, name: str, mesh: MeshConfig | None, compile: str
+) -> contextlib.AbstractContextManager[Stream]:
+    if weights is None:
+        return seeded_generator(cfg, dtype, name)
+    if mesh is None:
+        return generate.generator(cfg, weights, name, dtype)
+    return distributed.generator(cfg, weights, mesh, name, dtype)
+
+
+@contextlib.contextmanager
+def seeded_generator(cfg: ModelConfig, dtype: str, name: str) -> Iterator[Stream]:
+    """With initial weights made on the device: those of a file would take a minute to come there."""
+    target = device.select_device(name)
+    with jax.default_device(target), device.matmul_precision(dtype):
+        params = jax.jit(lambda: decoding_params(cast(init_params(cfg, 0), dtype)))()
+        yield partial(generate.generate_stream, CausalLM(cfg, decoding_kernels(cfg, dtype, target.platform)), params)
+
+
+BACKEND = Backend(
+    name="jax",
+    plan_run=plan_run,
+    device_kind=device.device_kind,
+    memory_limit=device.memory_limit,
+    memory_used=device.memory_used,
+    join_hosts=join_hosts,
+    fit_and_save=fit_and_save,
+    cost_of_determinism=run.cost_of_determinism,
+    open_session=open_session,
+    evaluator=evaluator,
+    generator=generator,
+    read_checkpoint=foreign_checkpoint.read,
+    write_checkpoint=foreign_checkpoint.write,
+)

@@ -1,0 +1,187 @@
+"""Training as a pure function: state and batch in, state and metrics out.
+
+    here                               torch_llm.engine.train
+    TrainState, a value                Trainer, an object that owns model, optimizer and counters
+    init_state(...)                    Trainer(...)
+    make_train_step(...) -> function   Trainer.train_step
+    state = fit(state, ...)            trainer.fit(...)
+
+B batch, T positions.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax import Array
+
+from jax_llm.engine.device import matmul_precision
+from jax_llm.engine.diagnose import first_not_finite
+from jax_llm.engine.gradients import cast, loss_and_grads
+from jax_llm.engine.plan import make_model
+from jax_llm.model import CausalLM, init_params
+from jax_llm.optim import global_norm, make_optimizer
+from jax_llm.params import Params
+from llm_common.config import ModelConfig, OptimizerConfig, TrainConfig, check_length
+from llm_common.data import Dataset, Prefetch
+from llm_common.errors import UserError
+from llm_common.metrics import StepMetrics
+from llm_common.schedule import StepScalars, step_scalars
+from llm_common.tensors import check_batch
+
+
+class TrainState(NamedTuple):
+    """All that a step changes. `params` are the masters; the counters are int32 scalars."""
+
+    params: Params
+    opt_state: Any
+    step: Array  # steps made
+    adam_count: Array  # updates made: a step with a non-finite gradient norm makes none
+
+
+class Metrics(NamedTuple):
+    loss: Array
+    grad_norm: Array  # before clipping
+    skipped: Array  # bool: the update was skipped
+
+
+def make_train_step(
+    model: CausalLM,
+    optimizer: optax.GradientTransformation,
+    compute_dtype: str,
+    accumulation_steps: int = 1,
+) -> Callable[[TrainState, Array, Array, StepScalars], tuple[TrainState, Metrics]]:
+    """The function of one step: gradients, global norm, clip, AdamW. Pure, to be jitted with its state donated.
+
+    `optimizer` may be any optax transformation; one that takes `scalars`, as ours does, is given them.
+    """
+    optimizer = optax.with_extra_args_support(optimizer)
+
+    def train_step(
+        state: TrainState, inputs: Array, targets: Array, scalars: StepScalars
+    ) -> tuple[TrainState, Metrics]:
+        with matmul_precision(compute_dtype):
+            params = cast(state.params, compute_dtype)
+            loss, grads = loss_and_grads(model, params, inputs, targets, accumulation_steps)
+        grads = jax.tree.map(lambda g, p: g.astype(p.dtype), grads, state.params)
+        norm = global_norm(grads)
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params, scalars=scalars)
+        params = optax.apply_updates(state.params, updates)
+        finite = jnp.isfinite(norm)
+        params, opt_state = jax.tree.map(
+            lambda new, old: jnp.where(finite, new, old), (params, opt_state), (state.params, state.opt_state)
+        )
+        new_state = TrainState(params, opt_state, state.step + 1, state.adam_count + finite)
+        return new_state, Metrics(loss, norm, ~finite)
+
+    return train_step
+
+
+def one_step_behind(train_step: Callable) -> Callable[..., tuple[TrainState, Metrics]]:
+    """The step as `fit` calls it, before it knows whether the step before made an update.
+
+    either: the scalars for both cases. known_count: the updates made until the step before.
+    """
+
+    def step(
+        state: TrainState, inputs: Array, targets: Array, either: tuple[StepScalars, StepScalars], known_count: Array
+    ):
+        updated = state.adam_count > known_count
+        return train_step(state, inputs, targets, jax.tree.map(lambda no, yes: jnp.where(updated, yes, no), *either))
+
+    return step
+
+
+def init_state(cfg: ModelConfig, train: TrainConfig, opt: OptimizerConfig, params: Params = None) -> TrainState:
+    """The state before the first step, from `train.seed` alone, or from given weights."""
+    dtype = jnp.dtype(train.master_dtype)
+    if dtype == jnp.float64 and not jax.config.read("jax_enable_x64"):
+        raise UserError(
+            "compute_dtype = 'float64' needs JAX_ENABLE_X64=1, or `with jax_llm.engine.device.x64('float64'):`"
+        )
+    params = jax.jit(lambda: init_params(cfg, train.seed, dtype))() if params is None else params
+    optimizer = make_optimizer(opt, cfg)
+    return TrainState(params, optimizer.init(params), jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32))
+
+
+@functools.lru_cache(maxsize=8)
+def compiled_train_step(cfg: ModelConfig, train: TrainConfig, opt: OptimizerConfig, platform: str):
+    """The jitted step of a run, its state donated; the same settings give the same function, compiled once."""
+    model, steps = make_model(cfg, train, platform), train.gradient_accumulation_steps
+    step = make_train_step(model, make_optimizer(opt, cfg), train.compute_dtype, steps)
+    step = one_step_behind(step)
+    if train.compile == "off":
+        return step
+    options = {"xla_gpu_deterministic_ops": True} if train.deterministic and platform == "gpu" else None
+    return jax.jit(step, donate_argnums=0, compiler_options=options)
+
+
+def read_batch(dataset: Dataset, step: int, cfg: ModelConfig) -> tuple[Array, Array]:
+    """Inputs and targets of a step, each (B, T), on the default device. Raises UserError for an id outside the vocabulary."""
+    batch = dataset.batch(step)
+    check_batch(*batch, cfg.vocab_size, f"step {step}")
+    inputs, targets = (jnp.array(np.ascontiguousarray(x)) for x in batch)
+    return inputs, targets
+
+
+def fit(
+    state: TrainState,
+    cfg: ModelConfig,
+    train: TrainConfig,
+    opt: OptimizerConfig,
+    dataset: Dataset,
+    until_step: int | None = None,
+    on_step: Callable[[int, TrainState, StepMetrics], bool | None] | None = None,
+    train_step: Callable | None = None,
+    read_batch: Callable[..., tuple[Array, Array]] = read_batch,
+) -> TrainState:
+    """Train from `state.step` to `until_step` (default: opt.total_steps) and return the new state.
+
+    The state that comes in is donated: do not use it afterwards. `on_step(step, state, metrics)` is called after each step is
+    begun; if it returns True, training ends there. A step is waited for only when its metrics are read, and at the latest when
+    the next one has been begun, so that the device always has work. Raises UserError if too many updates in a row were skipped,
+    naming the tensor that is the first to be not finite. train_step, read_batch: those for many devices, of
+    `jax_llm.engine.distributed`.
+    """
+    check_length(cfg, train.seq_len, "seq_len")
+    (platform,) = {d.platform for d in state.step.devices()}
+    train_step = train_step or compiled_train_step(cfg, train, opt, platform)
+    step, known_count, skipped_in_row = int(state.step), int(state.adam_count), 0
+    dataset = Prefetch(dataset)
+    before: tuple[int, StepMetrics, Array, Array] | None = None  # the step before, which is not waited for
+
+    def look_back() -> int:
+        """Wait for the step before; returns the number of updates made until then."""
+        nonlocal skipped_in_row
+        if before is None:
+            return known_count
+        number, metrics, *batch = before
+        skipped_in_row = skipped_in_row + 1 if metrics["skipped"] else 0
+        if skipped_in_row >= train.max_skipped_steps:
+            params = cast(state.params, train.compute_dtype)
+            raise UserError(
+                f"the gradient norm was not finite in {skipped_in_row} steps in a row (to step {number}): "
+                f"{first_not_finite(make_model(cfg, train, platform), params, *batch)}; "
+                "lower lr_max, lengthen warmup_steps, or look for bad tokens in the data"
+            )
+        return known_count + (not metrics["skipped"])
+
+    while step < (opt.total_steps if until_step is None else until_step):
+        inputs, targets = read_batch(dataset, step, cfg)
+        either = tuple(step_scalars(opt, step, known_count + updated) for updated in (0, 1))
+        state, metrics = train_step(state, inputs, targets, either, known_count)
+        known_count, step = look_back(), step + 1
+        before = step, StepMetrics(functools.partial(read_metrics, metrics, either[0].lr)), inputs, targets
+        if on_step is not None and on_step(step, state, before[1]):
+            break
+    look_back()
+    return state
+
+
+def read_metrics(metrics: Metrics, lr: float) -> tuple[float, float, float, bool]:
+    """The numbers of `StepMetrics`. Waits for the step."""
+    return float(metrics.loss), float(metrics.grad_norm), lr, bool(metrics.skipped)

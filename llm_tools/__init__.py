@@ -1,0 +1,1 @@
+"""What the programs in `scripts/` are made of: command lines, loading, printing, measuring."""

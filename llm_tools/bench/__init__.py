@@ -1,0 +1,1 @@
+"""The benchmark: what is measured, peers beside it, and the tables."""

@@ -1,0 +1,1 @@
+"""Running the model: devices, training, decoding, checkpoints, meshes. The lesson imports nothing from here."""

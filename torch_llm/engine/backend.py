@@ -1,0 +1,100 @@
+"""PyTorch as the programs see it."""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from llm_common.backend import Backend, Session, Stream
+from llm_common.config import ModelConfig, OptimizerConfig, TrainConfig
+from llm_common.data import Dataset
+from llm_common.evaluation import EvaluateLoss, Evaluation
+from llm_common.run import Run
+from llm_common.sharding import MeshConfig
+from llm_common.tensors import Tensors
+from torch_llm.engine import device, distributed, evaluate, foreign_checkpoint, generate, run
+from torch_llm.engine.decoding import Programs, fuse_projections
+from torch_llm.engine.hosts import join_hosts
+from torch_llm.engine.plan import decoding_kernels, plan_run
+from torch_llm.engine.train import Trainer
+from torch_llm.model import init_model
+
+
+class TorchSession:
+    """A trainer, which `fit` changes."""
+
+    def __init__(self, trainer: Trainer, evaluate: Callable) -> None:
+        self.trainer, self._evaluate = trainer, evaluate
+
+    @property
+    def step(self) -> int:
+        return self.trainer.step
+
+    def fit(self, dataset: Dataset, until_step: int | None = None, on_step: Callable | None = None) -> None:
+        self.trainer.fit(dataset, until_step, on_step)
+
+    def evaluate(self, evaluation: Evaluation) -> tuple[float, int]:
+        return self._evaluate(evaluation)
+
+
+@contextlib.contextmanager
+def open_session(
+    cfg: ModelConfig, settings: TrainConfig, opt: OptimizerConfig, name: str, mesh: MeshConfig | None
+) -> Iterator[Session]:
+    if mesh is not None:
+        sharded = distributed.ShardedTrainer(cfg, settings, opt, mesh, name)
+        yield TorchSession(sharded, sharded.evaluate)
+        return
+    trainer = Trainer(cfg, settings, opt, device.select_device(name))
+    yield TorchSession(trainer, partial(evaluate.evaluate, trainer.model))
+
+
+def fit_and_save(job: Run, name: str, mesh: MeshConfig | None) -> Path:
+    return run.fit_and_save(job, name) if mesh is None else run.fit_and_save_on_mesh(job, mesh, name)
+
+
+def evaluator(
+    cfg: ModelConfig, weights: Tensors, settings: TrainConfig, name: str, mesh: MeshConfig | None
+) -> contextlib.AbstractContextManager[EvaluateLoss]:
+    if mesh is None:
+        return evaluate.evaluator(cfg, weights, settings, name)
+    return distributed.evaluator(cfg, weights, settings, mesh, name)
+
+
+def generator(
+    cfg: ModelConfig, weights: Tensors | None, dtype: str, name: str, mesh: MeshConfig | None, compile: str
+) -> contextlib.AbstractContextManager[Stream]:
+    if weights is None:
+        return seeded_generator(cfg, dtype, name, compile)
+    if mesh is None:
+        return generate.generator(cfg, weights, name, dtype, compile)
+    return distributed.generator(cfg, weights, mesh, name, dtype)
+
+
+@contextlib.contextmanager
+def seeded_generator(cfg: ModelConfig, dtype: str, name: str, compile: str) -> Iterator[Stream]:
+    """With initial weights made on the device: those of a file would take a minute to come there."""
+    target = device.select_device(name)
+    with device.matmul_precision(dtype):
+        model = init_model(cfg, 0, getattr(torch, dtype), target, decoding_kernels(dtype)).requires_grad_(False)
+        programs = Programs(compile == "on") if target.type == "cuda" else None
+        yield partial(generate.generate_stream, fuse_projections(model), programs=programs)
+
+
+BACKEND = Backend(
+    name="torch",
+    plan_run=plan_run,
+    device_kind=device.device_kind,
+    memory_limit=device.memory_limit,
+    memory_used=device.memory_used,
+    join_hosts=join_hosts,
+    fit_and_save=fit_and_save,
+    cost_of_determinism=run.cost_of_determinism,
+    open_session=open_session,
+    evaluator=evaluator,
+    generator=generator,
+    read_checkpoint=foreign_checkpoint.read,
+    write_checkpoint=foreign_checkpoint.write,
+)
