@@ -8,7 +8,7 @@ import optax
 import torch
 
 from parity.pair import compare_optimizers
-from parity.report import make_console, print_table
+from parity.report.report import make_console, print_table
 
 rng = np.random.default_rng(0)
 params = {"weight": rng.standard_normal((8, 16)), "bias": rng.standard_normal(8)}

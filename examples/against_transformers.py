@@ -12,7 +12,7 @@ import transformers
 from jax_llm.engine.checkpoint import from_canonical
 from jax_llm.model import CausalLM
 from llm_common.config import preset
-from parity.cases import random_weights
+from parity.core.inputs import random_weights
 from parity.pair import Pair
 
 

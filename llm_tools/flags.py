@@ -13,15 +13,16 @@ import typing
 from pathlib import Path
 from typing import Any
 
-from llm_common.backend import Backend
-from llm_common.budget import GIB, keep_freed_memory, memory_per_step
 from llm_common.config import ModelConfig, TrainConfig
-from llm_common.corpus import Corpus
 from llm_common.errors import UserError, read_small
-from llm_common.hosts import Hosts
-from llm_common.launch import launch
 from llm_common.processes import end_with_launcher
+from llm_common.run.backend import Backend
+from llm_common.run.estimates import GIB, memory_per_step
+from llm_common.run.host_memory import keep_freed_memory
+from llm_common.run.hosts import Hosts
+from llm_common.run.launch import launch
 from llm_common.sharding import MeshConfig
+from llm_common.text.corpus import Corpus
 
 LARGEST_TOML = 1 << 20  # bytes
 

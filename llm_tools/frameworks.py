@@ -1,7 +1,7 @@
 """The frameworks by name. Each is imported when it is asked for: one of them alone is enough to train."""
 
-from llm_common.backend import Backend
 from llm_common.errors import UserError, require_framework
+from llm_common.run.backend import Backend
 
 FRAMEWORKS = ("jax", "torch")
 

@@ -8,7 +8,14 @@ from typing import Any
 
 import numpy as np
 
-from llm_common.checkpoint import (
+from llm_common.config import OptimizerConfig, RunConfig, TrainConfig, preset
+from llm_common.data.answers import load_examples, write_examples
+from llm_common.data.datasets import check_data, open_tokens, write_tokens
+from llm_common.data.evaluation import Evaluation
+from llm_common.data.shards import prepare
+from llm_common.errors import UserError
+from llm_common.files.export import export
+from llm_common.run.checkpoint import (
     TrainingState,
     checkpoints,
     latest_checkpoint,
@@ -17,17 +24,10 @@ from llm_common.checkpoint import (
     prune_checkpoints,
     save_checkpoint,
 )
-from llm_common.config import OptimizerConfig, RunConfig, TrainConfig, preset
-from llm_common.data import check_data, open_tokens, write_tokens
-from llm_common.errors import UserError
-from llm_common.evaluation import Evaluation
-from llm_common.examples import load_examples, write_examples
-from llm_common.export import export
-from llm_common.run import Run
-from llm_common.run_log import read_log
-from llm_common.shards import prepare
+from llm_common.run.folder import Run
+from llm_common.run.log import read_log
 from llm_common.tensors import tensor_shapes
-from llm_common.tokenizer import Tokenizer
+from llm_common.text.tokenizer import Tokenizer
 
 CFG, TOKENIZER = preset("tiny"), Tokenizer([])
 SMALL = {name: shape for name, shape in tensor_shapes(CFG).items()}  # noqa: C416

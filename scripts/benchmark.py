@@ -21,11 +21,11 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
-from llm_common.budget import GIB
 from llm_common.config import PRESETS, ModelConfig, SamplingConfig, TrainConfig, check_length
 from llm_common.errors import UserError, run_main
 from llm_common.processes import end_with_launcher
-from llm_common.words import PATTERNS
+from llm_common.run.estimates import GIB
+from llm_common.text.words import PATTERNS
 from llm_tools.bench import tokenizer_cases
 from llm_tools.bench.cases import OURS, WORK, model_config
 from llm_tools.bench.measure import run_worker

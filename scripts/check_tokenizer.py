@@ -10,10 +10,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from llm_common.data.answers import ExampleReader
 from llm_common.errors import UserError, first_line, require_package, run_main
-from llm_common.examples import ExampleReader
-from llm_common.hf_files import read_hf_folder
-from llm_common.hf_tokenizer import AnyTokenizer, HfTokenizer
+from llm_common.text.hf_tokenizer import AnyTokenizer, HfTokenizer
+from llm_common.text.tokenizer_json import read_hf_folder
 from llm_tools.flags import make_parser
 
 TEXTS = (

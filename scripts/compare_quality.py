@@ -20,10 +20,10 @@ from rich.console import Console
 from rich.table import Table
 
 from llm_common.config import ModelConfig, OptimizerConfig, TrainConfig, preset
-from llm_common.data import TokenDataset
+from llm_common.data.datasets import TokenDataset
+from llm_common.data.evaluation import Evaluation
 from llm_common.errors import UserError, require_framework, require_package, run_main
-from llm_common.evaluation import Evaluation
-from llm_common.run_log import environment
+from llm_common.run.log import environment
 from llm_common.schedule import learning_rate
 from llm_tools.flags import add_flags, from_flags, make_parser, prepare_environment
 from llm_tools.frameworks import open_backend

@@ -16,7 +16,6 @@ from pathlib import Path
 
 import numpy as np
 
-from llm_common.checkpoint import STATE_FILE, TrainingState, load_checkpoint, save_checkpoint
 from llm_common.config import ModelConfig
 from llm_common.errors import (
     UserError,
@@ -29,9 +28,10 @@ from llm_common.errors import (
     with_checksum,
     write_whole,
 )
-from llm_common.hf_tokenizer import load_tokenizer
-from llm_common.tensor_files import check_finite
+from llm_common.files.tensor_files import check_finite
+from llm_common.run.checkpoint import STATE_FILE, TrainingState, load_checkpoint, save_checkpoint
 from llm_common.tensors import check_tensors, tensor_shapes
+from llm_common.text.hf_tokenizer import load_tokenizer
 from llm_tools.flags import make_parser
 from llm_tools.frameworks import open_backend
 

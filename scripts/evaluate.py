@@ -18,16 +18,16 @@ import json
 from pathlib import Path
 from typing import Any
 
-from llm_common.checkpoint import load_weights, read_settings
 from llm_common.config import ATTENTION_BACKENDS, DTYPES, ModelConfig, TrainConfig, check_length
-from llm_common.corpus import Corpus
-from llm_common.data import check_data, open_tokens
+from llm_common.data.datasets import check_data, open_tokens
+from llm_common.data.evaluation import DocumentEvaluation, Evaluation, open_held_out
 from llm_common.errors import UserError, is_out_of_memory, run_main
-from llm_common.evaluation import DocumentEvaluation, Evaluation, open_held_out
-from llm_common.hf_tokenizer import AnyTokenizer, load_tokenizer, open_tokenizer
-from llm_common.run import newest
+from llm_common.run.checkpoint import load_weights, read_settings
+from llm_common.run.folder import newest
 from llm_common.sharding import MeshConfig, check_sharded
-from llm_common.tokenizer import check_vocabulary
+from llm_common.text.corpus import Corpus
+from llm_common.text.hf_tokenizer import AnyTokenizer, load_tokenizer, open_tokenizer
+from llm_common.text.tokenizer import check_vocabulary
 from llm_tools.flags import (
     add_mesh_flags,
     add_special_flag,

@@ -8,11 +8,11 @@ The folder holds config.json, model.safetensors (in shards, if it is large) and 
 
 from pathlib import Path
 
-from llm_common.checkpoint import load_weights, stops_of
 from llm_common.errors import UserError, run_main
-from llm_common.export import DTYPES, export
-from llm_common.hf_tokenizer import load_tokenizer
-from llm_common.run import newest
+from llm_common.files.export import DTYPES, export
+from llm_common.run.checkpoint import load_weights, stops_of
+from llm_common.run.folder import newest
+from llm_common.text.hf_tokenizer import load_tokenizer
 from llm_tools.flags import make_parser
 
 

@@ -22,18 +22,18 @@ from typing import Any
 
 import numpy as np
 
-from llm_common.budget import GIB, decode_bytes
-from llm_common.checkpoint import load_weights, stops_of
 from llm_common.config import COMPILE, DTYPES, ModelConfig, SamplingConfig
+from llm_common.data.sequences import encode_conversation, resolve_token
 from llm_common.errors import UserError, is_out_of_memory, run_main
-from llm_common.hf_tokenizer import AnyTokenizer, load_tokenizer, open_tokenizer
-from llm_common.run import newest
-from llm_common.sequences import encode_conversation, resolve_token
+from llm_common.run.checkpoint import load_weights, stops_of
+from llm_common.run.estimates import GIB, decode_bytes
+from llm_common.run.folder import newest
 from llm_common.sharding import MeshConfig, check_mesh
 from llm_common.tensors import check_prompts
-from llm_common.text_stream import TextStream
-from llm_common.tokenizer import check_vocabulary
-from llm_common.words import clean
+from llm_common.text.hf_tokenizer import AnyTokenizer, load_tokenizer, open_tokenizer
+from llm_common.text.text_stream import TextStream
+from llm_common.text.tokenizer import check_vocabulary
+from llm_common.text.words import clean
 from llm_tools.flags import (
     add_flags,
     add_mesh_flags,
@@ -224,9 +224,9 @@ def compare(
     cfg: ModelConfig, weights, tokenizer, rows, results: dict[str, list[list[int]]], sampling: SamplingConfig, args: Any
 ) -> None:
     """Each text of both frameworks, and where they part: the two tokens, and what margin the draw had."""
-    from parity.jax_side import JaxSide
-    from parity.token_checks import allowed_margin, draw_margin
-    from parity.torch_side import TorchSide
+    from parity.checks.tokens import allowed_margin, draw_margin
+    from parity.sides.jax_side import JaxSide
+    from parity.sides.torch_side import TorchSide
 
     for row, (prompt, prompt_ids, number) in enumerate(rows):
         jax, torch = (results[name][row] for name in ("jax", "torch"))

@@ -14,11 +14,11 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from llm_common.data import check_data, entropy, open_tokens
+from llm_common.data.answers import load_examples
+from llm_common.data.datasets import check_data, entropy, open_tokens
+from llm_common.data.shards import ShardedTokens
 from llm_common.errors import UserError, require_package, run_main
-from llm_common.examples import load_examples
-from llm_common.hf_tokenizer import AnyTokenizer, open_tokenizer
-from llm_common.shards import ShardedTokens
+from llm_common.text.hf_tokenizer import AnyTokenizer, open_tokenizer
 from llm_tools.flags import at_least_one, make_parser
 
 PIECE = 1 << 24  # ids read at once

@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 
 from llm_common.errors import UserError, require_package, run_main
-from llm_common.run import LOG_FILE
-from llm_common.run_log import read_log
+from llm_common.run.folder import LOG_FILE
+from llm_common.run.log import read_log
 from llm_tools.flags import make_parser
 
 COLORS = ("#2a78d6", "#c2410c", "#15803d", "#7c3aed", "#b45309", "#0e7490", "#be185d", "#4b5563")

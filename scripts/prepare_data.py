@@ -25,13 +25,13 @@ from typing import TypeVar
 import numpy as np
 from rich.console import Console
 
-from llm_common.data import unigram_entropy, write_tokens
+from llm_common.data.answers import ExampleReader, read_pairs, write_examples
+from llm_common.data.datasets import unigram_entropy, write_tokens
+from llm_common.data.sequences import AUTO, DocumentEncoder
+from llm_common.data.shards import PART, is_held_out, prepare
 from llm_common.errors import UserError, notice, run_main
-from llm_common.examples import ExampleReader, read_pairs, write_examples
-from llm_common.hf_tokenizer import AnyTokenizer, open_tokenizer
-from llm_common.progress import reading_bar
-from llm_common.sequences import AUTO, DocumentEncoder
-from llm_common.shards import PART, is_held_out, prepare
+from llm_common.run.progress import reading_bar
+from llm_common.text.hf_tokenizer import AnyTokenizer, open_tokenizer
 from llm_tools.flags import add_corpus_flags, add_special_flag, at_least_one, cores, make_parser, open_corpus
 
 T = TypeVar("T")

@@ -18,11 +18,11 @@ from typing import Any
 
 import numpy as np
 
-from llm_common.budget import GIB, flops_per_step
 from llm_common.config import ModelConfig, OptimizerConfig, TrainConfig, preset
 from llm_common.errors import UserError, run_main
-from llm_common.metrics import StepMetrics
 from llm_common.processes import end_with_launcher
+from llm_common.run.estimates import GIB, flops_per_step
+from llm_common.run.metrics import StepMetrics
 from llm_common.sharding import ONE_DEVICE, MeshConfig, check_sharded
 from llm_tools.bench.measure import RandomTokens, quartiles, run_json, versions
 from llm_tools.flags import join, make_parser, only_the_first_prints, prepare_environment

@@ -83,10 +83,10 @@ BLOCKS = (
         "Neither framework has a part in it, so it is written once: a tokenizer on each side could differ, and would look "
         "like a difference of the models. Merging the most frequent pair, over and over, is the whole of training.",
         shared=(
-            "bpe_reference:train",
-            "bpe_reference:encode",
-            "tokenizer:Tokenizer.encode",
-            "bpe_words:WordEncoder._merge_short",
+            "text/bpe_reference:train",
+            "text/bpe_reference:encode",
+            "text/tokenizer:Tokenizer.encode",
+            "text/bpe_words:WordEncoder._merge_short",
         ),
     ),
     Block(
@@ -190,8 +190,8 @@ BLOCKS = (
         ),
         "JAX: a function from state and batch to a new state, compiled as a whole; a skipped update is a choice between two "
         "values. torch: a method that changes its object; a skipped update is an if.",
-        jax=("train:loss_and_grads", "train:make_train_step"),
-        torch=("train:loss_and_grads", "train:Trainer.train_step"),
+        jax=("engine/gradients:loss_and_grads", "engine/train:make_train_step"),
+        torch=("engine/gradients:loss_and_grads", "engine/train:Trainer.train_step"),
     ),
     Block(
         "Sampling",
@@ -210,8 +210,8 @@ BLOCKS = (
         "Prompts of different lengths are padded on the right; each text has a length of its own in the cache. JAX compiles a "
         "loop over several tokens to one program, whose state holds the cache. torch draws in a Python loop; in both the host "
         "then looks at the new tokens: it gives them out, and decides which texts have ended.",
-        jax=("generate:decode_step", "generate:decode", "generate:generate_stream"),
-        torch=("generate:decode_step", "generate:generate_stream"),
+        jax=("engine/decoding:decode_step", "engine/decoding:decode", "engine/generate:generate_stream"),
+        torch=("engine/decoding:decode_step", "engine/generate:generate_stream"),
     ),
 )
 

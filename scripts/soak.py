@@ -28,17 +28,13 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from llm_common.checkpoint import (
-    load_checkpoint,
-    load_weights,
-    save_checkpoint,
-)
-from llm_common.data import check_data, open_tokens, write_tokens
+from llm_common.data.answers import load_examples, write_examples
+from llm_common.data.datasets import check_data, open_tokens, write_tokens
+from llm_common.data.shards import prepare
 from llm_common.errors import UserError, run_main
-from llm_common.examples import load_examples, write_examples
-from llm_common.export import export
-from llm_common.hf_tokenizer import load_tokenizer
-from llm_common.shards import prepare
+from llm_common.files.export import export
+from llm_common.run.checkpoint import load_checkpoint, load_weights, save_checkpoint
+from llm_common.text.hf_tokenizer import load_tokenizer
 from llm_tools.flags import at_least_one, make_parser
 from llm_tools.soak_kinds import CFG, DOCUMENTS, KINDS, RARE, SMALL, SPAN, TOKENIZER, state_of
 

@@ -22,10 +22,10 @@ from typing import Any
 
 from hlo import Program
 
-from llm_common.budget import GIB, flops_per_step, memory_per_step
 from llm_common.config import OptimizerConfig, SamplingConfig, TrainConfig, preset
 from llm_common.errors import UserError, require_package, run_main
 from llm_common.processes import end_with_launcher, lifeline
+from llm_common.run.estimates import GIB, flops_per_step, memory_per_step
 from llm_common.sharding import MeshConfig, check_sharded
 from llm_tools.flags import make_parser
 

@@ -22,20 +22,20 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 
-from llm_common.budget import GIB, flops_per_step, memory_advice, memory_per_step, peak_flops
-from llm_common.checkpoint import load_weights
 from llm_common.config import PRESETS, ModelConfig, OptimizerConfig, RunConfig, TrainConfig, check_length, preset
-from llm_common.data import TokenDataset, check_data, open_tokens, read_description
+from llm_common.data.answers import open_dataset
+from llm_common.data.datasets import TokenDataset, check_data, open_tokens, read_description
+from llm_common.data.evaluation import Evaluation, open_held_out
+from llm_common.data.shards import find_manifest
 from llm_common.errors import UserError, is_out_of_memory, notice, run_main
-from llm_common.evaluation import Evaluation, open_held_out
-from llm_common.examples import open_dataset
-from llm_common.hf_tokenizer import AnyTokenizer, open_tokenizer
-from llm_common.progress import TrainingProgress
-from llm_common.run import LOG_FILE, Run, newest
+from llm_common.files.tensor_files import TensorFiles
+from llm_common.run.checkpoint import load_weights
+from llm_common.run.estimates import GIB, flops_per_step, memory_advice, memory_per_step, peak_flops
+from llm_common.run.folder import LOG_FILE, Run, newest
+from llm_common.run.progress import TrainingProgress
 from llm_common.sharding import ONE_DEVICE, MeshConfig, check_sharded
-from llm_common.shards import find_manifest
-from llm_common.tensor_files import TensorFiles
-from llm_common.tokenizer import check_vocabulary
+from llm_common.text.hf_tokenizer import AnyTokenizer, open_tokenizer
+from llm_common.text.tokenizer import check_vocabulary
 from llm_tools.flags import (
     add_flags,
     add_mesh_flags,

@@ -13,12 +13,12 @@ from pathlib import Path
 
 from rich.console import Console
 
-from llm_common.bpe_trainer import TIE_RULES, check_special_tokens, train_bpe
 from llm_common.errors import UserError, run_main, write_whole
-from llm_common.hf_tokenizer import companions
-from llm_common.progress import reading_bar
-from llm_common.tokenizer import END_OF_TEXT, FILE_NAME, Tokenizer
-from llm_common.words import PATTERNS
+from llm_common.run.progress import reading_bar
+from llm_common.text.bpe_trainer import TIE_RULES, check_special_tokens, train_bpe
+from llm_common.text.hf_tokenizer import companions
+from llm_common.text.tokenizer import END_OF_TEXT, FILE_NAME, Tokenizer
+from llm_common.text.words import PATTERNS
 from llm_tools.flags import add_corpus_flags, at_least_one, cores, make_parser, open_corpus
 
 WORTH_A_PROCESS = 32 << 20  # bytes of text for each: to start one takes as long as to count ten

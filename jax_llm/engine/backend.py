@@ -13,11 +13,11 @@ from jax_llm.engine.gradients import cast
 from jax_llm.engine.hosts import join_hosts
 from jax_llm.engine.plan import decoding_kernels, make_model, plan_run
 from jax_llm.model import CausalLM, init_params
-from llm_common.backend import Backend, Session, Stream
 from llm_common.config import ModelConfig, OptimizerConfig, TrainConfig
-from llm_common.data import Dataset
-from llm_common.evaluation import EvaluateLoss, Evaluation
-from llm_common.run import Run
+from llm_common.data.datasets import Dataset
+from llm_common.data.evaluation import EvaluateLoss, Evaluation
+from llm_common.run.backend import Backend, Session, Stream
+from llm_common.run.folder import Run
 from llm_common.sharding import MeshConfig
 from llm_common.tensors import Tensors
 

@@ -15,8 +15,8 @@ from jax.experimental import multihost_utils
 from jax_llm.engine.train import TrainState
 from jax_llm.optim import make_optimizer
 from jax_llm.params import Leaf, Params, get_canonical, param_leaves
-from llm_common.checkpoint import TrainingState
 from llm_common.config import ModelConfig, OptimizerConfig
+from llm_common.run.checkpoint import TrainingState
 from llm_common.tensors import Tensors, check_tensors, tensor_shapes
 
 

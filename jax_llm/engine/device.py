@@ -10,8 +10,8 @@ from typing import Any
 
 import jax
 
-from llm_common.budget import host_memory, host_memory_used
 from llm_common.errors import UserError
+from llm_common.run.host_memory import host_memory, host_memory_used
 
 
 def matmul_precision(compute_dtype: str):

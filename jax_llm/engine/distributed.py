@@ -35,11 +35,11 @@ from jax_llm.layers import Embedding
 from jax_llm.model import CausalLM, DecoderLayer, init_params
 from jax_llm.optim import make_optimizer
 from jax_llm.params import Leaf, Params, get_canonical, param_leaves, unstack
-from llm_common.checkpoint import TrainingState
 from llm_common.config import ModelConfig, OptimizerConfig, TrainConfig
-from llm_common.data import Dataset
-from llm_common.evaluation import EvaluateLoss, Evaluation
-from llm_common.metrics import StepMetrics
+from llm_common.data.datasets import Dataset
+from llm_common.data.evaluation import EvaluateLoss, Evaluation
+from llm_common.run.checkpoint import TrainingState
+from llm_common.run.metrics import StepMetrics
 from llm_common.sharding import AXES, BATCH_AXES, MeshConfig, check_devices, check_mesh, check_sharded, weight_axes
 from llm_common.tensors import ReadOnDemand, Tensors, check_batch, check_tensors, tensor_shapes
 

@@ -22,8 +22,8 @@ from jax_llm.loss import cross_entropy_sum
 from jax_llm.model import CausalLM
 from jax_llm.params import Params
 from llm_common.config import ModelConfig, TrainConfig
+from llm_common.data.evaluation import EvaluateLoss, Evaluation
 from llm_common.errors import UserError
-from llm_common.evaluation import EvaluateLoss, Evaluation
 from llm_common.tensors import Tensors
 
 

@@ -9,7 +9,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from llm_common.errors import UserError
-from llm_common.hosts import Hosts, roll_call
+from llm_common.run.hosts import Hosts, roll_call
 
 
 class JaxHosts(Hosts):

@@ -11,7 +11,7 @@ from jax_llm.kernels import Kernels
 from jax_llm.model import CausalLM
 from llm_common.config import ModelConfig, TrainConfig
 from llm_common.cudnn import why_not_cudnn
-from llm_common.plan import Plan
+from llm_common.run.plan import Plan
 
 
 def make_plan(cfg: ModelConfig, train: TrainConfig, platform: str, device_kind: str = "") -> Plan[Kernels]:

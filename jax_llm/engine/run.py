@@ -19,8 +19,8 @@ from jax_llm.engine.evaluate import evaluate
 from jax_llm.engine.plan import make_model
 from jax_llm.engine.train import TrainState, fit, init_state
 from llm_common.config import ModelConfig, OptimizerConfig, TrainConfig
-from llm_common.data import Dataset
-from llm_common.run import Run
+from llm_common.data.datasets import Dataset
+from llm_common.run.folder import Run
 from llm_common.sharding import MeshConfig, check_sharded
 
 

@@ -27,9 +27,9 @@ from jax_llm.model import CausalLM, init_params
 from jax_llm.optim import global_norm, make_optimizer
 from jax_llm.params import Params
 from llm_common.config import ModelConfig, OptimizerConfig, TrainConfig, check_length
-from llm_common.data import Dataset, Prefetch
+from llm_common.data.datasets import Dataset, Prefetch
 from llm_common.errors import UserError
-from llm_common.metrics import StepMetrics
+from llm_common.run.metrics import StepMetrics
 from llm_common.schedule import StepScalars, step_scalars
 from llm_common.tensors import check_batch
 

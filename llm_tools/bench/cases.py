@@ -12,9 +12,9 @@ from typing import Any
 
 import numpy as np
 
-from llm_common.budget import attention_flops, decode_bytes, flops_per_step
 from llm_common.config import ModelConfig, OptimizerConfig, SamplingConfig, TrainConfig, preset
-from llm_common.data import TokenDataset
+from llm_common.data.datasets import TokenDataset
+from llm_common.run.estimates import attention_flops, decode_bytes, flops_per_step
 from llm_tools.bench.measure import RandomTokens, ceilings, profiled, quartiles, top_kernels, versions
 from llm_tools.bench.peers import find_peer
 from llm_tools.bench.tokenizer_cases import measure_tokenizer

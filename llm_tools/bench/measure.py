@@ -16,9 +16,9 @@ from typing import Any
 import numpy as np
 
 from llm_common.config import ModelConfig, TrainConfig
-from llm_common.data import host_rows
+from llm_common.data.datasets import host_rows
 from llm_common.processes import lifeline
-from llm_common.run_log import environment
+from llm_common.run.log import environment
 
 
 class RandomTokens:

@@ -18,12 +18,12 @@ from typing import Any
 
 import numpy as np
 
-from llm_common.bpe_trainer import train_bpe
-from llm_common.corpus import Corpus, python_documentation
 from llm_common.errors import UserError
-from llm_common.hf_files import to_hf_files
-from llm_common.tokenizer import END_OF_TEXT, Tokenizer
-from llm_common.words import PATTERNS, without_possessive
+from llm_common.text.bpe_trainer import train_bpe
+from llm_common.text.corpus import Corpus, python_documentation
+from llm_common.text.tokenizer import END_OF_TEXT, Tokenizer
+from llm_common.text.tokenizer_json import to_hf_files
+from llm_common.text.words import PATTERNS, without_possessive
 from llm_tools.bench.measure import run_worker
 
 TRAINERS = {"ours, 1 process": None, "ours, 2 processes": None, "tokenizers": "tokenizers", "rustbpe": "rustbpe"}
@@ -82,7 +82,7 @@ def train_once(name: str, texts: list[str], vocab_size: int, pattern: str) -> No
 
 def measure_training(args: argparse.Namespace, task: dict[str, Any]) -> dict[str, Any]:
     texts = read_documents(tuple(args.data))
-    importlib.import_module(TRAINERS[task["side"]] or "llm_common.bpe_trainer")
+    importlib.import_module(TRAINERS[task["side"]] or "llm_common.text.bpe_trainer")
     (before, _), start = usage(), time.perf_counter()
     train_once(task["side"], texts, args.vocab_size, args.pattern)
     wall = time.perf_counter() - start

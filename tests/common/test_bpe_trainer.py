@@ -4,12 +4,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llm_common import bpe_reference, bpe_trainer
-from llm_common.bpe_trainer import TIE_RULES, count_words, learn_merges, train_bpe
-from llm_common.corpus import python_documentation
 from llm_common.errors import UserError
-from llm_common.tokenizer import END_OF_TEXT
-from llm_common.words import PATTERNS
+from llm_common.text import bpe_reference, bpe_trainer
+from llm_common.text.bpe_trainer import TIE_RULES, count_words, learn_merges, train_bpe
+from llm_common.text.corpus import python_documentation
+from llm_common.text.tokenizer import END_OF_TEXT
+from llm_common.text.words import PATTERNS
 
 TEXTS = [text for _, text in zip(range(60), python_documentation(), strict=False)]
 

@@ -4,8 +4,8 @@ import time
 
 import pytest
 
-from llm_common.chat_template import render_chat
 from llm_common.errors import UserError
+from llm_common.text.chat_template import render_chat
 
 transformers = pytest.importorskip("transformers")
 from transformers.utils.chat_template_utils import render_jinja_template  # noqa: E402

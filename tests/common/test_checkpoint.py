@@ -6,8 +6,10 @@ import shutil
 import numpy as np
 import pytest
 
-from llm_common import checkpoint
-from llm_common.checkpoint import (
+from llm_common.config import preset
+from llm_common.errors import UserError
+from llm_common.files.tensor_files import write_tensors
+from llm_common.run.checkpoint import (
     TrainingState,
     held_out_loss,
     latest_checkpoint,
@@ -16,13 +18,11 @@ from llm_common.checkpoint import (
     prune_checkpoints,
     save_checkpoint,
 )
-from llm_common.config import preset
-from llm_common.errors import UserError
-from llm_common.hf_tokenizer import load_tokenizer
-from llm_common.run_settings import check_resumable
-from llm_common.tensor_files import write_tensors
+from llm_common.run import checkpoint
+from llm_common.run.settings import check_resumable
 from llm_common.tensors import tensor_shapes
-from llm_common.tokenizer import Tokenizer
+from llm_common.text.hf_tokenizer import load_tokenizer
+from llm_common.text.tokenizer import Tokenizer
 
 CFG, TOKENIZER = preset("tiny"), Tokenizer([])
 

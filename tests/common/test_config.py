@@ -7,7 +7,7 @@ import pytest
 
 from llm_common.config import PRESETS, ModelConfig, OptimizerConfig, SamplingConfig, TrainConfig, check_length, preset
 from llm_common.errors import UserError
-from parity.cases import families
+from parity.core.inputs import families
 
 TINY = dataclasses.asdict(preset("tiny"))
 NAN, INF = float("nan"), float("inf")

@@ -9,10 +9,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llm_common.corpus import Corpus, _split, read_records
 from llm_common.errors import UserError
-from llm_common.records import lines_of
-from llm_common.tokenizer import END_OF_TEXT
+from llm_common.text.corpus import Corpus, _split, read_records
+from llm_common.text.records import lines_of
+from llm_common.text.tokenizer import END_OF_TEXT
 
 
 def pieces(text, size):

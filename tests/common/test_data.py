@@ -7,11 +7,11 @@ import time
 import numpy as np
 import pytest
 
-from llm_common.corpus import documents, python_documentation
-from llm_common.data import Order, Prefetch, TokenDataset, check_data, unigram_entropy, write_tokens
+from llm_common.data.datasets import Order, Prefetch, TokenDataset, check_data, unigram_entropy, write_tokens
 from llm_common.errors import UserError
-from llm_common.run_log import RunLog, read_log
-from llm_common.tokenizer import Tokenizer
+from llm_common.run.log import RunLog, read_log
+from llm_common.text.corpus import documents, python_documentation
+from llm_common.text.tokenizer import Tokenizer
 
 
 @pytest.fixture

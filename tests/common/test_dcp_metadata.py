@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from llm_common.dcp_metadata import read_metadata
 from llm_common.errors import UserError
+from llm_common.files.dcp_metadata import read_metadata
 
 
 class Evil:
@@ -52,7 +52,7 @@ def test_a_claim_of_much_memory_costs_none(tmp_path):
     (tmp_path / ".metadata").write_bytes(b"\x80\x04}r" + (0x0A000000).to_bytes(4, "little") + b".")
     code = (
         "import resource, sys; from pathlib import Path; resource.setrlimit(resource.RLIMIT_AS, (1 << 30, 1 << 30))\n"
-        "from llm_common.dcp_metadata import read_metadata\n"
+        "from llm_common.files.dcp_metadata import read_metadata\n"
         "try: read_metadata(Path(sys.argv[1]))\nexcept ValueError as e: print(type(e).__name__)"
     )
     result = subprocess.run(

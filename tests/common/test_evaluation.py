@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from llm_common.budget import flops_per_step, memory_per_step, peak_flops
 from llm_common.config import TrainConfig, preset
+from llm_common.data.answers import write_examples
+from llm_common.data.evaluation import DocumentEvaluation, Evaluation, ExampleEvaluation, Stopped
 from llm_common.errors import UserError, is_out_of_memory
-from llm_common.evaluation import DocumentEvaluation, Evaluation, ExampleEvaluation, Stopped
-from llm_common.examples import write_examples
-from llm_common.progress import TrainingProgress, duration
-from llm_common.tokenizer import Tokenizer
+from llm_common.run.estimates import flops_per_step, memory_per_step, peak_flops
+from llm_common.run.progress import TrainingProgress, duration
+from llm_common.text.tokenizer import Tokenizer
 
 
 @pytest.mark.parametrize(("n", "seq_len", "batch"), [(2, 4, 2), (9, 4, 2), (10, 4, 2), (50, 7, 3), (22, 7, 3)])
@@ -80,7 +80,7 @@ def test_memory_falls_with_what_saves_it():
 def test_freed_memory_is_kept_for_the_next_step():
     code = """
 import resource, sys, threading, numpy as np
-from llm_common.budget import keep_freed_memory
+from llm_common.run.host_memory import keep_freed_memory
 if sys.argv[1] == "keep":
     keep_freed_memory()
 def steps():

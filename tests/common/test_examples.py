@@ -5,10 +5,10 @@ import json
 import numpy as np
 import pytest
 
-from llm_common.data import TokenDataset
+from llm_common.data.answers import ExampleDataset, open_dataset, read_examples, write_examples
+from llm_common.data.datasets import TokenDataset
 from llm_common.errors import UserError
-from llm_common.examples import ExampleDataset, open_dataset, read_examples, write_examples
-from llm_common.tokenizer import Tokenizer
+from llm_common.text.tokenizer import Tokenizer
 
 TOKENIZER = Tokenizer([])
 PAIRS = [("ab", "xyz"), ("c", "w"), ("defg", "uv"), ("h", "t"), ("ij", "s")]

@@ -5,12 +5,12 @@ import unicodedata
 
 import pytest
 
-from llm_common.bpe_reference import WORDS
-from llm_common.corpus import python_documentation
 from llm_common.errors import UserError
-from llm_common.hf_files import SPELLINGS, read_hf_folder, to_hf_files
-from llm_common.hf_tokenizer import HfTokenizer, open_tokenizer
-from llm_common.tokenizer import Tokenizer
+from llm_common.text.bpe_reference import WORDS
+from llm_common.text.corpus import python_documentation
+from llm_common.text.hf_tokenizer import HfTokenizer, open_tokenizer
+from llm_common.text.tokenizer import Tokenizer
+from llm_common.text.tokenizer_json import SPELLINGS, read_hf_folder, to_hf_files
 
 tokenizers = pytest.importorskip("tokenizers")
 from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, processors, trainers  # noqa: E402

@@ -5,12 +5,12 @@ import json
 import numpy as np
 import pytest
 
-from llm_common.bpe_trainer import train_bpe
-from llm_common.corpus import python_documentation
 from llm_common.errors import UserError
-from llm_common.hf_tokenizer import HfTokenizer, companions, load_tokenizer, open_tokenizer, token_ids
-from llm_common.text_stream import TextStream
-from llm_common.tokenizer import PATTERNS, Tokenizer
+from llm_common.text.bpe_trainer import train_bpe
+from llm_common.text.corpus import python_documentation
+from llm_common.text.hf_tokenizer import HfTokenizer, companions, load_tokenizer, open_tokenizer, token_ids
+from llm_common.text.text_stream import TextStream
+from llm_common.text.tokenizer import PATTERNS, Tokenizer
 
 tokenizers = pytest.importorskip("tokenizers")
 transformers = pytest.importorskip("transformers")

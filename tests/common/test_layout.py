@@ -57,6 +57,48 @@ def test_a_forbidden_import_would_be_seen(tmp_path):
     assert imported(file) & FORBIDDEN["jax_llm"] == {"torch"}
 
 
+def folders_imported() -> dict[str, set[str]]:
+    """Of each folder of the packages: the folders that its files import from."""
+    found: dict[str, set[str]] = {}
+    for package in ("llm_common", "jax_llm", "torch_llm", "parity", "llm_tools"):
+        for path in (ROOT / package).rglob("*.py"):
+            if path.name in ("__init__.py", "__main__.py"):  # faces: they hand names on
+                continue
+            own = ".".join(path.relative_to(ROOT).parts[:-1])
+            for name in modules(path):
+                is_file = (ROOT / f"{name.replace('.', '/')}.py").exists()
+                folder = name.rpartition(".")[0] if is_file else name
+                if folder != own and (ROOT / folder.replace(".", "/")).is_dir() and folder.split(".")[0] in KNOWN:
+                    found.setdefault(own, set()).add(folder)
+    return found
+
+
+KNOWN = {"llm_common", "jax_llm", "torch_llm", "parity", "llm_tools"}
+
+
+def circles(arrows: dict[str, set[str]]) -> list[str]:
+    """The folders from which a way leads back to them."""
+
+    def reached(start: str) -> set[str]:
+        seen, todo = set(), [start]
+        while todo:
+            for folder in arrows.get(todo.pop(), ()):
+                if folder not in seen:
+                    seen.add(folder)
+                    todo.append(folder)
+        return seen
+
+    return [folder for folder in arrows if folder in reached(folder)]
+
+
+def test_no_circle_between_folders():
+    arrows = folders_imported()
+    assert len(arrows) > 15
+    assert not circles(arrows)
+    arrows.setdefault("llm_common", set()).add("parity.core")
+    assert {"llm_common", "parity.core"} <= set(circles(arrows))
+
+
 TAUGHT = ("layers", "rope", "attention", "model", "loss", "optim", "sampling")
 LESSON = (*TAUGHT, "kernels", "kv_cache", "random_bits", "documents", "params")
 GROUND_FLOOR = {"errors", "config", "hf_config", "tensors", "rope", "random_bits", "schedule", "sharding"}
@@ -122,5 +164,5 @@ def test_all_families_fit_two_short_files(side):
 
 
 def test_the_reference_of_the_tokenizer_is_short_and_imports_none_of_the_packages():
-    assert len((ROOT / "llm_common/bpe_reference.py").read_text().splitlines()) <= 100
-    assert imported(ROOT / "llm_common/bpe_reference.py") == {"itertools", "collections", "regex"}
+    assert len((ROOT / "llm_common/text/bpe_reference.py").read_text().splitlines()) <= 100
+    assert imported(ROOT / "llm_common/text/bpe_reference.py") == {"itertools", "collections", "regex"}

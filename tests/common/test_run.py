@@ -14,7 +14,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from llm_common.checkpoint import (
+from llm_common.config import OptimizerConfig, RunConfig, TrainConfig, preset
+from llm_common.data.evaluation import Evaluation
+from llm_common.errors import UserError, sha256_of, with_checksum
+from llm_common.run.checkpoint import (
     TrainingState,
     checkpoints,
     held_out_loss,
@@ -23,11 +26,8 @@ from llm_common.checkpoint import (
     prune_checkpoints,
     save_checkpoint,
 )
-from llm_common.config import OptimizerConfig, RunConfig, TrainConfig, preset
-from llm_common.errors import UserError, sha256_of, with_checksum
-from llm_common.evaluation import Evaluation
-from llm_common.run import Run
-from llm_common.run_log import RunLog, read_log
+from llm_common.run.folder import Run
+from llm_common.run.log import RunLog, read_log
 from llm_common.tensors import tensor_shapes
 
 CFG, ROOT = preset("tiny"), Path(__file__).parents[2]

@@ -5,12 +5,12 @@ import json
 import numpy as np
 import pytest
 
-from llm_common.data import TokenDataset, check_data, write_tokens
+from llm_common.data.answers import ExampleReader
+from llm_common.data.datasets import TokenDataset, check_data, write_tokens
+from llm_common.data.sequences import DocumentEncoder, answer_encoder, resolve_token, split_ids
 from llm_common.errors import UserError
-from llm_common.examples import ExampleReader
-from llm_common.hf_tokenizer import HfTokenizer, companions, load_tokenizer, stop_ids, token_ids
-from llm_common.sequences import DocumentEncoder, answer_encoder, resolve_token, split_ids
-from llm_common.tokenizer import Tokenizer
+from llm_common.text.hf_tokenizer import HfTokenizer, companions, load_tokenizer, stop_ids, token_ids
+from llm_common.text.tokenizer import Tokenizer
 
 tokenizers = pytest.importorskip("tokenizers")
 transformers = pytest.importorskip("transformers")
@@ -268,7 +268,7 @@ def test_half_a_surrogate_pair_anywhere(tmp_path):
 def test_a_folder_is_the_same_tokenizer_with_and_without_the_library(tmp_path, monkeypatch):
     import importlib.util
 
-    import llm_common.hf_tokenizer
+    import llm_common.text.hf_tokenizer
 
     folder = byte_level(
         tmp_path, (*QWEN, "<đ>"), {"eos_token": "<|im_end|>", "chat_template": CHATML}, plain=("<tool>", "đđ", "é!")
@@ -276,7 +276,9 @@ def test_a_folder_is_the_same_tokenizer_with_and_without_the_library(tmp_path, m
     with_library = load_tokenizer(folder)
     find = importlib.util.find_spec
     monkeypatch.setattr(
-        llm_common.hf_tokenizer.importlib.util, "find_spec", lambda name: None if name == "tokenizers" else find(name)
+        llm_common.text.hf_tokenizer.importlib.util,
+        "find_spec",
+        lambda name: None if name == "tokenizers" else find(name),
     )
     without = load_tokenizer(folder)
     assert (type(with_library), type(without)) == (HfTokenizer, Tokenizer)
@@ -324,7 +326,7 @@ def test_qwen_saved_as_vocab_and_merges(where, tmp_path):
 
 def test_a_vocabulary_that_lacks_bytes_reads_as_the_library_reads_it(tmp_path):
     """SmolLM2's lacks 21 single bytes; text with them loses them, as with the library."""
-    from llm_common.hf_files import read_hf_folder
+    from llm_common.text.tokenizer_json import read_hf_folder
 
     folder = byte_level(tmp_path, QWEN, {"eos_token": "<|im_end|>"})
     content = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
@@ -377,9 +379,9 @@ def test_a_kill_between_a_file_and_its_description_leaves_a_pair(tmp_path, monke
         write_tokens(path, ["abcdef", "g"], Tokenizer([]))
     monkeypatch.setattr(Path, "replace", replace)
     assert check_data(path)["tokens"] == 9  # the new file, with the description that waited
-    import llm_common.data
+    import llm_common.data.datasets
 
-    monkeypatch.setattr(llm_common.data, "write_whole", killed_at(path, llm_common.data.write_whole))
+    monkeypatch.setattr(llm_common.data.datasets, "write_whole", killed_at(path, llm_common.data.datasets.write_whole))
     with pytest.raises(KeyboardInterrupt):
         write_tokens(path, ["h"], Tokenizer([]))
     assert check_data(path)["tokens"] == 9
@@ -413,7 +415,7 @@ FLAGS = dict.fromkeys(("normalized", "single_word"), False) | {"lstrip": True, "
 )
 def test_tokens_that_only_the_other_files_name(config, files, tmp_path):
     """transformers adds them; read in Python, where their ids would be guessed, they are refused."""
-    from llm_common.hf_files import read_hf_folder
+    from llm_common.text.tokenizer_json import read_hf_folder
 
     byte_level(tmp_path, QWEN, {"eos_token": "<|im_end|>", **config}, files=files)
     t, auto = HfTokenizer(tmp_path), transformers.AutoTokenizer.from_pretrained(tmp_path)
@@ -448,7 +450,7 @@ def test_a_file_that_is_not_ours_is_not_overwritten(tmp_path):
 @pytest.mark.parametrize("whole", [True, False])
 def test_added_tokens_whose_ids_leave_a_gap(whole, name, added, tmp_path, capsys):
     """transformers gives the next id, whatever is written; so do both readers here, and they say it."""
-    from llm_common.hf_files import read_hf_folder
+    from llm_common.text.tokenizer_json import read_hf_folder
 
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocab = {letter: i for i, letter in enumerate([*letters, "<|endoftext|>"])}

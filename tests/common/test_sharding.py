@@ -8,12 +8,12 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from llm_common.budget import GIB, memory_per_step
 from llm_common.config import PRESETS, ModelConfig, TrainConfig
 from llm_common.errors import UserError
-from llm_common.hosts import Hosts, roll_call
+from llm_common.files.tensor_files import open_model_files, plan_shards, shard_index
+from llm_common.run.estimates import GIB, memory_per_step
+from llm_common.run.hosts import Hosts, roll_call
 from llm_common.sharding import AXES, MeshConfig, check_mesh, check_sharded, shard_of, weight_axes
-from llm_common.tensor_files import open_model_files, plan_shards, shard_index
 from llm_common.tensors import ReadOnDemand, tensor_shapes
 
 CFG = ModelConfig(96, 32, 64, 2, 8, 4, head_dim=8, model_type="qwen2")

@@ -11,11 +11,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from llm_common.bpe_trainer import train_bpe
-from llm_common.corpus import python_documentation
-from llm_common.data import TokenDataset, check_data, open_tokens, write_tokens
+from llm_common.data.datasets import TokenDataset, check_data, open_tokens, write_tokens
+from llm_common.data.shards import MANIFEST, ShardedTokens, is_held_out, prepare
 from llm_common.errors import UserError
-from llm_common.shards import MANIFEST, ShardedTokens, is_held_out, prepare
+from llm_common.text.bpe_trainer import train_bpe
+from llm_common.text.corpus import python_documentation
 
 DOCUMENTS = [text for _, text in zip(range(60), python_documentation(), strict=False)]
 PART = 20_000
@@ -40,7 +40,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def test_shards_hold_what_one_file_holds(shards, tokenizer_path, tmp_path):
-    from llm_common.tokenizer import Tokenizer
+    from llm_common.text.tokenizer import Tokenizer
 
     tokenizer = Tokenizer.load(tokenizer_path)
     manifest = json.loads((shards / "train" / MANIFEST).read_text())
@@ -154,7 +154,7 @@ def test_a_full_disk_leaves_nothing_that_looks_whole(tokenizer_path, tmp_path):
     code = (
         "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, 10_000))\n"
         "import signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
-        "from pathlib import Path; from llm_common.shards import prepare\n"
+        "from pathlib import Path; from llm_common.data.shards import prepare\n"
         "prepare(['some words ' * 20_000], Path(sys.argv[1]), Path(sys.argv[2]))"
     )
     command = [sys.executable, "-c", code, str(tmp_path / "data"), str(tokenizer_path)]

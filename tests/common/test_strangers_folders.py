@@ -7,14 +7,14 @@ import time
 import numpy as np
 import pytest
 
-from llm_common.checkpoint import load_checkpoint, load_weights
 from llm_common.config import ModelConfig, preset
 from llm_common.errors import UserError
-from llm_common.export import export
-from llm_common.run import newest
-from llm_common.tensor_files import TensorFiles, write_tensors
+from llm_common.files.export import export
+from llm_common.files.tensor_files import TensorFiles, write_tensors
+from llm_common.run.checkpoint import load_checkpoint, load_weights
+from llm_common.run.folder import newest
 from llm_common.tensors import tensor_shapes
-from llm_common.tokenizer import Tokenizer
+from llm_common.text.tokenizer import Tokenizer
 
 CFG = dataclasses.replace(preset("tiny"), vocab_size=260)
 
@@ -115,7 +115,7 @@ def test_a_number_outside_the_exports_dtype_is_named(dtype, value, tmp_path):
 
 
 def test_a_pad_token_beyond_the_embeddings_is_no_obstacle(capsys):
-    from llm_common.tokenizer import check_vocabulary
+    from llm_common.text.tokenizer import check_vocabulary
 
     tokenizer = Tokenizer([], ["<|endoftext|>", "[PAD]"])
     check_vocabulary(tokenizer, 257)
@@ -183,7 +183,7 @@ def test_what_is_no_checkpoint_cannot_be_resumed(tmp_path):
 def test_a_pattern_that_takes_for_ever_is_refused(pattern, tmp_path, capfd):
     """A stranger's tokenizer.json may cut words by any expression; one that does not end is tried before it is used."""
     tokenizers = pytest.importorskip("tokenizers")
-    from llm_common.hf_tokenizer import HfTokenizer
+    from llm_common.text.hf_tokenizer import HfTokenizer
 
     letters = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
     t = tokenizers.Tokenizer(tokenizers.models.BPE({x: i for i, x in enumerate(letters)}, []))
@@ -200,7 +200,7 @@ def test_a_pattern_that_takes_for_ever_is_refused(pattern, tmp_path, capfd):
 
 def test_a_pattern_that_nobody_knows_and_that_ends_is_used(tmp_path):
     tokenizers = pytest.importorskip("tokenizers")
-    from llm_common.hf_tokenizer import HfTokenizer
+    from llm_common.text.hf_tokenizer import HfTokenizer
 
     letters = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
     t = tokenizers.Tokenizer(tokenizers.models.BPE({x: i for i, x in enumerate(letters)}, []))

@@ -11,11 +11,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llm_common.checkpoint import load_weights
 from llm_common.config import preset
 from llm_common.errors import UserError
-from llm_common.export import export
-from llm_common.tensor_files import TensorFiles, open_model_files, read_tensors, write_tensors
+from llm_common.files.export import export
+from llm_common.files.tensor_files import TensorFiles, open_model_files, read_tensors, write_tensors
+from llm_common.run.checkpoint import load_weights
 from llm_common.tensors import tensor_shapes
 
 CFG = preset("tiny")

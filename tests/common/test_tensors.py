@@ -5,7 +5,7 @@ import pytest
 
 from llm_common.config import preset
 from llm_common.errors import UserError
-from llm_common.tensor_files import read_tensors, write_tensors
+from llm_common.files.tensor_files import read_tensors, write_tensors
 from llm_common.tensors import check_tensors, check_token_ids, decays, tensor_shapes
 
 

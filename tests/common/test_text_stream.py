@@ -3,8 +3,8 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llm_common.text_stream import TextStream
-from llm_common.tokenizer import Tokenizer
+from llm_common.text.text_stream import TextStream
+from llm_common.text.tokenizer import Tokenizer
 
 TOKENIZER = Tokenizer([(b"a", b"b"), (b"\xf0", b"\x9f")])
 

@@ -7,12 +7,12 @@ import tiktoken
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llm_common import bpe_reference
-from llm_common.bpe_trainer import train_bpe
-from llm_common.corpus import python_documentation
 from llm_common.errors import UserError
-from llm_common.tokenizer import END_OF_TEXT, PATTERNS, Tokenizer, check_vocabulary
-from llm_common.words import clean, stream_blocks
+from llm_common.text import bpe_reference
+from llm_common.text.bpe_trainer import train_bpe
+from llm_common.text.corpus import python_documentation
+from llm_common.text.tokenizer import END_OF_TEXT, PATTERNS, Tokenizer, check_vocabulary
+from llm_common.text.words import clean, stream_blocks
 
 TEXT = "low lower lowest, newer newest wider; the widest river's banks they'll widen. 12345 été 你好 🙂\n\n  end"
 

@@ -7,8 +7,8 @@ import regex
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llm_common.corpus import python_documentation
-from llm_common.words import (
+from llm_common.text.corpus import python_documentation
+from llm_common.text.words import (
     PATTERNS,
     SMALL_BLOCK,
     Words,

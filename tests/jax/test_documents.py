@@ -5,8 +5,8 @@ import numpy as np
 
 from jax_llm.documents import inside_documents
 from llm_common.config import preset
-from parity.cases import random_weights
-from parity.jax_side import JaxSide
+from parity.core.inputs import random_weights
+from parity.sides.jax_side import JaxSide
 
 IDS = np.array([[5, 1, 6, 7, 1, 1, 8, 9], [1, 5, 6, 7, 8, 9, 5, 1]])
 

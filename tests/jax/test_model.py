@@ -20,7 +20,7 @@ from llm_common.config import preset
 from llm_common.errors import UserError
 from llm_common.tensors import tensor_shapes
 from parity import spec
-from parity.cases import random_batch, random_weights
+from parity.core.inputs import random_batch, random_weights
 
 CFG = preset("tiny")
 IDS, TARGETS = random_batch(CFG, 0, batch=2, length=11, ignored=False)

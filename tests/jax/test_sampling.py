@@ -11,7 +11,7 @@ from jax_llm.engine.generate import generate, generate_stream, generator
 from jax_llm.model import CausalLM
 from llm_common.config import SamplingConfig, preset
 from llm_common.errors import UserError
-from parity.cases import random_weights
+from parity.core.inputs import random_weights
 
 CFG = preset("tiny")
 LOGITS = jnp.log(jnp.array([[0.1, 0.4, 0.05, 0.4, 0.05]]))  # ties at the top and at the bottom

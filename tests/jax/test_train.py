@@ -20,16 +20,16 @@ from jax_llm.engine.run import fit_and_save
 from jax_llm.engine.train import Metrics, fit, init_state, make_train_step, one_step_behind
 from jax_llm.loss import cross_entropy
 from jax_llm.model import CausalLM
-from llm_common.checkpoint import latest_checkpoint, load_checkpoint
 from llm_common.config import OptimizerConfig, RunConfig, TrainConfig, preset
+from llm_common.data.evaluation import Evaluation
 from llm_common.errors import UserError
-from llm_common.evaluation import Evaluation
-from llm_common.run import Run
-from llm_common.run_log import read_log
+from llm_common.run.checkpoint import latest_checkpoint, load_checkpoint
+from llm_common.run.folder import Run
+from llm_common.run.log import read_log
 from llm_common.schedule import StepScalars, step_scalars
-from llm_common.tokenizer import Tokenizer
+from llm_common.text.tokenizer import Tokenizer
 from parity import spec
-from parity.cases import RandomBatches, random_batch, random_weights
+from parity.core.inputs import RandomBatches, random_batch, random_weights
 
 CFG = preset("tiny")
 TRAIN = TrainConfig(batch_size=3, seq_len=13)

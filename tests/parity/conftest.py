@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from parity.jax_side import clear_caches
+from parity.sides.jax_side import clear_caches
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"
 

@@ -11,10 +11,11 @@ from pathlib import Path
 import pytest
 
 from llm_common.errors import UserError
-from parity import cli, report
-from parity.compare import JAX, Row
-from parity.ladder import CHECKS, run_checks
-from parity.settings import Settings
+from parity.checks.ladder import CHECKS, run_checks
+from parity.commands import cli
+from parity.core.compare import JAX, Row
+from parity.report import report
+from parity.sides.settings import Settings
 
 
 def test_one_check_alone_writes_table_json_and_markdown(tmp_path, capsys):
@@ -105,7 +106,7 @@ def test_a_trace_writes_its_points_and_the_page_shows_them(tmp_path, capsys):
 
 
 def test_a_pair_from_a_script(tmp_path, capsys):
-    script = Path(cli.__file__).parents[1] / "examples" / "mlp.py"
+    script = Path(__file__).parents[2] / "examples" / "mlp.py"
     assert cli.main(["pair", str(script), "--dtype", "float64", "--out", str(tmp_path)]) == 0
     assert "MLP: JAX and torch agree" in capsys.readouterr().out
     assert (tmp_path / "report.html").is_file()
@@ -164,7 +165,7 @@ def test_the_whole_ladder_holds_on_fresh_seeds(tmp_path):
 
 ONE_WORKER = """
 import os, time
-from parity.ladder import processes
+from parity.checks.ladder import processes
 if __name__ == "__main__":
     with processes(1) as pool:
         print(pool.submit(os.getpid).result(), flush=True)

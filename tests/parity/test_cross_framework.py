@@ -5,14 +5,14 @@ import pytest
 
 import jax_llm.engine.run
 import torch_llm.engine.run
-from llm_common.checkpoint import load_checkpoint
 from llm_common.config import OptimizerConfig, RunConfig, TrainConfig, preset
-from llm_common.data import TokenDataset
+from llm_common.data.datasets import TokenDataset
 from llm_common.errors import UserError
-from llm_common.run import Run
-from llm_common.run_log import read_log
-from llm_common.tokenizer import Tokenizer
-from parity.compare import tensor_errors
+from llm_common.run.checkpoint import load_checkpoint
+from llm_common.run.folder import Run
+from llm_common.run.log import read_log
+from llm_common.text.tokenizer import Tokenizer
+from parity.core.compare import tensor_errors
 
 CFG = preset("tiny")
 OPT = OptimizerConfig(lr_max=1e-3, warmup_steps=3, total_steps=30)

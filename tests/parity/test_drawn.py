@@ -4,13 +4,13 @@ import numpy as np
 import pytest
 
 from llm_common.errors import UserError
-from parity import drawn
-from parity.case_space import SPACES, fix
-from parity.cli import main
-from parity.fuzz import Drawn, corpus, draw, judge, judge_and_explain, seconds_of
-from parity.planting import Edit, planted
-from parity.run_cases import covering_cases
-from parity.settings import Settings
+from parity.checks.fuzz import Drawn, corpus, draw, judge, judge_and_explain, seconds_of
+from parity.checks.run_cases import covering_cases
+from parity.commands.cli import main
+from parity.core import drawn
+from parity.core.case_space import SPACES, fix
+from parity.core.planting import Edit, planted
+from parity.sides.settings import Settings
 
 SPACE = {"a": (0, 1, 2), "b": (False, True), "c": ("x", "y", "z"), "d": (1.0, 2.0)}
 free = lambda case: case
@@ -106,7 +106,7 @@ def test_a_bug_that_only_some_settings_show_is_found_and_made_small(edit, line, 
     with planted([edit]):
         import jax
 
-        from parity.jax_side import clear_caches
+        from parity.sides.jax_side import clear_caches
 
         clear_caches()
         try:

@@ -5,10 +5,10 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 
-from parity import emulation
-from parity.device_checks import check_device
-from parity.emulation import with_bfloat16_operands
-from parity.settings import Settings
+from parity.checks.devices import check_device
+from parity.core import emulation
+from parity.core.emulation import with_bfloat16_operands
+from parity.sides.settings import Settings
 
 RNG = np.random.default_rng(0)
 A, B = (RNG.standard_normal((7, 5)).astype(np.float32), RNG.standard_normal((5, 3)).astype(np.float32))

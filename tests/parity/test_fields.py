@@ -24,14 +24,15 @@ from llm_common.config import ModelConfig, OptimizerConfig, RopeScaling, RunConf
 from llm_common.errors import UserError
 from llm_common.schedule import step_scalars
 from llm_common.sharding import MeshConfig
-from parity import kernel_checks, spec_run
-from parity.cases import RandomBatches, random_weights, start_state
-from parity.compare import JAX, TORCH
-from parity.fuzz import Drawn, judge
-from parity.jax_side import JaxSide
-from parity.jaxprs import equations
-from parity.settings import Settings
-from parity.torch_side import TorchSide
+from parity import spec_run
+from parity.checks import kernels as kernel_checks
+from parity.checks.fuzz import Drawn, judge
+from parity.core.compare import JAX, TORCH
+from parity.core.inputs import RandomBatches, random_weights, start_state
+from parity.core.jaxprs import equations
+from parity.sides.jax_side import JaxSide
+from parity.sides.settings import Settings
+from parity.sides.torch_side import TorchSide
 from torch_llm.engine.train import Trainer
 
 # field -> (a case in which its value is not the shadow's, the shadow: what a side takes in its place)
@@ -83,22 +84,22 @@ NUMBERS: dict[type, Numbers] = {
 BOOKKEEPING: dict[type, dict[str, tuple[str, str]]] = {
     ModelConfig: {"max_position_embeddings": ("tests/common/test_config.py", "length")},
     TrainConfig: {
-        "seed": ("parity/model_checks.py", "check_init"),
-        "batch_size": ("parity/program_checks.py", "--batch-size"),
-        "seq_len": ("parity/program_checks.py", "--seq-len"),
+        "seed": ("parity/checks/model.py", "check_init"),
+        "batch_size": ("parity/checks/programs.py", "--batch-size"),
+        "seq_len": ("parity/checks/programs.py", "--seq-len"),
     },
     RunConfig: dict.fromkeys(
         ("save_every", "save_minutes", "keep_last", "keep_best", "eval_every"),
         ("tests/common/test_run.py", ""),
     )
     | {
-        "eval_batches": ("parity/program_checks.py", "--eval-batches"),
+        "eval_batches": ("parity/checks/programs.py", "--eval-batches"),
         "log_every": ("tests/parity/test_scripts.py", "log_every"),
     },
-    MeshConfig: dict.fromkeys(("data", "fsdp", "tensor"), ("parity/sharded.py", "")),
+    MeshConfig: dict.fromkeys(("data", "fsdp", "tensor"), ("parity/sharded/sharded.py", "")),
     RopeScaling: dict.fromkeys(
         ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
-        ("parity/config_checks.py", ""),
+        ("parity/checks/configs.py", ""),
     ),
 }
 

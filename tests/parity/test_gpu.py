@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 
 from llm_common.config import OptimizerConfig, RunConfig, SamplingConfig, TrainConfig, preset
-from llm_common.data import TokenDataset
-from llm_common.run import Run
-from llm_common.run_log import read_log
+from llm_common.data.datasets import TokenDataset
+from llm_common.run.folder import Run
+from llm_common.run.log import read_log
 from llm_tools.frameworks import open_backend
-from parity.cases import random_weights
-from parity.ladder import run_checks
-from parity.settings import Settings
+from parity.checks.ladder import run_checks
+from parity.core.inputs import random_weights
+from parity.sides.settings import Settings
 
 pytestmark = pytest.mark.gpu
 ON_GPU = Settings(device="gpu", steps=50, tokens=1000)
@@ -156,8 +156,8 @@ def test_fast_attention_with_a_mask_errs_no_more_than_the_reference(hidden, rema
 
     from jax_llm.fast.attention import FusedAttention
     from parity import spec
-    from parity.jax_side import JaxSide
-    from parity.torch_side import TorchSide
+    from parity.sides.jax_side import JaxSide
+    from parity.sides.torch_side import TorchSide
     from torch_llm.engine.checkpoint import from_canonical
     from torch_llm.engine.gradients import batch_loss
     from torch_llm.fast.attention import in_blocks

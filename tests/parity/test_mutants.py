@@ -5,16 +5,16 @@ import ast
 import pytest
 
 import llm_common.rope
-import parity.planting
+import parity.core.planting
 import torch_llm.layers
 from llm_common.config import preset
 from llm_common.errors import UserError
-from parity.catalogue import EQUIVALENTS, MUTANTS, Mutant
-from parity.compare import JAX, SHARED, TORCH
-from parity.ladder import run_checks
-from parity.mutants import EFFECT_WANTED, clean_run, run_mutant, run_mutants, score, select, smallest_effects
-from parity.planting import AnchorError, Edit, planted
-from parity.settings import Settings
+from parity.checks.ladder import run_checks
+from parity.core.compare import JAX, SHARED, TORCH
+from parity.core.planting import AnchorError, Edit, planted
+from parity.mutants.catalogue import EQUIVALENTS, MUTANTS, Mutant
+from parity.mutants.score import EFFECT_WANTED, clean_run, run_mutant, run_mutants, score, select, smallest_effects
+from parity.sides.settings import Settings
 
 QUICK = [m for m in MUTANTS if m.quick]
 
@@ -97,9 +97,9 @@ def test_an_anchor_that_is_gone_or_twice_there_fails_loudly(edit, message):
 
 def test_layout_and_comments_play_no_part(monkeypatch):
     source = "def f(x):\n    # a comment\n    return (x +\n        1)  # another\n"
-    monkeypatch.setattr(parity.planting, "_source", lambda function: source)
+    monkeypatch.setattr(parity.core.planting, "_source", lambda function: source)
     definition = ast.parse(source).body[0]
-    parity.planting._replace(definition, Edit("m:f", "x + 1", "x - 1"))  # type: ignore[arg-type]
+    parity.core.planting._replace(definition, Edit("m:f", "x + 1", "x - 1"))  # type: ignore[arg-type]
     assert ast.unparse(definition) == "def f(x):\n    return x - 1"
 
 

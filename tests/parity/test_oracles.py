@@ -11,15 +11,15 @@ import numpy as np
 import pytest
 import torch
 
-from llm_common.checkpoint import load_weights
 from llm_common.config import preset
-from llm_common.export import export
-from llm_common.tensor_files import write_tensors
+from llm_common.files.export import export
+from llm_common.files.tensor_files import write_tensors
+from llm_common.run.checkpoint import load_weights
 from parity import spec
-from parity.cases import families, random_batch, random_weights
-from parity.compare import tensor_errors
-from parity.jax_side import JaxSide
-from parity.torch_side import TorchSide
+from parity.core.compare import tensor_errors
+from parity.core.inputs import families, random_batch, random_weights
+from parity.sides.jax_side import JaxSide
+from parity.sides.torch_side import TorchSide
 
 transformers = pytest.importorskip("transformers")
 

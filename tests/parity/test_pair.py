@@ -13,10 +13,10 @@ import torch
 from flax import nnx
 
 from llm_common.errors import UserError
-from parity.compare import JAX, TORCH
-from parity.matching import leaves_of, match
-from parity.pair import EITHER, Pair, compare_optimizers
-from parity.testing import assert_same
+from parity.core.compare import JAX, TORCH
+from parity.pair import assert_same
+from parity.pair.matching import leaves_of, match
+from parity.pair.pair import EITHER, Pair, compare_optimizers
 
 ROOT = Path(__file__).parents[2]
 X = np.random.default_rng(0).standard_normal((5, 12))

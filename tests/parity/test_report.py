@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from parity.charts import Scale
-from parity.compare import Row
-from parity.noise import with_noise
-from parity.page import render
-from parity.report import standing, write_comparison, write_html_of, write_json, write_markdown
-from parity.settings import Settings
+from parity.checks.noise import with_noise
+from parity.core.compare import Row
+from parity.report.charts import Scale
+from parity.report.page import render
+from parity.report.report import standing, write_comparison, write_html_of, write_json, write_markdown
+from parity.sides.settings import Settings
 
 ROWS = [
     Row("logits", "as given", "float64", 1e-15, 1e-12, True, noise=5e-16),
@@ -37,7 +37,7 @@ BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    from parity.figures import figures
+    from parity.checks.figures import figures
 
     out = tmp_path_factory.mktemp("report")
     drawn = figures(Settings(steps=20))

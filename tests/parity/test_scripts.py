@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 
 from llm_common import errors
-from llm_common.checkpoint import TrainingState, load_checkpoint, save_checkpoint
 from llm_common.config import TrainConfig, preset
-from llm_common.corpus import python_documentation
-from llm_common.run_log import read_log
+from llm_common.run.checkpoint import TrainingState, load_checkpoint, save_checkpoint
+from llm_common.run.log import read_log
 from llm_common.tensors import tensor_shapes
-from llm_common.tokenizer import Tokenizer
+from llm_common.text.corpus import python_documentation
+from llm_common.text.tokenizer import Tokenizer
 from llm_tools import flags
 from llm_tools.bench import measure
 from llm_tools.frameworks import open_backend
@@ -363,7 +363,7 @@ def test_a_run_changes_frameworks_and_is_looked_at(prepared, folder, run, tmp_pa
 
 def run_until(run, last, *args):
     """Run training and ask it, as Ctrl-C does, to stop after step `last`."""
-    from llm_common.run import Run
+    from llm_common.run.folder import Run
 
     after_step = Run.after_step
 
@@ -383,10 +383,10 @@ def test_fine_tuning_from_a_hugging_face_folder(folder, run, tmp_path):
     run("train_tokenizer", "--data", folder / "text.txt", "--out", folder / "bpe.json", "--vocab-size", 300)
     import dataclasses
 
-    from llm_common.checkpoint import load_weights
-    from llm_common.export import export
-    from llm_common.tokenizer import Tokenizer
-    from parity.cases import families, random_weights
+    from llm_common.files.export import export
+    from llm_common.run.checkpoint import load_weights
+    from llm_common.text.tokenizer import Tokenizer
+    from parity.core.inputs import families, random_weights
 
     cfg = dataclasses.replace(families(preset("tiny"))["Qwen3: norms of q and k"], vocab_size=300)
     base = tmp_path / "base"

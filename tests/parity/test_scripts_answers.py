@@ -11,13 +11,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from llm_common.checkpoint import load_weights
 from llm_common.config import preset
-from llm_common.export import export
-from llm_common.run_log import read_log
-from llm_common.tensor_files import write_tensors
-from llm_common.tokenizer import Tokenizer
-from parity.cases import random_weights
+from llm_common.files.export import export
+from llm_common.files.tensor_files import write_tensors
+from llm_common.run.checkpoint import load_weights
+from llm_common.run.log import read_log
+from llm_common.text.tokenizer import Tokenizer
+from parity.core.inputs import random_weights
 
 ROOT = Path(__file__).parents[2]
 CONFIG = {**preset("tiny").to_hf(), "vocab_size": 260}
@@ -156,7 +156,7 @@ def test_text_stops_at_what_any_file_names(folder, run, tmp_path):
     weights["model.norm.weight"] += 1
     weights["model.embed_tokens.weight"][:, 0] = 1
     weights["lm_head.weight"][70, 0] = 5
-    from llm_common.hf_tokenizer import HfTokenizer
+    from llm_common.text.hf_tokenizer import HfTokenizer
 
     export(tmp_path / "model", cfg, weights, HfTokenizer(folder / "chat"))
     flags = ["--framework", "both", "--checkpoint", tmp_path / "model", "--prompt", "a", "--temperature", 0, *CPU]

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from parity.sharded import GROUPS, QUICK, SHARDING_BUGS, drawn_groups, plant, run_group
+from parity.sharded.sharded import GROUPS, QUICK, SHARDING_BUGS, drawn_groups, plant, run_group
 
 QUICK_BUGS = {
     "norm of a process's own gradients": "grad_norm",

@@ -12,13 +12,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from llm_common.checkpoint import checkpoints, load_checkpoint
 from llm_common.config import ModelConfig
-from llm_common.data import write_described
-from llm_common.run_log import read_log
-from llm_common.sequences import DocumentEncoder
-from llm_common.tokenizer import Tokenizer
-from parity.sharded import Group, environment, free_port
+from llm_common.data.datasets import write_described
+from llm_common.data.sequences import DocumentEncoder
+from llm_common.run.checkpoint import checkpoints, load_checkpoint
+from llm_common.run.log import read_log
+from llm_common.text.tokenizer import Tokenizer
+from parity.sharded.sharded import Group, environment, free_port
 
 ROOT = Path(__file__).parents[2]
 CFG = ModelConfig(256, 32, 64, 2, 8, 4, head_dim=8, max_position_embeddings=64)

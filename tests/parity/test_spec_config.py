@@ -2,7 +2,7 @@
 
 import pytest
 
-from parity.config_checks import FIELDS, configs
+from parity.checks.configs import FIELDS, configs
 from parity.spec_config import DEFAULTS, NULLS, architecture
 
 transformers = pytest.importorskip("transformers")

@@ -5,13 +5,13 @@ import dataclasses
 import numpy as np
 import pytest
 
-from parity.cases import variants
-from parity.compare import BOTH, JAX, SHARED, TORCH
-from parity.mutants import uncompiled
-from parity.planting import Edit, planted
-from parity.points import Point, given, specification
-from parity.settings import Settings
-from parity.trace import local_allowed, own_errors, trace
+from parity.core.compare import BOTH, JAX, SHARED, TORCH
+from parity.core.inputs import variants
+from parity.core.planting import Edit, planted
+from parity.mutants.score import uncompiled
+from parity.sides.settings import Settings
+from parity.trace.points import Point, given, specification
+from parity.trace.trace import local_allowed, own_errors, trace
 
 S = Settings()
 NORM = "torch_llm.layers:RMSNorm.forward"
@@ -115,7 +115,7 @@ def test_the_optimizer_is_traced_from_given_gradients():
 
 def test_the_specifications_points_fit_together():
     """What one point puts out is what the next takes in, forward and backward."""
-    from parity.cases import random_batch, random_weights
+    from parity.core.inputs import random_batch, random_weights
 
     weights = random_weights(S.cfg, 0)
     ids, targets = random_batch(S.cfg, 0)

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from llm_common.config import preset
-from parity.cases import random_weights
-from parity.torch_side import TorchSide
+from parity.core.inputs import random_weights
+from parity.sides.torch_side import TorchSide
 from torch_llm.documents import inside_documents
 from torch_llm.fast.attention import in_blocks
 from torch_llm.fast.kernels import make_kernels

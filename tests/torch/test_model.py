@@ -10,7 +10,7 @@ from llm_common.config import preset
 from llm_common.errors import UserError
 from llm_common.tensors import tensor_shapes
 from parity import spec
-from parity.cases import random_batch, random_weights
+from parity.core.inputs import random_batch, random_weights
 from torch_llm import attention, layers, rope
 from torch_llm.engine.checkpoint import from_canonical, to_canonical
 from torch_llm.fast.attention import attention_kernel, resolve_backend

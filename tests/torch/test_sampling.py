@@ -6,7 +6,7 @@ import torch
 
 from llm_common.config import SamplingConfig, preset
 from llm_common.errors import UserError
-from parity.cases import random_weights
+from parity.core.inputs import random_weights
 from torch_llm import random_bits, sampling
 from torch_llm.engine.checkpoint import from_canonical
 from torch_llm.engine.generate import generate, generate_stream, generator

@@ -8,15 +8,15 @@ import numpy as np
 import pytest
 import torch
 
-from llm_common.checkpoint import latest_checkpoint, load_checkpoint
 from llm_common.config import OptimizerConfig, RunConfig, SamplingConfig, TrainConfig, preset
+from llm_common.data.evaluation import Evaluation
 from llm_common.errors import UserError
-from llm_common.evaluation import Evaluation
-from llm_common.run import Run
-from llm_common.run_log import read_log
-from llm_common.tokenizer import Tokenizer
+from llm_common.run.checkpoint import latest_checkpoint, load_checkpoint
+from llm_common.run.folder import Run
+from llm_common.run.log import read_log
+from llm_common.text.tokenizer import Tokenizer
 from parity import spec
-from parity.cases import RandomBatches, random_batch, random_weights
+from parity.core.inputs import RandomBatches, random_batch, random_weights
 from torch_llm import optim
 from torch_llm.engine.checkpoint import from_canonical, to_canonical, to_training_state
 from torch_llm.engine.device import matmul_precision, select_device

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import torch
 
-from llm_common.backend import Backend, Session, Stream
 from llm_common.config import ModelConfig, OptimizerConfig, TrainConfig
-from llm_common.data import Dataset
-from llm_common.evaluation import EvaluateLoss, Evaluation
-from llm_common.run import Run
+from llm_common.data.datasets import Dataset
+from llm_common.data.evaluation import EvaluateLoss, Evaluation
+from llm_common.run.backend import Backend, Session, Stream
+from llm_common.run.folder import Run
 from llm_common.sharding import MeshConfig
 from llm_common.tensors import Tensors
 from torch_llm.engine import device, distributed, evaluate, foreign_checkpoint, generate, run

@@ -8,7 +8,7 @@ import warnings
 import numpy as np
 import torch
 
-from llm_common.checkpoint import TrainingState
+from llm_common.run.checkpoint import TrainingState
 from llm_common.tensors import Tensors, check_tensors, tensor_shapes
 from torch_llm.engine.train import Trainer
 from torch_llm.layers import upcast

@@ -12,9 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from llm_common.budget import host_memory, host_memory_used
 from llm_common.config import TrainConfig
 from llm_common.errors import UserError
+from llm_common.run.host_memory import host_memory, host_memory_used
 
 
 @contextlib.contextmanager

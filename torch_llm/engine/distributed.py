@@ -27,10 +27,10 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 from torch.distributed.tensor.parallel import loss_parallel
 
-from llm_common.checkpoint import TrainingState
 from llm_common.config import ModelConfig, OptimizerConfig, TrainConfig
-from llm_common.data import Dataset
-from llm_common.evaluation import EvaluateLoss, Evaluation
+from llm_common.data.datasets import Dataset
+from llm_common.data.evaluation import EvaluateLoss, Evaluation
+from llm_common.run.checkpoint import TrainingState
 from llm_common.sharding import AXES, MeshConfig, axis_cut_by, check_devices, check_mesh, check_sharded, shard_of
 from llm_common.tensors import (
     ReadOnDemand,

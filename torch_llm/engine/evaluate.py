@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from llm_common.config import ModelConfig, TrainConfig
+from llm_common.data.evaluation import EvaluateLoss, Evaluation
 from llm_common.errors import UserError
-from llm_common.evaluation import EvaluateLoss, Evaluation
 from llm_common.tensors import Tensors
 from torch_llm.engine.checkpoint import from_canonical
 from torch_llm.engine.device import matmul_precision, select_device

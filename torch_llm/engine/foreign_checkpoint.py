@@ -13,8 +13,8 @@ import numpy as np
 import torch
 from torch.distributed.checkpoint.state_dict_saver import save
 
-from llm_common.dcp_metadata import StoredTensor, read_metadata
 from llm_common.errors import UserError, first_line
+from llm_common.files.dcp_metadata import StoredTensor, read_metadata
 from llm_common.tensors import check_like
 
 

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch._C._distributed_c10d import PrefixStore, TCPStore  # torch.distributed has them, but does not export them
 
 from llm_common.errors import UserError
-from llm_common.hosts import Hosts
+from llm_common.run.hosts import Hosts
 from torch_llm.engine.device import select_device
 
 

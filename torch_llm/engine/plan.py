@@ -8,7 +8,7 @@ import torch
 
 from llm_common.config import ModelConfig, TrainConfig
 from llm_common.cudnn import why_not_cudnn
-from llm_common.plan import Plan
+from llm_common.run.plan import Plan
 from torch_llm.engine.device import device_kind, select_device
 from torch_llm.fast.attention import resolve_backend, takes_blocks
 from torch_llm.fast.kernels import make_kernels

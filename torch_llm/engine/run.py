@@ -12,8 +12,8 @@ import numpy as np
 import torch
 
 from llm_common.config import ModelConfig, OptimizerConfig, TrainConfig
-from llm_common.data import Dataset
-from llm_common.run import Run
+from llm_common.data.datasets import Dataset
+from llm_common.run.folder import Run
 from llm_common.sharding import MeshConfig
 from torch_llm.engine import distributed
 from torch_llm.engine.checkpoint import from_training_state, load_weights, to_training_state

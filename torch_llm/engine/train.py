@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from llm_common.config import ModelConfig, OptimizerConfig, TrainConfig, check_length
-from llm_common.data import Dataset, Prefetch
+from llm_common.data.datasets import Dataset, Prefetch
 from llm_common.errors import UserError
-from llm_common.metrics import StepMetrics
+from llm_common.run.metrics import StepMetrics
 from llm_common.schedule import learning_rate
 from llm_common.tensors import check_batch, tensor_shapes
 from torch_llm.engine.device import deterministic_algorithms, matmul_precision, to_device, to_host_later

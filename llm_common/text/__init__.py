@@ -1,0 +1,1 @@
+"""Texts: characters to tokens and back, chat templates, files that hold text."""

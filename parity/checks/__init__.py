@@ -1,0 +1,1 @@
+"""The ladder: every check of the two sides against the specification."""

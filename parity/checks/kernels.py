@@ -1,0 +1,126 @@
+"""Every kernel that a run may be given in the place of a plain function, against that function: the same weights and batch.
+
+`REPLACEMENTS` declares each by its field of `Kernels`. A test holds it against the packages `fast`, so that none is forgotten.
+"""
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+import torch
+
+from jax_llm import model as jax_model
+from jax_llm.attention import reference_attention
+from jax_llm.fast import products as jax_products
+from jax_llm.fast.attention import FusedAttention
+from jax_llm.fast.chunked_loss import ChunkedLoss as JaxChunkedLoss
+from jax_llm.fast.layers import Layers
+from parity.checks.model import FLOAT64_ALLOWED
+from parity.checks.noise import ceiling
+from parity.core.compare import JAX, TORCH, Row, Tensors, tensor_error, tensor_errors, worst
+from parity.core.inputs import random_batch, random_weights
+from parity.sides.settings import Settings
+from torch_llm import model as torch_model
+from torch_llm.attention import reference_attention as torch_reference_attention
+from torch_llm.fast import products as torch_products
+from torch_llm.fast.attention import fused_attention
+from torch_llm.fast.chunked_loss import ChunkedLoss as TorchChunkedLoss
+from torch_llm.fast.layers import Remat
+
+
+@dataclasses.dataclass(frozen=True)
+class Replacement:
+    """A kernel, and how near the plain function's results it must come."""
+
+    side: str
+    kernels: dict[str, Callable[..., Any]]  # by field
+    name: str
+    bits: bool = False  # the same bits; otherwise float64's bound, or in float32 the ceiling of one ulp everywhere
+    dtype: str = "float64"
+    fused: bool = False  # for weights that lie side by side; judged on the logits
+
+
+def chunks_of(length: int) -> int:
+    """A number of parts that divides a length."""
+    return next((n for n in (3, 4, 2, 5, 7, 13) if length % n == 0), length)
+
+
+def replacements(length: int) -> tuple[Replacement, ...]:
+    """All of them, for sequences of a length."""
+    n = chunks_of(length)
+    return (
+        Replacement(JAX, {"linear": jax_products.flat_linear}, "flat_linear"),
+        Replacement(JAX, {"gate_up": jax_products.separated_gate_up}, "separated_gate_up"),
+        Replacement(JAX, {"attention": FusedAttention("xla")}, "FusedAttention(xla)", dtype="float32"),
+        Replacement(JAX, {"layers": Layers(remat="full")}, "Layers(remat full)"),
+        Replacement(JAX, {"layers": Layers(remat="dots")}, "Layers(remat dots)"),
+        Replacement(JAX, {"layers": Layers(scan=True)}, "Layers(scan)"),
+        Replacement(JAX, {"loss": JaxChunkedLoss(n)}, f"ChunkedLoss({n})"),
+        Replacement(
+            JAX, {"qkv": jax_products.fused_qkv, "gate_up": jax_products.fused_gate_up}, "fused projections", fused=True
+        ),
+        Replacement(TORCH, {"embedding": torch_products.lean_embedding}, "lean_embedding", bits=True),
+        Replacement(TORCH, {"attention": fused_attention}, "fused_attention"),
+        Replacement(TORCH, {"layer": Remat("full")}, "Remat(full)", bits=True),
+        Replacement(TORCH, {"layer": Remat("dots")}, "Remat(dots)", bits=True),
+        Replacement(TORCH, {"loss": TorchChunkedLoss(n)}, f"ChunkedLoss({n})"),
+        Replacement(
+            TORCH,
+            {"qkv": torch_products.fused_qkv, "gate_up": torch_products.fused_gate_up},
+            "fused projections",
+            fused=True,
+        ),
+    )
+
+
+def check_kernels(s: Settings) -> Iterator[Row]:
+    """Loss, gradients and logits with one kernel replaced, against the plain model of the same side."""
+    yield from _windows(s)
+    weights = random_weights(s.cfg, s.seed)
+    ids, targets = random_batch(s.cfg, s.seed, s.batch, s.length)
+    plain: dict[tuple[str, str], Tensors] = {}
+    for one in replacements(ids.shape[1]):
+        if one.dtype not in s.dtypes:
+            continue
+        side = s.sides(one.dtype)[one.side == TORCH]
+        base = {JAX: jax_model.PLAIN, TORCH: torch_model.PLAIN}[one.side]
+        if (one.side, one.dtype) not in plain:
+            plain[one.side, one.dtype] = side.results(weights, ids, targets, base)
+        expected = plain[one.side, one.dtype]
+        found = side.results(weights, ids, targets, dataclasses.replace(base, **one.kernels), one.fused)
+        error = worst(tensor_errors(found, {name: expected[name] for name in found}))[1]
+        allowed = 0.0 if one.bits else FLOAT64_ALLOWED
+        if one.dtype != "float64":
+            allowed = ceiling(s, one.dtype, weights, ids, targets)
+        ok, item = error <= allowed, f"{one.side}, {' and '.join(one.kernels)}: {one.name} against plain"
+        yield Row("kernels", item, one.dtype, error, allowed, ok, "" if ok else one.side, place="" if ok else one.name)
+
+
+def _windows(s: Settings) -> Iterator[Row]:
+    """Attention that takes a window by itself, against a mask of that window, around the length T of a sequence; without cache."""
+    if "float32" not in s.dtypes:
+        return
+    rng, t = np.random.default_rng((s.seed, 31)), 6
+    q, k, v = (rng.standard_normal((2, t, heads, 8)).astype(np.float32) for heads in (4, 2, 2))
+    distance = np.arange(t)[:, None] - np.arange(t)
+    cases: Any = (
+        (JAX, jnp.array, FusedAttention("xla"), reference_attention),
+        (TORCH, torch.tensor, fused_attention, torch_reference_attention),
+    )
+    for name, put, fused, plain in cases:
+        errors = {}
+        for window in (1, 2, t - 2, t - 1, t, t + 1):
+            mask = (distance >= 0) & (distance < window)
+            a, b, c = put(q), put(k), put(v)
+            expected = np.asarray(plain(a, b, c, put(mask)), np.float64)
+            found = [np.asarray(kernel(a, b, c, None, window), np.float64) for kernel in (fused, plain)]
+            size = float(np.linalg.norm(expected))
+            errors[f"window {window} of {t}"] = max(tensor_error(x, expected, size) for x in found)
+        at, error = worst(errors)
+        # of T products of H factors each, softmax and T again: the roundings of float32, all in one direction
+        allowed = (8 + 2 * t) * 2.0**-23
+        ok = error <= allowed
+        item, place = f"{name}, attention: a window by itself against its mask", "" if ok else "attention (window)"
+        yield Row("kernels", item, "float32", error, allowed, ok, "" if ok else name, "" if ok else at, place)

@@ -1,0 +1,1 @@
+"""What `parity` does when it is typed: run, pair, trace, sharded, mutants, demo, calibrate."""

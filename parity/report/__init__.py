@@ -1,0 +1,1 @@
+"""A report as tables, as a page and as charts."""

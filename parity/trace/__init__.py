@@ -1,0 +1,1 @@
+"""Where two sides part first: module by module, there and back, and through an optimizer's step."""
