@@ -14,6 +14,7 @@ import torch
 from llm_common.errors import UserError
 from llm_common.processes import end_with_parent
 from llm_common.run.host_memory import keep_freed_memory
+from parity.checks.calls import check_calls
 from parity.checks.common import check_files, check_resume, check_schedule
 from parity.checks.configs import check_config
 from parity.checks.data import check_data, check_evaluation, check_tokenizer
@@ -47,6 +48,7 @@ CHECKS: dict[str, Callable[[Settings], Iterator[Row]]] = {
     "library": check_library,
     "files": check_files,
     "resume": check_resume,
+    "calls": check_calls,
     "runs": check_runs,
     "trajectory": check_trajectory,
     "evaluation": check_evaluation,

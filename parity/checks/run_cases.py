@@ -20,7 +20,7 @@ from parity.checks.model import CEILING, FLOAT64_ALLOWED
 from parity.checks.tokens import allowed_margin, draw_margin
 from parity.checks.training import MOMENTS_ALLOWED, UPDATE_ALLOWED, update_of
 from parity.core import drawn
-from parity.core.case_space import MODEL, OTHERWISE, PLACES, POISON, SPACES, config_of, fix, recipe
+from parity.core.case_space import MODEL, OTHERWISE, PLACES, POISON, SEPARATORS, SPACES, config_of, fix, recipe
 from parity.core.compare import (
     EPS,
     Raised,
@@ -180,7 +180,7 @@ LOW_FACTOR, MOVES = 2.0, 4
 def low_row(s: Settings, case: Case, item: str, seed: int) -> Row:
     """Loss and gradients of a step of a run in a low precision on both sides, against what rounding explains."""
     cfg, dtype = config_of(case), case["dtype"]
-    weights, separator = random_weights(cfg, seed, dtype), (7, 11)[: case["separators"]] or None
+    weights, separator = random_weights(cfg, seed, dtype), SEPARATORS[case["separators"]] or None
     ids, targets = random_batch(cfg, seed, case["micro_batches"] * case["rows"], case["length"])
     if separator is not None:
         ids[np.random.default_rng((seed, 26)).random(ids.shape) < 0.15] = separator[0]

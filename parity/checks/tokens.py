@@ -1,6 +1,7 @@
 """Checks of sampled tokens: whole texts in float64, single draws in float32, samplers alone for bfloat16."""
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Iterator
 
@@ -31,6 +32,25 @@ def settings(seed: int) -> dict[str, SamplingConfig]:
     }
 
 
+def filter_settings(seed: int) -> dict[str, SamplingConfig]:
+    """Those, and every filter alone, with one other and with both."""
+    values = {"top_k": (0, 12), "top_p": (1.0, 0.9), "min_p": (0.0, 0.2)}
+    found = settings(seed)
+    for chosen in itertools.product(*values.values()):
+        fields = dict(zip(values, chosen, strict=True))
+        name = ", ".join(f"{key.replace('_', '-')} {x:g}" for key, x in fields.items() if x != values[key][0])
+        if name:
+            found.setdefault(name, SamplingConfig(seed=seed, **fields))
+    return found
+
+
+# Where what a filter keeps has exactly the mass that it asks for: with 4 equal logits far above the rest each has a quarter.
+EQUAL = 4
+BORDERS = {
+    "top-p of half the mass": SamplingConfig(top_p=0.5),
+    "top-p of a quarter": SamplingConfig(top_p=0.25),
+    "top-p of half of what top-k leaves": SamplingConfig(top_k=2, top_p=0.5),
+}
 WHOLE_TEXTS = ("greedy", "top-k 12, top-p 0.9, min-p 0.2")  # the other settings are checked draw by draw
 
 
@@ -63,7 +83,12 @@ def _filters(s: Settings) -> Iterator[Row]:
         np.round(4 * rng.standard_normal((40, s.cfg.vocab_size))) / 2
     )  # ties: where a filter cuts among equals matters
     sides = s.sides("float64")
-    for name, sampling in settings(s.seed % 2**31).items():
+    borders = np.full((8, s.cfg.vocab_size), -800.0)
+    for row in borders:
+        row[rng.choice(s.cfg.vocab_size, EQUAL, replace=False)] = 1.0
+    given = {name: (logits, x) for name, x in filter_settings(s.seed % 2**31).items()}
+    given |= {name: (borders, x) for name, x in BORDERS.items()}
+    for name, (logits, sampling) in given.items():
         if sampling.temperature == 0.0:
             ids, zeros = np.argmax(logits, axis=-1), np.zeros(len(logits), np.int64)
             wrong = [int((side.sample(logits, sampling, zeros, zeros) != ids).sum()) for side in sides]

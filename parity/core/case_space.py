@@ -152,6 +152,7 @@ def config_of(case: Case) -> ModelConfig:
     )
 
 
+SEPARATORS = ((), (0,), (7, 11))  # by how many; id 0 is one as well
 POISON = 5  # a token whose row of the embedding is not finite
 
 
@@ -163,7 +164,7 @@ class Batches:
 
     @functools.cached_property
     def separators(self) -> tuple[int, ...]:
-        return (7, 11)[: self.case["separators"]]
+        return SEPARATORS[self.case["separators"]]
 
     def batch(self, step: int, host: int = 0, n_hosts: int = 1) -> tuple[np.ndarray, np.ndarray]:
         inputs, targets = self._whole(step)

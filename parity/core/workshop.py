@@ -79,16 +79,20 @@ def flat(flags: dict[str, Any]) -> list[Any]:
 
 
 def log_numbers(path: Path) -> dict[str, float]:
-    """The numbers that a run's log has, by name and step."""
+    """The numbers that a run's log has, by name and step; one that is there twice is no number."""
     found: dict[str, float] = {}
+
+    def add(numbers: dict[str, float]) -> None:
+        found.update({key: math.nan if key in found else x for key, x in numbers.items()})
+
     for line in path.read_text(encoding="utf-8").splitlines():
         row = json.loads(line)
         if row.get("event") == "evaluation":
             keys = ("loss", "perplexity", "tokens", "bytes", "bits_per_byte")
-            found |= {f"held-out {key} after step {row['step']}": row[key] for key in keys if key in row}
+            add({f"held-out {key} after step {row['step']}": row[key] for key in keys if key in row})
         elif "event" not in row and "loss" in row:
             keys = ("loss", "grad_norm", "lr", "skipped")
-            found |= {f"{key} of step {row['step']}": float(row[key]) for key in keys if key in row}
+            add({f"{key} of step {row['step']}": float(row[key]) for key in keys if key in row})
     return found
 
 

@@ -137,6 +137,15 @@ class Batches:
         return {}
 
 
+# A run from a folder: from given weights to one step, and longer from its checkpoint; of one shape.
+THROUGH_FOLDER, FOLDER_STEPS = "llama", (2, 4)
+
+
+def folder_recipes(case: MeshCase) -> list[OptimizerConfig]:
+    """The optimizer's settings of each part of such a run."""
+    return [dataclasses.replace(case.opt, warmup_steps=1, total_steps=n) for n in FOLDER_STEPS]
+
+
 def meshes(devices: int) -> list[MeshConfig]:
     """The plain meshes of some devices, to which a checkpoint is brought."""
     return [MeshConfig(data=devices), MeshConfig(fsdp=devices), MeshConfig(data=devices // 2, tensor=2)]
@@ -163,6 +172,7 @@ class Expected:
     controls: list[Run]  # the same run, from weights one ulp away
     held_out: tuple[float, int]
     texts: list[int]
+    folder: Tensors | None  # the weights that a run from a folder ends with
 
 
 @functools.cache
@@ -184,4 +194,11 @@ def expected(name: str) -> Expected:
         words += itertools.chain(*spec.generate(c.weights, PROMPTS, c.cfg, sampling, NEW_TOKENS))
     init = spec.initial_weights(c.train.seed, c.cfg)
     controls = control_runs(c.start, c.data.batch, c.until, c.cfg, c.opt, separator, c.train.seed)
-    return Expected(init, logits, loss, gradients, rows, TrainingState(*state), controls, (total, count), words)
+    folder = None
+    if name == THROUGH_FOLDER:
+        state_there = start_state(c.weights)
+        values = (state_there.weights, state_there.mu, state_there.nu, 0, 0)
+        for opt in folder_recipes(c):
+            values, _ = spec_run.train(values, c.data.batch, opt.total_steps, c.cfg, opt, separator)
+        folder = values[0]
+    return Expected(init, logits, loss, gradients, rows, TrainingState(*state), controls, (total, count), words, folder)

@@ -152,6 +152,10 @@ def compare(group: Group, shape: str, mesh: str, got: dict[str, Any]) -> Iterato
     exact = update(want.end.weights)
     allowed = allowed_error(1e-10, exact, [update(end.weights) for end in ends])
     yield worst(f"update of {len(want.rows)} steps", update(parts["weights"]), exact, allowed)
+    if want.folder is not None:
+        moved = lambda after: {tensor: x - c.weights[tensor] for tensor, x in after.items()}
+        item = "update of a run from given weights, through its folder"
+        yield worst(item, moved(parts["folder"]), moved(want.folder), 1e-10)
     total, count = got["held out"]
     yield row("held-out loss", abs(total - want.held_out[0]) / want.held_out[0] + abs(count - want.held_out[1]), 1e-11)
     if "short sums" in got:
@@ -215,6 +219,7 @@ FUNCTIONS = {
     "counters": "fit (counters)",
     "losses": "train_step",
     "moments": "train_step",
+    "update of a run from given weights": "fit_and_save_on_mesh",
     "update": "train_step",
     "held-out loss": "evaluate",
     "products of a bfloat16 step": "compiled_train_step",

@@ -17,8 +17,10 @@ from typing import Any
 import numpy as np
 
 from llm_common.config import ModelConfig
+from llm_common.files.tensor_files import TensorFiles, write_tensors
 from llm_common.processes import end_with_launcher
 from llm_common.run.checkpoint import TrainingState, load_checkpoint, save_checkpoint
+from llm_common.run.folder import Run
 from llm_common.run.host_memory import keep_freed_memory
 from llm_common.run.hosts import Hosts
 from llm_common.schedule import step_scalars
@@ -38,6 +40,7 @@ def run_jax(shape: str, mesh_config: MeshConfig, hosts: Hosts, folder: Path) -> 
     from jax.sharding import NamedSharding, PartitionSpec
 
     from jax_llm.engine import distributed
+    from jax_llm.engine.backend import BACKEND
     from jax_llm.engine.checkpoint import to_canonical, to_host
     from jax_llm.engine.device import x64
     from jax_llm.engine.gradients import loss_and_grads
@@ -86,6 +89,7 @@ def run_jax(shape: str, mesh_config: MeshConfig, hosts: Hosts, folder: Path) -> 
             _compare(distributed.to_training_state(cfg, again), saved, f"{mesh_config} -> {other}")
     with distributed.generator(cfg, weights, mesh_config, hosts.device, "float64") as stream:
         results["texts"] = cases.texts(stream)
+    results |= _through_folder(BACKEND, shape, mesh_config, hosts, folder / "run")
     if shape == "llama":
         results["other products"] = _other_products(cfg, distributed.make_mesh(mesh_config, hosts.device))
     return results | _generated_dtypes("jax_llm", distributed, shape, mesh_config, hosts)
@@ -96,6 +100,7 @@ def run_torch(shape: str, mesh_config: MeshConfig, hosts: Hosts, folder: Path) -
     import torch.distributed as dist
 
     from torch_llm.engine import distributed
+    from torch_llm.engine.backend import BACKEND
 
     case = cases.mesh_case(shape)
     cfg, train, opt, weights, data, start = case.cfg, case.train, case.opt, case.weights, case.data, case.start
@@ -137,9 +142,26 @@ def run_torch(shape: str, mesh_config: MeshConfig, hosts: Hosts, folder: Path) -
     with distributed.generator(cfg, weights, mesh_config, hosts.device, "float64") as stream:
         results["texts"] = cases.texts(stream)
     results |= _generated_dtypes("torch_llm", distributed, shape, mesh_config, hosts)
+    results |= _through_folder(BACKEND, shape, mesh_config, hosts, folder / "run")
     if mesh_config.batch_shards > 1:
         results["short sums"] = _short_sums(cfg, mesh_config, hosts.device)
     return results
+
+
+def _through_folder(backend: Any, shape: str, mesh_config: MeshConfig, hosts: Hosts, folder: Path) -> Results:
+    """The weights at the end of a run of files: from given weights, ended, and made longer from its checkpoint."""
+    if shape != cases.THROUGH_FOLDER:
+        return {}
+    case, path, given = cases.mesh_case(shape), folder, folder.with_suffix(".safetensors")
+    if hosts.index == 0:
+        given.parent.mkdir(parents=True, exist_ok=True)
+        write_tensors(given, case.weights)
+    hosts.gather(None)
+    for opt in cases.folder_recipes(case):
+        initial = TensorFiles(given)
+        run = Run(folder, case.cfg, case.train, opt, case.data, backend.name, initial=initial, hosts=hosts)
+        path = backend.fit_and_save(run, hosts.device, mesh_config)
+    return {"folder": _all(load_checkpoint(path, case.cfg)[1].weights)}
 
 
 def _generated_dtypes(package: str, distributed: Any, shape: str, mesh_config: MeshConfig, hosts: Hosts) -> Results:

@@ -26,6 +26,7 @@ from jax_llm.fast.attention import resolve_backend
 from jax_llm.fast.kernels import make_kernels
 from jax_llm.kernels import Kernels
 from jax_llm.kv_cache import init_cache
+from jax_llm.loss import IGNORE_INDEX
 from jax_llm.model import CausalLM
 from llm_common.config import ModelConfig, OptimizerConfig, SamplingConfig, TrainConfig
 from llm_common.data.evaluation import Evaluation
@@ -253,6 +254,40 @@ class JaxSide:
                     kept[n] = self._tensors(params)
             return kept
 
+    def optimize(self, params: Tensors, grads: list[Tensors], opt: OptimizerConfig) -> Tensors:
+        """Any parameters after updates at lr_max, by our AdamW alone; what has no gradient has a zero one."""
+        with self.scope():
+            optimizer = optim.adamw(opt.beta1, opt.beta2, opt.eps, opt.weight_decay)
+            tree: Any = {name: jnp.array(x, self.master) for name, x in params.items()}
+            state = optimizer.init(tree)
+            for n, g in enumerate(grads, start=1):
+                given = {
+                    name: jnp.array(g[name], p.dtype) if name in g else jnp.zeros_like(p) for name, p in tree.items()
+                }
+                scalars = StepScalars(opt.lr_max, *bias_corrections(opt.beta1, opt.beta2, n))
+                updates, state = optimizer.update(given, state, tree, scalars=scalars)
+                tree = optax.apply_updates(tree, updates)
+            return {name: np.array(x) for name, x in tree.items()}
+
+    def scaled_gradients(
+        self, weights: Tensors, ids: np.ndarray, targets: np.ndarray, scale: float, chunks: int
+    ) -> Tensors:
+        """The gradients of `scale` times the loss, over `scale`."""
+        with self.scope():
+            model, batch = self._model(ids, loss_chunks=chunks), (jnp.array(ids), jnp.array(targets))
+            count = (batch[1] != IGNORE_INDEX).sum()
+            loss = lambda params: scale * model.kernels.loss(model, params, *batch, count)
+            grads = jax.jit(jax.grad(loss))(self._params(weights))
+            return {name: x / scale for name, x in self._tensors(grads).items()}
+
+    def converted_logits(self, weights: Tensors, ids: np.ndarray) -> np.ndarray:
+        """The logits of a model that has computed in float32 before."""
+        with self.scope():
+            model, inputs = self._model(ids), jnp.array(ids)
+            for dtype in ("float32", self.dtype):
+                logits, _ = model.apply({"params": self._params(weights, dtype)}, inputs)  # type: ignore[misc]
+            return np.asarray(logits).astype(np.float64)
+
     def sample(self, logits: np.ndarray, cfg: SamplingConfig, rows: np.ndarray, positions: np.ndarray) -> np.ndarray:
         """Tokens for logits (n, V), which come in this side's dtype."""
         with self.scope():
@@ -275,15 +310,37 @@ class JaxSide:
             return np.asarray(sampling.gumbel_noise(*args, self.cfg.vocab_size, dtype)).astype(np.float64)
 
     def stream(
-        self, weights: Tensors, prompts, n_new: int, cfg: SamplingConfig, eos_ids=(), numbers=None, chunk: int = 16
+        self,
+        weights: Tensors,
+        prompts,
+        n_new: int,
+        cfg: SamplingConfig,
+        eos_ids=(),
+        numbers=None,
+        chunk: int = 16,
+        finished: Callable[[int, list[int]], bool] | None = None,
     ) -> list[list[int]]:
         """Whole texts from the generator that the scripts call."""
         with self.scope(), generator(self.cfg, weights, self.device.platform, self.dtype) as stream:
-            return joined(stream(prompts, n_new, cfg, eos_ids, numbers, chunk=chunk), len(prompts))
+            return joined(stream(prompts, n_new, cfg, eos_ids, numbers, finished, chunk=chunk), len(prompts))
 
-    def generate(self, weights: Tensors, prompts, n_new: int, cfg: SamplingConfig, eos_ids: tuple[int, ...] = ()):
+    def generate(
+        self,
+        weights: Tensors,
+        prompts,
+        n_new: int,
+        cfg: SamplingConfig,
+        eos_ids: tuple[int, ...] = (),
+        finished: Callable[[int, list[int]], bool] | None = None,
+    ) -> list[list[int]]:
         with self.scope():
             backend = resolve_backend(self.attention, self.device.platform, self.dtype, self.cfg, seq_len=0)
             return generate(
-                CausalLM(self.cfg, make_kernels(backend)), self._params(weights), prompts, n_new, cfg, eos_ids
+                CausalLM(self.cfg, make_kernels(backend)),
+                self._params(weights),
+                prompts,
+                n_new,
+                cfg,
+                eos_ids,
+                finished=finished,
             )

@@ -10,6 +10,7 @@ from unittest import mock
 
 import numpy as np
 import torch
+from torch import nn
 
 import torch_llm.engine.train
 from llm_common.config import ModelConfig, OptimizerConfig, SamplingConfig, Separator, TrainConfig
@@ -31,6 +32,7 @@ from torch_llm.fast.attention import resolve_backend
 from torch_llm.fast.kernels import make_kernels
 from torch_llm.kernels import Kernels
 from torch_llm.kv_cache import KVCache
+from torch_llm.loss import IGNORE_INDEX
 from torch_llm.model import CausalLM, empty_model
 from torch_llm.optim import gradient, make_optimizer
 
@@ -217,6 +219,32 @@ class TorchSide:
                 kept[n] = _float64(checkpoint.to_canonical(model))
         return kept
 
+    def optimize(self, params: Tensors, grads: list[Tensors], opt: OptimizerConfig) -> Tensors:
+        """Any parameters after updates at lr_max, by our AdamW alone; what has no gradient has none."""
+        module = nn.ParameterDict({name: nn.Parameter(self._tensor(np.array(x))) for name, x in params.items()})
+        optimizer = make_optimizer(opt, module)
+        for g in grads:
+            for name, p in module.items():
+                p.grad = self._tensor(g[name]) if name in g else None
+            optimizer.step()
+        return {name: p.detach().cpu().numpy() for name, p in module.items()}
+
+    def scaled_gradients(
+        self, weights: Tensors, ids: np.ndarray, targets: np.ndarray, scale: float, chunks: int
+    ) -> Tensors:
+        """The gradients of `scale` times the loss, over `scale`."""
+        model, batch = self._model(weights, loss_chunks=chunks), (self._tensor(ids), self._tensor(targets))
+        (scale * model.kernels.loss(model, *batch, (batch[1] != IGNORE_INDEX).sum())).backward()
+        return {name: x / scale for name, x in self._gradients(model).items()}
+
+    def converted_logits(self, weights: Tensors, ids: np.ndarray) -> np.ndarray:
+        """The logits of a model that has computed in float32 before."""
+        model, inputs = self._model(weights, "float32"), self._tensor(ids)
+        with torch.no_grad():
+            model(inputs)
+            model = checkpoint.from_canonical(model.to(getattr(torch, self.dtype)), weights)
+            return model(inputs).double().cpu().numpy()
+
     def sample(self, logits: np.ndarray, cfg: SamplingConfig, rows: np.ndarray, positions: np.ndarray) -> np.ndarray:
         """Tokens for logits (n, V), which come in this side's dtype."""
         tensor, key = self._tensor(logits).to(getattr(torch, self.dtype)), random_bits.key(cfg.seed, self.device)
@@ -233,15 +261,31 @@ class TorchSide:
         return sampling.gumbel_noise(*args, self.cfg.vocab_size, getattr(torch, self.master)).double().cpu().numpy()
 
     def stream(
-        self, weights: Tensors, prompts, n_new: int, cfg: SamplingConfig, eos_ids=(), numbers=None, chunk: int = 16
+        self,
+        weights: Tensors,
+        prompts,
+        n_new: int,
+        cfg: SamplingConfig,
+        eos_ids=(),
+        numbers=None,
+        chunk: int = 16,
+        finished: Callable[[int, list[int]], bool] | None = None,
     ) -> list[list[int]]:
         """Whole texts from the generator that the scripts call."""
         with generator(self.cfg, weights, str(self.device), self.dtype) as stream:
-            return joined(stream(prompts, n_new, cfg, eos_ids, numbers, chunk=chunk), len(prompts))
+            return joined(stream(prompts, n_new, cfg, eos_ids, numbers, finished, chunk=chunk), len(prompts))
 
-    def generate(self, weights: Tensors, prompts, n_new: int, cfg: SamplingConfig, eos_ids: tuple[int, ...] = ()):
+    def generate(
+        self,
+        weights: Tensors,
+        prompts,
+        n_new: int,
+        cfg: SamplingConfig,
+        eos_ids: tuple[int, ...] = (),
+        finished: Callable[[int, list[int]], bool] | None = None,
+    ) -> list[list[int]]:
         with self.scope():
-            return generate(self._model(weights), prompts, n_new, cfg, eos_ids)
+            return generate(self._model(weights), prompts, n_new, cfg, eos_ids, finished=finished)
 
 
 def _float64(tensors: Tensors) -> Tensors:

@@ -9,6 +9,7 @@ import pytest
 from llm_common.config import preset
 from llm_common.errors import UserError
 from llm_common.files.tensor_files import write_tensors
+from llm_common.run import checkpoint
 from llm_common.run.checkpoint import (
     TrainingState,
     held_out_loss,
@@ -18,7 +19,6 @@ from llm_common.run.checkpoint import (
     prune_checkpoints,
     save_checkpoint,
 )
-from llm_common.run import checkpoint
 from llm_common.run.settings import check_resumable
 from llm_common.tensors import tensor_shapes
 from llm_common.text.hf_tokenizer import load_tokenizer
