@@ -1,11 +1,11 @@
 # Two commands for a fresh machine with Python 3.11 or newer:
 #   make parity   train a small model in both frameworks and check that they agree
-#   make test     lint, types and tests
+#   make test     lint, types and tests (make check: the minute's part)
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: parity test lint format docs slow gpu gpu2 tpu clean
+.PHONY: parity test check lint format docs slow gpu gpu2 tpu clean
 
 parity: $(VENV)/.installed
 	$(BIN)/parity demo
@@ -13,6 +13,11 @@ parity: $(VENV)/.installed
 test: $(VENV)/.installed lint
 	@echo "== tests"
 	$(BIN)/python -m pytest -n 2 --dist loadfile
+
+# the lesson and what neither framework is, for every save
+check: $(VENV)/.installed lint
+	$(BIN)/python -m pytest -n 2 --dist loadfile tests/jax tests/torch tests/common/test_layout.py tests/common/test_config.py \
+		tests/common/test_data.py tests/common/test_schedule.py tests/common/test_tensors.py tests/common/test_tokenizer.py
 
 lint: $(VENV)/.installed
 	@echo "== lint and types"

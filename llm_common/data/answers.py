@@ -14,13 +14,13 @@ from typing import Any
 
 import numpy as np
 
-from llm_common.text.corpus import read_records
 from llm_common.data.datasets import Order, TokenDataset, host_rows, write_described
-from llm_common.errors import UserError
-from llm_common.text.hf_tokenizer import AnyTokenizer
 from llm_common.data.sequences import AUTO, RULE, answer_encoder, encode_conversation, resolve_token
 from llm_common.data.shards import NOT_AN_ARRAY, id_dtype
+from llm_common.errors import UserError
 from llm_common.tensors import check_token_ids
+from llm_common.text.corpus import read_records
+from llm_common.text.hf_tokenizer import AnyTokenizer
 from llm_common.text.words import clean
 
 Example = tuple[list[int], list[int]]  # the ids of the prompt and of the answer

@@ -15,6 +15,8 @@ from typing import Any, Protocol
 import numpy as np
 
 from llm_common import random_bits
+from llm_common.data.sequences import RULE, DocumentEncoder
+from llm_common.data.shards import NOT_AN_ARRAY, ShardedTokens, find_manifest, id_dtype
 from llm_common.errors import (
     UserError,
     has_its_checksum,
@@ -25,8 +27,6 @@ from llm_common.errors import (
     write_whole,
 )
 from llm_common.text.hf_tokenizer import AnyTokenizer
-from llm_common.data.sequences import RULE, DocumentEncoder
-from llm_common.data.shards import NOT_AN_ARRAY, ShardedTokens, find_manifest, id_dtype
 
 ORDER = 0x6F726465  # folded into the seed's key for the order of the windows: initial weights have keys of their own
 

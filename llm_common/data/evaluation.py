@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 
 from llm_common.config import ModelConfig
-from llm_common.errors import UserError
 from llm_common.data.answers import IGNORED, example_row, load_examples
 from llm_common.data.shards import ShardedTokens
+from llm_common.errors import UserError
 from llm_common.tensors import bucket, check_token_ids
 
 EvaluateLoss = Callable[["Evaluation"], tuple[float, int]]  # sum of the losses in nats, and how many tokens

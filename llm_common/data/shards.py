@@ -21,10 +21,10 @@ from typing import Any
 
 import numpy as np
 
-from llm_common.errors import UserError, has_its_checksum, read_json, sha256_of, with_checksum, write_whole
-from llm_common.text.hf_tokenizer import AnyTokenizer, open_tokenizer
-from llm_common.processes import end_with_parent
 from llm_common.data.sequences import AUTO, DocumentEncoder
+from llm_common.errors import UserError, has_its_checksum, read_json, sha256_of, with_checksum, write_whole
+from llm_common.processes import end_with_parent
+from llm_common.text.hf_tokenizer import AnyTokenizer, open_tokenizer
 
 FORMAT = 2  # 1: nothing before a document, and no checksum of the manifest
 MANIFEST = "manifest.json"
