@@ -1,4 +1,5 @@
-"""optax.adamw against torch.optim.AdamW: the same formula, with defaults that differ (decay 1e-4 in optax, 1e-2 in torch).
+"""optax.adamw against torch.optim.AdamW: the same formula, with defaults that differ (decay 1e-4 in optax, 1e-2 in
+torch).
 
 python examples/adamw.py
 """

@@ -1,4 +1,5 @@
-"""Flax's attention against torch.nn.MultiheadAttention, which keeps the three projections in one matrix: a map of functions.
+"""Flax's attention against torch.nn.MultiheadAttention, which keeps the three projections in one matrix: a map of
+functions.
 
 parity pair examples/attention.py
 """

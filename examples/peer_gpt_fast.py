@@ -2,10 +2,12 @@
 
     git clone https://github.com/pytorch-labs/gpt-fast
     git -C gpt-fast checkout 32971d3129541c5bfb4f715abc33d1c5f408d204
-    GPT_FAST=gpt-fast python scripts/benchmark.py decode --preset 1b --batch 1 --batch 32 --peer examples/peer_gpt_fast.py
+    GPT_FAST=gpt-fast python scripts/benchmark.py decode --preset 1b --batch 1 --batch 32 \\
+        --peer examples/peer_gpt_fast.py
 
-Its own model and step, compiled as it compiles them: one token at a time with CUDA graphs of the compiler's, attention left to the
-compiler, all products tuned. All texts of a batch have one length there. Greedy, as its sampler is at temperature 0.
+Its own model and step, compiled as it compiles them: one token at a time with CUDA graphs of the compiler's, attention
+left to the compiler, all products tuned. All texts of a batch have one length there. Greedy, as its sampler is at
+temperature 0.
 """
 
 import importlib

@@ -3,8 +3,8 @@
     pip install --no-deps torchtitan==0.2.2
     python scripts/benchmark.py train --preset 1b --batch-size 16 --seq-len 2048 --peer examples/peer_torchtitan.py
 
-Its recipe: float32 weights, bfloat16 by autocast, every block and the loss compiled, fused AdamW, the norm clipped. Without a head
-tied to the embedding and with the plain RoPE, which is all that its model has without a change.
+Its recipe: float32 weights, bfloat16 by autocast, every block and the loss compiled, fused AdamW, the norm clipped.
+Without a head tied to the embedding and with the plain RoPE, which is all that its model has without a change.
 """
 
 import importlib.abc

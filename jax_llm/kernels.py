@@ -1,12 +1,13 @@
 """What a model may be given in the place of its plain functions.
 
-A model is (config, kernels). The lesson reads `jax_llm.model.PLAIN`, the kernels that every other file of it defines. `fast/`
-has others with the same numbers, and a family of models replaces those in which its mathematics differ.
+A model is (config, kernels). The lesson reads `jax_llm.model.PLAIN`, the kernels that every other file of it defines.
+`fast/` has others with the same numbers, and a family of models replaces those in which its mathematics differ.
 
-A kernel is a function or a frozen dataclass that can be called, never a closure: two equal models must be one compiled program.
+A kernel is a function or a frozen dataclass that can be called, never a closure: two equal models must be one compiled
+program.
 
-B batch, T query positions, S key positions, D hidden_size, N query heads, K key/value heads, H head_dim, F intermediate_size,
-V vocab_size, L layers.
+B batch, T query positions, S key positions, D hidden_size, N query heads, K key/value heads, H head_dim, F
+intermediate_size, V vocab_size, L layers.
 """
 
 import dataclasses

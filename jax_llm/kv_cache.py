@@ -1,7 +1,7 @@
 """The key/value cache as a value: it goes into the model and comes out of it, one position longer.
 
-Every text of a batch has a length of its own: prompts are padded on the right, and what the padding left in the cache is
-hidden by the mask until the text's own tokens replace it.
+Every text of a batch has a length of its own: prompts are padded on the right, and what the padding left in the cache
+is hidden by the mask until the text's own tokens replace it.
 
     here                           torch_llm.kv_cache
     KVCache, a tuple of arrays     KVCache, an object that owns its buffers

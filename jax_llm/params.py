@@ -1,4 +1,6 @@
-"""Parameter trees: which canonical tensors their leaves hold. Layers are stacked on a leading L axis, or a tuple of L trees."""
+"""Parameter trees: which canonical tensors their leaves hold. Layers are stacked on a leading L axis, or a tuple of L
+trees.
+"""
 
 import dataclasses
 from typing import Any

@@ -1,4 +1,6 @@
-"""How the dataclasses of `config` check their values: one message, with the field, the value and what would be right."""
+"""How the dataclasses of `config` check their values: one message, with the field, the value and what would be
+right.
+"""
 
 import dataclasses
 import math

@@ -17,7 +17,8 @@ REMAT = ("none", "dots", "full")
 COMPILE = ("auto", "on", "off")
 Separator = int | tuple[int, ...] | None  # the id, or one of several, that ends a document, if none may see another
 ATTENTION_BACKENDS = ("auto", "reference", "fused", "splash")  # splash: a TPU's kernel, JAX only
-# Beyond every model that exists. A config of more is a mistake or malice, and is refused before anything is counted or allocated.
+# Beyond every model that exists. A config of more is a mistake or malice, and is refused before anything is counted or
+# allocated.
 LIMITS = {
     "vocab_size": 1 << 24,
     "hidden_size": 1 << 20,
@@ -33,7 +34,9 @@ LARGEST_TABLE = 1 << 27  # numbers in the rotary table: 1 GiB in float64, a mill
 
 @dataclasses.dataclass(frozen=True)
 class RopeScaling:
-    """Llama 3's stretching of the slow rotary frequencies; the names are those of Hugging Face's `rope_type: llama3`."""
+    """Llama 3's stretching of the slow rotary frequencies; the names are those of Hugging Face's `rope_type:
+    llama3`.
+    """
 
     factor: float
     low_freq_factor: float
@@ -93,7 +96,8 @@ class ModelConfig:
             self.max_position_embeddings * self.head_dim <= LARGEST_TABLE,
             self,
             "max_position_embeddings",
-            f"the rotary table of so many positions would take more than {LARGEST_TABLE >> 27} GiB; lower it to the length "
+            f"the rotary table of so many positions would take more than {LARGEST_TABLE >> 27} GiB; lower it to the "
+            "length "
             "that you use",
         )
         check(

@@ -1,4 +1,6 @@
-"""What cuDNN's attention takes, which both frameworks call on an NVIDIA GPU; without it a slower kernel does the work."""
+"""What cuDNN's attention takes, which both frameworks call on an NVIDIA GPU; without it a slower kernel does
+the work.
+"""
 
 from llm_common.config import ModelConfig
 

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 LARGEST_JSON = 64 << 20  # bytes; the largest tokenizer.json in use is some 35 MB
-# Objects and arrays of a JSON file: an empty one takes 20 to 30 times its characters in memory. The largest tokenizer.json in use
-# has half a million, one for each merge.
+# Objects and arrays of a JSON file: an empty one takes 20 to 30 times its characters in memory. The largest
+# tokenizer.json in use has half a million, one for each merge.
 MOST_CONTAINERS = 4 << 20
 
 
@@ -28,7 +28,9 @@ class Damaged(UserError):
 
 
 def notice(text: str) -> None:
-    """Tell the person at the terminal what was decided for them, without touching what a program prints for others to read."""
+    """Tell the person at the terminal what was decided for them, without touching what a program prints for others to
+    read.
+    """
     print(f"note: {text}", file=sys.stderr)
 
 
@@ -38,7 +40,9 @@ def read_json(path: Path, hint: str = "") -> Any:
 
 
 def read_small(path: Path, hint: str = "", most: int = LARGEST_JSON) -> bytes:
-    """The bytes of a file that is read whole. Raises UserError if it is missing, not a plain file, or of more than `most` bytes."""
+    """The bytes of a file that is read whole. Raises UserError if it is missing, not a plain file, or of more than
+    `most` bytes.
+    """
     if not path.is_file():
         raise UserError(f"{path}: no such file" + (f"; {hint}" if hint else ""))
     size = path.stat().st_size
@@ -94,7 +98,9 @@ def has_its_checksum(content: dict[str, Any]) -> bool:
 
 
 def write_whole(path: Path, content: bytes) -> None:
-    """Write a file so that it is there whole, or as it was before. Raises UserError if the disk is full or the place unusable."""
+    """Write a file so that it is there whole, or as it was before. Raises UserError if the disk is full or the place
+    unusable.
+    """
     partial = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -149,8 +155,8 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def run_main(main: Callable[[], int | None]) -> None:
-    """Call a script's `main`; a UserError, or a file that the system refuses, becomes one line on stderr and exit code 2,
-    Ctrl-C exit code 130.
+    """Call a script's `main`; a UserError, or a file that the system refuses, becomes one line on stderr and exit code
+    2, Ctrl-C exit code 130.
     """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):

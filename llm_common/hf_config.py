@@ -1,7 +1,7 @@
 """Hugging Face's `config.json`, of transformers 4 and 5, to `ModelConfig` and back.
 
-Keys that do not change the mathematics are passed over. Any other unknown key, and any value of a known key that the model
-does not implement, is refused by name: an unknown rope type read as "none" would be a silent error.
+Keys that do not change the mathematics are passed over. Any other unknown key, and any value of a known key that the
+model does not implement, is refused by name: an unknown rope type read as "none" would be a silent error.
 """
 
 import dataclasses
@@ -46,8 +46,9 @@ _FIXED: dict[str, Any] = {
 }
 # Of these, null says what a missing key says.
 _NULL_IS_DEFAULT = frozenset(_FIXED) - {"hidden_act"}
-# Keys that do not change the function that the weights compute: how text is drawn, what training did, where files came from, which
-# kernels somebody used. A key that might change it belongs into _FIXED, with the one value that it may have.
+# Keys that do not change the function that the weights compute: how text is drawn, what training did, where files came
+# from, which kernels somebody used. A key that might change it belongs into _FIXED, with the one value that it may
+# have.
 _IGNORED = frozenset(
     [
         "_attn_implementation",
@@ -195,7 +196,8 @@ def from_hf(config: dict[str, Any]) -> ModelConfig:
         if value != allowed or isinstance(value, bool) != isinstance(allowed, bool):
             if key == "quantization_config":
                 raise UserError(
-                    "config.json: quantization_config: the weights are quantized, which is not implemented; take the model "
+                    "config.json: quantization_config: the weights are quantized, which is not implemented; take the "
+                    "model "
                     "in bfloat16, or save it dequantized with transformers (model.dequantize())"
                 )
             raise UserError(f"config.json: {key} = {repr(value)[:200]} is not implemented; it must be {allowed!r}")

@@ -7,7 +7,8 @@ import os
 import threading
 from collections.abc import Callable, Iterator
 
-PARENT = "ONE_MODEL_TWICE_PARENT"  # the descriptor and inode of a pipe that closes when the process that began this one is gone
+# the descriptor and inode of a pipe that closes when the process that began this one is gone
+PARENT = "ONE_MODEL_TWICE_PARENT"
 
 
 def end_with_parent() -> None:
@@ -22,7 +23,8 @@ def end_with_parent() -> None:
 
 @contextlib.contextmanager
 def lifeline() -> Iterator[tuple[int, dict[str, str]]]:
-    """What a process of `subprocess` needs to notice that this one is gone: a descriptor for `pass_fds`, and variables for `env`.
+    """What a process of `subprocess` needs to notice that this one is gone: a descriptor for `pass_fds`, and variables
+    for `env`.
 
     It must call `end_with_launcher`.
     """

@@ -1,7 +1,7 @@
 """The rotary table, made once in float64 for both frameworks.
 
-Two float32 tables made separately agree with each other to 6e-8 and are both off by 4e-3 at position 131k, so the angles
-are computed here and only here, and each side casts the result last.
+Two float32 tables made separately agree with each other to 6e-8 and are both off by 4e-3 at position 131k, so the
+angles are computed here and only here, and each side casts the result last.
 """
 
 import numpy as np
@@ -12,8 +12,9 @@ from llm_common.config import ModelConfig
 def inverse_frequencies(cfg: ModelConfig) -> np.ndarray:
     """theta^(-2i/H) for i < H/2, float64, stretched as `cfg.rope_scaling` says.
 
-    Llama 3's scaling leaves frequencies alone that turn often within the original length, divides by `factor` those that
-    turn rarely, and interpolates between. Source: The Llama 3 Herd of Models, 2024, https://arxiv.org/abs/2407.21783.
+    Llama 3's scaling leaves frequencies alone that turn often within the original length, divides by `factor` those
+    that turn rarely, and interpolates between. Source: The Llama 3 Herd of Models, 2024,
+    https://arxiv.org/abs/2407.21783.
     """
     exponents = np.arange(0, cfg.head_dim, 2, dtype=np.float64) / cfg.head_dim
     frequencies = 1.0 / np.float64(cfg.rope_theta) ** exponents

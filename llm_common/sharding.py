@@ -3,10 +3,11 @@
 A mesh has three axes:
 
     data    replicas: each has all weights and its rows of the batch
-    fsdp    each device keeps a part of every weight, gathers the others when they are needed, and has its rows of the batch
+    fsdp    each device keeps a part of every weight, gathers the rest when needed, and has its rows of the batch
     tensor  each device keeps and uses a part of every matrix: some heads, some channels of the MLP, some token ids
 
-The batch is cut over data and fsdp together. Devices are numbered with `tensor` running fastest, so that it lies within a host.
+The batch is cut over data and fsdp together. Devices are numbered with `tensor` running fastest, so that it lies within
+a host.
 """
 
 import math
@@ -20,8 +21,9 @@ from llm_common.tensors import tensor_shapes
 AXES = ("data", "fsdp", "tensor")
 BATCH_AXES = ("data", "fsdp")
 
-# Which mesh axis cuts which axis of a weight, by the end of its name. Matrices are (out, in). `tensor` cuts what a matrix
-# makes for the next one to sum over: the outputs of q, k, v, gate and up, the inputs of o and down, the ids of the vocabulary.
+# Which mesh axis cuts which axis of a weight, by the end of its name. Matrices are (out, in). `tensor` cuts what a
+# matrix makes for the next one to sum over: the outputs of q, k, v, gate and up, the inputs of o and down, the ids of
+# the vocabulary.
 RULES: dict[str, tuple[tuple[str, ...], ...]] = {
     "embed_tokens.weight": (("tensor",), ("fsdp",)),  # (V, D)
     "lm_head.weight": (("tensor",), ("fsdp",)),  # (V, D)
@@ -124,7 +126,9 @@ def shard_of(name: str, shape: tuple[int, ...], mesh: MeshConfig, at: Mapping[st
 
 
 def check_mesh(mesh: MeshConfig, cfg: ModelConfig, batch_size: int | None = None, accumulation_steps: int = 1) -> None:
-    """Raise UserError, naming the number and the axis, unless a mesh divides the model, and the batch if one is given."""
+    """Raise UserError, naming the number and the axis, unless a mesh divides the model, and the batch if one is
+    given.
+    """
     sizes = asdict(mesh)
 
     def divides(axes: tuple[str, ...], what: str, number: int, advice: str) -> None:

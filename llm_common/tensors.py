@@ -23,7 +23,8 @@ FUSED = {"self_attn": ("qkv_proj", "q_proj", "k_proj", "v_proj"), "mlp": ("gate_
 class ReadOnDemand(Mapping[str, np.ndarray]):
     """Tensors by name, each read when it is asked for, so that only one need be in memory.
 
-    read: gives the array of a name. In a run of several processes all of them must ask for the same names in the same order.
+    read: gives the array of a name. In a run of several processes all of them must ask for the same names in the same
+    order.
     """
 
     def __init__(self, names: Iterable[str], read: Callable[[str], np.ndarray]) -> None:
@@ -90,7 +91,9 @@ def decays(shape: tuple[int, ...]) -> bool:
 
 
 def check_tensors(cfg: ModelConfig, tensors: Tensors, source: str) -> None:
-    """Raise UserError unless `tensors` holds exactly the weights of `cfg`, with their shapes. Reads none of a file's."""
+    """Raise UserError unless `tensors` holds exactly the weights of `cfg`, with their shapes. Reads none of a
+    file's.
+    """
     shapes = tensor_shapes(cfg)
     for name in shapes:
         if name not in tensors:
@@ -157,6 +160,8 @@ def check_prompts(prompts: Any, cfg: ModelConfig, max_new_tokens: int) -> tuple[
 
 
 def bucket(n: int, limit: int) -> int:
-    """n rounded up to one of a few lengths, four to an octave, but no more than `limit`: programs are compiled for lengths."""
+    """n rounded up to one of a few lengths, four to an octave, but no more than `limit`: programs are compiled for
+    lengths.
+    """
     step = max(16, 1 << (n - 1).bit_length() >> 2)
     return min(limit, -(-n // step) * step)

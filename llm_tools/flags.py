@@ -1,5 +1,5 @@
-"""Command lines of the scripts: flags made from the config dataclasses, so that a setting is written down once, and a TOML
-file that holds the same settings.
+"""Command lines of the scripts: flags made from the config dataclasses, so that a setting is written down once, and a
+TOML file that holds the same settings.
 """
 
 import argparse
@@ -60,8 +60,8 @@ def from_flags(cls: type, args: argparse.Namespace) -> Any:
 def parse_with_toml(parser: argparse.ArgumentParser, argv: list[str] | None = None) -> argparse.Namespace:
     """The flags, over the settings of the TOML file given as `--config`, over the defaults.
 
-    The file's keys are the flags' names with underscores, at the top or in tables of any name. Raises UserError for a file that
-    is not TOML, a key that no flag has, and a value of the wrong kind.
+    The file's keys are the flags' names with underscores, at the top or in tables of any name. Raises UserError for a
+    file that is not TOML, a key that no flag has, and a value of the wrong kind.
     """
     parser.add_argument("--config", type=Path, metavar="TOML", help="settings in a file; flags given besides go first")
     argv = sys.argv[1:] if argv is None else argv
@@ -134,19 +134,24 @@ def require(args: argparse.Namespace, *names: str) -> None:
 
 
 def prepare_environment(cache_dir: Path | None) -> None:
-    """What must be set before a framework is imported: compilation caches, what a GPU gives JAX, how torch picks its kernels."""
+    """What must be set before a framework is imported: compilation caches, what a GPU gives JAX, how torch picks its
+    kernels.
+    """
     if cache_dir is not None:
         os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache_dir / "jax"))
         os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_dir / "torch"))
     os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.92")
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what torch's deterministic matrix products ask for
-    # torch.compile's search times kernels by the median of runs with a cache flushed five times over; its own way, the best of a
-    # hundred runs behind a flush of the cache's size, picks kernels for the run that found their weights still in the cache
+    # torch.compile's search times kernels by the median of runs with a cache flushed five times over; its own way, the
+    # best of a hundred runs behind a flush of the cache's size, picks kernels for the run that found their weights
+    # still in the cache
     os.environ.setdefault("TORCHINDUCTOR_USE_EXPERIMENTAL_BENCHMARKER", "0")
 
 
 def keep_memory_of_a_small_step(device: str, cfg: ModelConfig, train: TrainConfig) -> None:
-    """`keep_freed_memory` where it pays. To be called before a framework starts its threads, so before one can be asked for devices."""
+    """`keep_freed_memory` where it pays. To be called before a framework starts its threads, so before one can be asked
+    for devices.
+    """
     accelerators = ("nvidia[0-9]*", "accel*", "vfio", "kfd", "dxg")  # what drivers put into /dev
     alone = device == "auto" and not any(any(Path("/dev").glob(name)) for name in accelerators)
     if (device == "cpu" or alone) and sum(memory_per_step(cfg, train, False, False).values()) < GIB / 2:

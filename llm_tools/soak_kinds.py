@@ -53,7 +53,9 @@ class Numbers:
 
 @dataclass
 class Kind:
-    """Something that is killed. work(folder) goes on until then; check(folder) raises AssertionError for what is lost or wrong."""
+    """Something that is killed. work(folder) goes on until then; check(folder) raises AssertionError for what is lost
+    or wrong.
+    """
 
     work: Callable[[Path], None]
     check: Callable[[Path], None]
@@ -66,7 +68,8 @@ def work_run(folder: Path) -> None:
     """Train from the newest checkpoint on, saving every second step; evaluate, prune and log as a run does."""
     evaluation = Evaluation(np.arange(9), 4, 2)
     config = RunConfig(save_every=2, keep_last=2, keep_best=1)
-    run = Run(folder / "run", CFG, TrainConfig(), OptimizerConfig(total_steps=10**6), Numbers(), "jax", evaluation=evaluation, config=config)  # fmt: skip
+    opt = OptimizerConfig(total_steps=10**6)
+    run = Run(folder / "run", CFG, TrainConfig(), opt, Numbers(), "jax", evaluation=evaluation, config=config)
     with run:
         saved = run.resume()
         step = 0 if saved is None else saved.step

@@ -4,8 +4,9 @@ It imports none of the three packages, so it can tell which of them is wrong, al
 the best page to read first. Weights are a dict of arrays under Hugging Face's names, matrices as (out, in).
 
 B batch, T positions, D hidden_size, N query heads, K key/value heads, H head_dim, F intermediate_size, V vocab_size.
-`cfg` is a Hugging Face config, which `spec_config.py` reads by itself; the rules of a run are in `spec_run.py`. `rnd` is called on every intermediate result; it is the identity but where a rounding
-is simulated. The forward pass takes complex weights too: the gradients are checked by complex steps.
+`cfg` is a Hugging Face config, which `spec_config.py` reads by itself; the rules of a run are in `spec_run.py`. `rnd`
+is called on every intermediate result; it is the identity but where a rounding is simulated. The forward pass takes
+complex weights too: the gradients are checked by complex steps.
 """
 
 import math
@@ -30,7 +31,9 @@ def rms_norm(x, weight, eps):
 
 
 def rope_angles(cfg, t):
-    """Position times frequency, (T, H/2). Llama 3 slows down what turns less than `high` times in the original length."""
+    """Position times frequency, (T, H/2). Llama 3 slows down what turns less than `high` times in the original
+    length.
+    """
     cfg = architecture(cfg)
     frequencies = []
     for pair in range(cfg.head_dim // 2):
@@ -75,7 +78,9 @@ def attention_weights(q, k, window=None, documents=None):
 
 
 def documents_of(ids, separator):
-    """For every token (B, T) the number of its document and its position there. A document ends with the separator, or one of several."""
+    """For every token (B, T) the number of its document and its position there. A document ends with the separator, or
+    one of several.
+    """
     documents, positions = np.zeros(ids.shape, int), np.zeros(ids.shape, int)
     for row, tokens in enumerate(ids):
         document = position = 0
@@ -155,8 +160,8 @@ def rms_norm_grad(dy, x, weight, eps):
 def loss_and_grads(w, ids, targets, cfg, rnd=exact, flows=None, separator=None):
     """The mean loss and its gradient for every weight, in the order of the chain rule.
 
-    A dict given as `flows` is filled with the gradient at the output of every module by name, and of the three functions
-    apply_rope, attention and swiglu.
+    A dict given as `flows` is filled with the gradient at the output of every module by name, and of the three
+    functions apply_rope, attention and swiglu.
     """
     cfg = architecture(cfg)
     logits, (angles, tape, x, final) = forward(w, ids, cfg, rnd, separator)
@@ -339,7 +344,8 @@ def sample(logits, sampling, row, position):
 
 
 def generate(w, prompts, cfg, sampling, n_new, eos_ids=(), numbers=None):
-    """New tokens for each of some prompts, by a full forward pass a token; an id of eos_ids ends a text and is not in it.
+    """New tokens for each of some prompts, by a full forward pass a token; an id of eos_ids ends a text and is not in
+    it.
 
     numbers: what stands for a text's row in its draws; its row if not given.
     """

@@ -1,7 +1,8 @@
-"""What a Hugging Face `config.json` says, read by the specification itself: a literal table of families, defaults and nulls.
+"""What a Hugging Face `config.json` says, read by the specification itself: a literal table of families, defaults and
+nulls.
 
-It imports none of the three packages, so that a config which both frameworks misread in the same way is seen. The values are
-those of the config classes of transformers 5; a test compares them over every key left out, null and set.
+It imports none of the three packages, so that a config which both frameworks misread in the same way is seen. The
+values are those of the config classes of transformers 5; a test compares them over every key left out, null and set.
 """
 
 from types import SimpleNamespace
@@ -39,7 +40,8 @@ SCALING = ("factor", "low_freq_factor", "high_freq_factor", "original_max_positi
 
 
 def architecture(config):
-    """A config.json, as a dict, or whatever writes one with `to_hf`: the fields that the mathematics needs, under its names.
+    """A config.json, as a dict, or whatever writes one with `to_hf`: the fields that the mathematics needs, under its
+    names.
 
     Raises ValueError for a value that it does not know.
     """

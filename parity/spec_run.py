@@ -1,7 +1,8 @@
-"""The specification of a run, in plain NumPy: step scalars, steps that are skipped, the order of batches, what is counted.
+"""The specification of a run, in plain NumPy: step scalars, steps that are skipped, the order of batches, what is
+counted.
 
-`spec.py` is the mathematics of one step; this is what happens around it. It imports none of the three packages. Settings come
-as values with the names that the configs of the packages have, or as plain numbers.
+`spec.py` is the mathematics of one step; this is what happens around it. It imports none of the three packages.
+Settings come as values with the names that the configs of the packages have, or as plain numbers.
 """
 
 import hashlib
@@ -45,10 +46,11 @@ def train_step(w, mu, nu, step, adam_count, ids, targets, cfg, opt, separator=No
 
 
 def train(state, batch, until, cfg, opt, separator=None, max_skipped=10):
-    """Steps to `until` from (weights, mu, nu, step, adam_count); batch(step) gives inputs and targets. Returns the state and, for every step, what its log says.
+    """Steps to `until` from (weights, mu, nu, step, adam_count); batch(step) gives inputs and targets. Returns the
+    state and, for every step, what its log says.
 
-    A loss that is summed over micro-batches, chunks or devices is this one: the mean over the counted tokens of the whole batch.
-    Raises ArithmeticError after `max_skipped` skipped updates in a row.
+    A loss that is summed over micro-batches, chunks or devices is this one: the mean over the counted tokens of the
+    whole batch. Raises ArithmeticError after `max_skipped` skipped updates in a row.
     """
     rows, in_row = [], 0
     while state[3] < until:
@@ -89,7 +91,9 @@ def order(seed, epoch, n):
 
 
 def _numbers_of(seed, n, batch_size, step):
-    """Which of n windows the rows of a step's batch are: one epoch's permutation after the other, batches cross their ends."""
+    """Which of n windows the rows of a step's batch are: one epoch's permutation after the other, batches cross their
+    ends.
+    """
     rows = range(step * batch_size, (step + 1) * batch_size)
     orders = {epoch: order(seed, epoch, n) for epoch in {row // n for row in rows}}
     return [int(orders[row // n][row % n]) for row in rows]
@@ -102,7 +106,9 @@ def is_held_out(text, share):
 
 
 def batch(tokens, length, batch_size, seed, step):
-    """Inputs and targets (B, T) of a step: windows of T + 1 tokens every T tokens; what is left at the end is not used."""
+    """Inputs and targets (B, T) of a step: windows of T + 1 tokens every T tokens; what is left at the end is
+    not used.
+    """
     n = (len(tokens) - 1) // length
     starts = [length * i for i in _numbers_of(seed, n, batch_size, step)]
     windows = np.stack([np.asarray(tokens[start : start + length + 1], np.int64) for start in starts])
@@ -116,7 +122,9 @@ def rows_of_host(rows, host, n_hosts):
 
 
 def example_rows(examples, length):
-    """Inputs and targets (n, T) of prompts and answers: only the tokens of the answer are counted; zeros follow the end."""
+    """Inputs and targets (n, T) of prompts and answers: only the tokens of the answer are counted; zeros follow the
+    end.
+    """
     inputs, targets = np.zeros((len(examples), length), np.int64), np.full((len(examples), length), IGNORE_INDEX)
     for row, (prompt, answer) in enumerate(examples):
         ids = [*prompt, *answer]
@@ -142,10 +150,11 @@ def held_out_rows(tokens, length):
 
 
 def rolling_rows(documents, context, length):
-    """Documents one by one in windows of at most `length` inputs: inputs and targets (n, length), as lm-eval rolls them.
+    """Documents one by one in windows of at most `length` inputs: inputs and targets (n, length), as lm-eval rolls
+    them.
 
-    Every token is predicted once, but for a first one without a context. A window begins with the last token of the one before;
-    the last reaches as far back as a window does.
+    Every token is predicted once, but for a first one without a context. A window begins with the last token of the one
+    before; the last reaches as far back as a window does.
     """
     inputs, targets = [], []
     for ids in documents:
@@ -185,7 +194,9 @@ def held_out(w, inputs, targets, cfg, bytes_of_ids=None, separator=None):
 
 
 def document(prefix, ids, end):
-    """A document as a sequence: what the tokenizer puts before a text, its ids, and the id that ends it, if one does."""
+    """A document as a sequence: what the tokenizer puts before a text, its ids, and the id that ends it, if one
+    does.
+    """
     return [*prefix, *ids, *([] if end is None else [end])]
 
 

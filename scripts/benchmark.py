@@ -1,15 +1,15 @@
 """How fast both frameworks train and decode, as shares of what the device itself reaches, beside other libraries.
 
-    python scripts/benchmark.py train --preset 1b --batch-size 16 --seq-len 2048 --peer transformers --out runs/benchmark
+    python scripts/benchmark.py train --preset 1b --batch-size 16 --seq-len 2048 --peer transformers --out runs/bench
     python scripts/benchmark.py decode --preset 1b --batch 1 --batch 32 --peer transformers
     python scripts/benchmark.py train --preset demo --compute-dtype float32 --device cpu --peer transformers
     python scripts/benchmark.py train --preset 1b --framework torch --profile runs/profile
     python scripts/benchmark.py startup --preset 1b
     python scripts/benchmark.py tokenizer --vocab-size 32768 --data my_texts/
 
-Every case runs in a process of its own, one after the other; the ceilings (a large matrix product, a large copy) are measured
-before and after them. Training: model FLOPs of our own counter over the first ceiling. Decoding: the bytes that a step must read,
-weights and cache, over the second. --out writes PREFIX.md, PREFIX.json and PREFIX.png.
+Every case runs in a process of its own, one after the other; the ceilings (a large matrix product, a large copy) are
+measured before and after them. Training: model FLOPs of our own counter over the first ceiling. Decoding: the bytes
+that a step must read, weights and cache, over the second. --out writes PREFIX.md, PREFIX.json and PREFIX.png.
 """
 
 import argparse
@@ -274,7 +274,9 @@ def write(prefix: Path, report: str, content: dict[str, Any]) -> None:
 
 
 def draw(path: Path, content: dict[str, Any]) -> None:
-    """Bars: each case's share of what the device reached itself. Nothing without matplotlib, or if no case has a share."""
+    """Bars: each case's share of what the device reached itself. Nothing without matplotlib, or if no case has
+    a share.
+    """
     name = {"train": "flops", "attention": "flops", "decode": "bytes"}.get(content["cases"][0]["what"])
     good = [r for r in content["cases"] if "error" not in r]
     try:

@@ -1,8 +1,10 @@
-"""Are the ids of a tokenizer's folder, as this program reads it, those of transformers? With and without the `tokenizers` library.
+"""Are the ids of a tokenizer's folder, as this program reads it, those of transformers? With and without the
+`tokenizers` library.
 
     python scripts/check_tokenizer.py my_llama/ models/smollm2
 
-Compared are texts, prompts, and conversations in the chat template, if there is one. The exit code is 0 if all ids are the same.
+Compared are texts, prompts, and conversations in the chat template, if there is one. The exit code is 0 if all ids are
+the same.
 """
 
 import warnings

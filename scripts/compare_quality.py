@@ -3,9 +3,9 @@
     python scripts/compare_quality.py --data data/tokens.npy
     python scripts/compare_quality.py --data data/tokens.npy --steps 500 --compute-dtype bfloat16 --device gpu
 
-transformers also trains from weights moved by one unit in the last place, several times: how far those runs end from each other is
-the noise of the recipe. Equal quality: the loss over the last tenth of the steps, and the held-out loss, differ from transformers'
-by at most three times that noise. Exit code 0 only then.
+transformers also trains from weights moved by one unit in the last place, several times: how far those runs end from
+each other is the noise of the recipe. Equal quality: the loss over the last tenth of the steps, and the held-out loss,
+differ from transformers' by at most three times that noise. Exit code 0 only then.
 """
 
 import argparse

@@ -1,14 +1,16 @@
-"""Checkpoints in the formats of Orbax (JAX) and of torch's distributed checkpoints (DCP), to and from the folder of this project.
+"""Checkpoints in the formats of Orbax (JAX) and of torch's distributed checkpoints (DCP), to and from the folder of
+this project.
 
     python scripts/convert_checkpoint.py --from runs/first/step-00001000 --to-orbax exported/orbax
     python scripts/convert_checkpoint.py --from runs/first/step-00001000 --to-dcp exported/dcp
     python scripts/convert_checkpoint.py --from-orbax exported/orbax --like runs/first/step-00001000 --to runs/again
     python scripts/convert_checkpoint.py --from-dcp exported/dcp --like runs/first/step-00001000 --to runs/again
 
-Both hold a flat tree of canonical tensors, `weights.<name>`, `mu.<name>` and `nu.<name>`, and the counters `step` and `adam_count`. The
-other settings of a run, and its tokenizer, are taken from the folder given as --like. Beside what is written lies checksums.json; a
-folder that has it is compared with it, of one that others wrote everything is checked that the format itself can tell.
-No pickle is executed: DCP's `.metadata`, which is one, is read by a reader that knows its few names.
+Both hold a flat tree of canonical tensors, `weights.<name>`, `mu.<name>` and `nu.<name>`, and the counters `step` and
+`adam_count`. The other settings of a run, and its tokenizer, are taken from the folder given as --like. Beside what is
+written lies checksums.json; a folder that has it is compared with it, of one that others wrote everything is checked
+that the format itself can tell. No pickle is executed: DCP's `.metadata`, which is one, is read by a reader that knows
+its few names.
 """
 
 import shutil
@@ -111,7 +113,9 @@ def flat(state: TrainingState) -> dict[str, np.ndarray]:
 
 
 def to_state(cfg: ModelConfig, source: str, tree: dict[str, np.ndarray]) -> TrainingState:
-    """The inverse of `flat`. Raises UserError for a tensor that is missing, has another shape, or cannot be what it is called."""
+    """The inverse of `flat`. Raises UserError for a tensor that is missing, has another shape, or cannot be what it is
+    called.
+    """
     parts = []
     for part in PARTS:
         tensors = {name: tree[f"{part}.{name}"] for name in tensor_shapes(cfg) if f"{part}.{name}" in tree}

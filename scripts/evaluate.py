@@ -4,12 +4,14 @@
     python scripts/evaluate.py --framework torch --checkpoint my_llama/ --text book.txt --seq-len 512
     python scripts/evaluate.py --framework torch --checkpoint runs/first --text book.txt --json
 
---data: held-out tokens or examples of prepare_data.py. What decides their loss is what the run was trained with (the length of a
-window, the document mask, the dtype, how many batches), unless a flag says otherwise: the loss is the one in log.jsonl.
+--data: held-out tokens or examples of prepare_data.py. What decides their loss is what the run was trained with (the
+length of a window, the document mask, the dtype, how many batches), unless a flag says otherwise: the loss is the one
+in log.jsonl.
 
---text: every token of a document is predicted once, the first from what the tokenizer puts before a text, in windows of the model's
-positions. These are the windows of lm-eval's rolling likelihood, and so are the perplexities. lm-eval 0.4.13 puts a beginning of
-text (<s>) twice before a text and predicts one of the two, unless it is told add_bos_token=False; --count-prefix does that too.
+--text: every token of a document is predicted once, the first from what the tokenizer puts before a text, in windows of
+the model's positions. These are the windows of lm-eval's rolling likelihood, and so are the perplexities. lm-eval
+0.4.13 puts a beginning of text (<s>) twice before a text and predicts one of the two, unless it is told
+add_bos_token=False; --count-prefix does that too.
 """
 
 import argparse
@@ -110,7 +112,8 @@ def main() -> None:
         if not is_out_of_memory(error):
             raise
         raise UserError(
-            f"memory ran out with {evaluation.batch_size} windows of {evaluation.seq_len} tokens: take a smaller --batch-size or "
+            f"memory ran out with {evaluation.batch_size} windows of {evaluation.seq_len} tokens: take a smaller "
+            "--batch-size or "
             "--seq-len"
         ) from None
     show(args, folder, train, evaluation, result)
@@ -163,7 +166,8 @@ def show(
         print(json.dumps({"checkpoint": str(folder), "framework": args.framework, **result}))
         return
     print(
-        f"{folder}: loss {result['loss']:.6f} nats per token, perplexity {result['perplexity']:.4f}, {result['tokens']:,} tokens"
+        f"{folder}: loss {result['loss']:.6f} nats per token, perplexity {result['perplexity']:.4f}, "
+        f"{result['tokens']:,} tokens"
     )
     if "bits_per_byte" in result:
         print(f"{result['bits_per_byte']:.6f} bits per byte, {result['bytes']:,} bytes")

@@ -1,18 +1,19 @@
 """Generate text from a run, a checkpoint or a Hugging Face folder, in either framework or in both.
 
     python scripts/generate.py --framework jax --checkpoint runs/first --prompt "Return a string" --seed 1
-    python scripts/generate.py --framework torch --checkpoint runs/first --prompt "Return" --prompt "The list of" --texts 3
+    python scripts/generate.py --framework torch --checkpoint runs/first --prompt "Return" --prompt "The list" --texts 3
     python scripts/generate.py --framework torch --checkpoint my_llama/ --chat --prompt "Who are you?" --temperature 0
     python scripts/generate.py --framework both --checkpoint runs/first --prompt "Return a string"
 
-A text is decided by its prompt, its number among the --texts of that prompt, the sampling flags and the seed; prompts of any lengths
-may stand beside each other without changing one another's text. The same seed draws the same text in both frameworks, unless a
-draw lies within the margin of rounding: --framework both shows the first token where they part, and its margin.
-A prompt and --max-new-tokens together must fit the model's positions: what does not is refused, never cut.
+A text is decided by its prompt, its number among the --texts of that prompt, the sampling flags and the seed; prompts
+of any lengths may stand beside each other without changing one another's text. The same seed draws the same text in
+both frameworks, unless a draw lies within the margin of rounding: --framework both shows the first token where they
+part, and its margin. A prompt and --max-new-tokens together must fit the model's positions: what does not is refused,
+never cut.
 
-A text ends at any of the ids that the model's configs, its tokenizer and the data of its run end texts with, and at --stop-token.
-Special tokens written out in a --prompt are those tokens; within --chat, where the prompt is data, they are text, unless
---special-tokens-in-text. Many prompts are worked on in batches, each printed when it is done.
+A text ends at any of the ids that the model's configs, its tokenizer and the data of its run end texts with, and at
+--stop-token. Special tokens written out in a --prompt are those tokens; within --chat, where the prompt is data, they
+are text, unless --special-tokens-in-text. Many prompts are worked on in batches, each printed when it is done.
 """
 
 import argparse
@@ -82,7 +83,8 @@ def main() -> None:
         "--compile",
         choices=COMPILE,
         default="auto",
-        help="PyTorch on a GPU: 'auto' captures a step, 'on' compiles it before, which takes one to three minutes and pays for long texts",
+        help="PyTorch on a GPU: 'auto' captures a step, 'on' compiles it before, which takes one to three minutes "
+        "and pays for long texts",
     )
     add_flags(parser, SamplingConfig, "sampling")
     args = parser.parse_args()
@@ -156,7 +158,9 @@ def encode(tokenizer: AnyTokenizer, prompt: str, args: argparse.Namespace) -> li
 
 
 def all_stops(tokenizer: AnyTokenizer, folder: Path, args: argparse.Namespace) -> tuple[int, ...]:
-    """Every id that ends a text: the tokenizer's, the configs', those of the run's data, a turn's in a chat, and those given."""
+    """Every id that ends a text: the tokenizer's, the configs', those of the run's data, a turn's in a chat, and those
+    given.
+    """
     given = [resolve_token(tokenizer, token, "--stop-token") for token in args.stop_token]
     turn = [tokenizer.turn_end] if args.chat else []
     found = [*tokenizer.eos_ids, *stops_of(folder), *turn, *given]
@@ -207,7 +211,8 @@ def write_texts(
         if not is_out_of_memory(error):
             raise
         raise UserError(
-            f"memory ran out with {len(rows)} texts at once, after {first} texts: take --batch-size {max(1, len(rows) // 4)}, "
+            f"memory ran out with {len(rows)} texts at once, after {first} texts: take --batch-size "
+            f"{max(1, len(rows) // 4)}, "
             "or fewer --max-new-tokens"
         ) from None
     for row, (prompt, _, number) in enumerate(rows):

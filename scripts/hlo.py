@@ -1,7 +1,7 @@
 """What a compiled XLA program does besides arithmetic, read from its text: collectives, loops and custom calls.
 
-The text is that of `compiled.as_text()`: computations, each with instructions; a `while` names its body, and says in its
-backend_config how often it runs, where the compiler knows.
+The text is that of `compiled.as_text()`: computations, each with instructions; a `while` names its body, and says in
+its backend_config how often it runs, where the compiler knows.
 """
 
 import math
@@ -36,7 +36,9 @@ TARGET = re.compile(r'custom_call_target="([^"]+)"')
 
 @dataclass(frozen=True)
 class Collective:
-    """A collective of a program: what it gives, in bytes on each device, within how many loops, and how often in all."""
+    """A collective of a program: what it gives, in bytes on each device, within how many loops, and how often
+    in all.
+    """
 
     kind: str
     size: int

@@ -3,8 +3,8 @@
 python scripts/inspect_data.py --data data/tokens.npy --tokenizer data/bpe.json
 python scripts/inspect_data.py --data data/web/ --tokenizer data/bpe.json --check --out runs/data.png
 
-Of examples (.npz) it shows prompts and answers apart. --check says that every byte is as it was written; data that is not is refused
-anyway. --out draws the lengths of the documents and the frequencies of the tokens; it needs matplotlib.
+Of examples (.npz) it shows prompts and answers apart. --check says that every byte is as it was written; data that is
+not is refused anyway. --out draws the lengths of the documents and the frequencies of the tokens; it needs matplotlib.
 """
 
 import argparse
@@ -104,7 +104,9 @@ def inspect_examples(console: Console, args: argparse.Namespace, tokenizer: AnyT
 
 
 def read(tokens: np.ndarray | ShardedTokens, document_end: int | None) -> tuple[np.ndarray, np.ndarray]:
-    """How often each id occurs, and the documents' lengths in tokens, their end included; one length if nothing ends them."""
+    """How often each id occurs, and the documents' lengths in tokens, their end included; one length if nothing ends
+    them.
+    """
     counts, ends = np.zeros(0, np.int64), [np.zeros(0, np.int64)]
     for start in range(0, len(tokens), PIECE):
         ids = tokens[start : start + PIECE]
@@ -138,7 +140,8 @@ def report(
         ),
         (
             "vocabulary",
-            f"{used:,} of {tokenizer.vocab_size:,} ids occur; half the text is {1 + int((share < 0.5).sum()):,} of them",
+            f"{used:,} of {tokenizer.vocab_size:,} ids occur; half the text is {1 + int((share < 0.5).sum()):,} of "
+            "them",
         ),
         ("unigram entropy", f"{entropy(counts):.3f} nats: the loss of a model that knows the frequencies alone"),
     ):

@@ -3,7 +3,8 @@
     python scripts/plot_runs.py runs/jax runs/torch --out curves.png
     python scripts/plot_runs.py runs/jax runs/torch --out curves.html
 
-Of two or more runs the difference of the loss from the first run is drawn too. A line marks where a run changed frameworks.
+Of two or more runs the difference of the loss from the first run is drawn too. A line marks where a run changed
+frameworks.
 """
 
 import base64

@@ -2,17 +2,19 @@
 
 python scripts/prepare_data.py --tokenizer data/bpe.json --out data/tokens.npy
 python scripts/prepare_data.py --tokenizer data/bpe.json --out data/tokens.npy --data my_texts/ --validation 0.05
-python scripts/prepare_data.py --tokenizer data/bpe.json --out data/web/ --data web/*.jsonl.gz --field content --validation 0.001
-python scripts/prepare_data.py --tokenizer my_llama/ --out data/questions.npz --data questions.jsonl \\
+python scripts/prepare_data.py --tokenizer data/bpe.json --out data/web/ --data web/*.jsonl.gz --field content
+--validation 0.001 python scripts/prepare_data.py --tokenizer my_llama/ --out data/questions.npz --data questions.jsonl
+\\
     --prompt-field question --answer-field answer --chat --max-length 512
 
-Data: UTF-8 text in which <|endoftext|> separates documents; JSONL, JSON or CSV, of which --field is the text; any of them also as
-.gz; a folder stands for all such files in it. --out FILE.npy writes one file. --out FOLDER/ writes shards with a manifest, on all
-cores; after a kill the same command goes on where it stopped.
+Data: UTF-8 text in which <|endoftext|> separates documents; JSONL, JSON or CSV, of which --field is the text; any of
+them also as .gz; a folder stands for all such files in it. --out FILE.npy writes one file. --out FOLDER/ writes shards
+with a manifest, on all cores; after a kill the same command goes on where it stopped.
 
-A document becomes the tokens that the tokenizer puts before a text (<s>, <|begin_of_text|>, or none), its own, and the token that
-ends a document. An answer ends with the token that ends a turn, which chat models have apart from it; both are found in the
-tokenizer's files, or given. Special tokens written out in the text are text, unless --special-tokens-in-text.
+A document becomes the tokens that the tokenizer puts before a text (<s>, <|begin_of_text|>, or none), its own, and the
+token that ends a document. An answer ends with the token that ends a turn, which chat models have apart from it; both
+are found in the tokenizer's files, or given. Special tokens written out in the text are text, unless
+--special-tokens-in-text.
 """
 
 import argparse
@@ -114,7 +116,9 @@ def main() -> None:
 
 
 def divide(items: Iterable[T], share: float, text: Callable[[T], str]) -> tuple[list[T], list[T]]:
-    """What is kept and what is held out, by the hash of each one's text. Raises UserError if one of them would be empty."""
+    """What is kept and what is held out, by the hash of each one's text. Raises UserError if one of them would be
+    empty.
+    """
     kept, held_out = [], []
     for item in items:
         (held_out if is_held_out(text(item), share) else kept).append(item)
@@ -139,16 +143,19 @@ def prepare_examples(args: argparse.Namespace, tokenizer: AnyTokenizer) -> None:
         reader = ExampleReader(tokenizer, args.chat, args.turn_end, args.special_tokens_in_text)
         info = write_examples(path, itertools.starmap(reader, found), reader, args.max_length, args.validation)
         print(
-            f"{path}: {info['examples']:,} example{'s' if info['examples'] > 1 else ''}, {info['tokens']:,} tokens, the longest "
+            f"{path}: {info['examples']:,} example{'s' if info['examples'] > 1 else ''}, {info['tokens']:,} tokens, "
+            "the longest "
             f"{info['longest']}; {info['left_out']} left out"
         )
         if reader.shortened:
             notice(
-                f"of {reader.shortened:,} answers the chat template left something out, or wrote it otherwise; it is not learned"
+                f"of {reader.shortened:,} answers the chat template left something out, or wrote it otherwise; it is "
+                "not learned"
             )
         if reader.endless:
             notice(
-                f"after {reader.endless:,} answers no special token comes: a model that learns them does not learn to stop"
+                f"after {reader.endless:,} answers no special token comes: a model that learns them does not learn "
+                "to stop"
             )
 
 
@@ -161,7 +168,8 @@ def write(path: Path, texts: Iterable[str], encoder: DocumentEncoder, held_out: 
     )
     if info["document_ends_inside"]:
         notice(
-            f"{info['document_ends_inside']:,} times the token that ends a document stands inside one: train.py --document-mask "
+            f"{info['document_ends_inside']:,} times the token that ends a document stands inside one: train.py "
+            "--document-mask "
             "refuses this file; give another --document-end"
         )
 

@@ -4,9 +4,9 @@
     python scripts/same_bits.py v0.4 main --rows torch       # two revisions, or two folders; only some rows
     python scripts/same_bits.py main --parity                # also every figure of `parity run` and `parity sharded`
 
-A refactor changes no result: its commit message says on how many rows this held. Every row trains a small model for 20 steps through
-`train.py` and draws three texts through `generate.py`, so that the code may move as it likes behind the programs.
-Exit code 0: the same bits on every row.
+A refactor changes no result: its commit message says on how many rows this held. Every row trains a small model for 20
+steps through `train.py` and draws three texts through `generate.py`, so that the code may move as it likes behind the
+programs. Exit code 0: the same bits on every row.
 """
 
 import argparse
@@ -59,7 +59,8 @@ FEATURES: dict[str, list[Any]] = {
 CASES = [("llama", feature) for feature in FEATURES] + [(model, "plain") for model in MODELS if model != "llama"]
 CASES += [("window", "document mask"), ("tied", "chunked loss"), ("tied", "accumulation"), ("qwen3", "all of them")]
 TRAIN = [
-    "--device", "cpu", "--batch-size", 8, "--seq-len", LENGTH, "--total-steps", STEPS, "--warmup-steps", 3, "--lr-max", 0.01,
+    "--device", "cpu", "--batch-size", 8, "--seq-len", LENGTH, "--total-steps", STEPS,
+    "--warmup-steps", 3, "--lr-max", 0.01,
     "--log-every", 1, "--eval-every", 10, "--seed", 7,
 ]  # fmt: skip
 DRAW = ["--device", "cpu", "--max-new-tokens", 24, "--temperature", 0.8, "--top-k", 40, "--top-p", 0.95, "--seed", 3]
@@ -152,7 +153,9 @@ def figures(run: Path) -> dict[str, Any]:
 
 
 def programs_in(folder: Path) -> Iterator[str]:
-    """A digest of every StableHLO program of some size, with its name; without locations, functions numbered as they come."""
+    """A digest of every StableHLO program of some size, with its name; without locations, functions numbered as they
+    come.
+    """
     for path in folder.rglob("*.mlir"):
         text = re.sub(r"\s*loc\((?:[^()\"]|\"[^\"]*\"|\([^()]*\))*\)|^#loc.*\n", "", path.read_text(), flags=re.M)
         if text.count("\n") < 50:  # an operation by itself

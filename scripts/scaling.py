@@ -1,9 +1,11 @@
-"""How much faster several devices are than one: training steps of both frameworks on meshes against one device, as a table.
+"""How much faster several devices are than one: training steps of both frameworks on meshes against one device, as a
+table.
 
     python scripts/scaling.py --device gpu --preset 1b --batch-size 8 --seq-len 2048 --mesh data=2 --mesh fsdp=2 --out docs/scaling.md
 
-Every mesh gets the batch of one device times its number of devices along data and fsdp. The efficiency is the tokens per second
-over those of one device times the number of devices. Each case runs in processes of its own, one case after the other.
+Every mesh gets the batch of one device times its number of devices along data and fsdp. The efficiency is the tokens
+per second over those of one device times the number of devices. Each case runs in processes of its own, one case after
+the other.
 """
 
 import argparse
@@ -128,8 +130,10 @@ def line(args: argparse.Namespace, cfg: ModelConfig, results: list[dict[str, Any
     if base is not None and "error" not in base:
         efficiency = f"{speed / devices / (base['tokens'] / base['seconds'][1]):.3f}"
     return (
-        f"| {r['framework']} | {r['mesh'] or 'one device'} | {1e3 * median:.1f} ({1e3 * low:.1f} to {1e3 * high:.1f}) | {speed:,.0f} "
-        f"| {r['flops'] / median / devices / 1e12:.0f} | {efficiency} | {r['memory'] / GIB:.1f} | {r['first_step']:.0f} "
+        f"| {r['framework']} | {r['mesh'] or 'one device'} | {1e3 * median:.1f} ({1e3 * low:.1f} to "
+        f"{1e3 * high:.1f}) | {speed:,.0f} "
+        f"| {r['flops'] / median / devices / 1e12:.0f} | {efficiency} | {r['memory'] / GIB:.1f} | "
+        f"{r['first_step']:.0f} "
         f"| {r['losses'][0]:.4f} to {r['losses'][1]:.4f} |"
     )
 

@@ -63,7 +63,9 @@ def math(*lines: str) -> str:
 
 @dataclass(frozen=True)
 class Block:
-    """One row of the page. `names` are "file:definition"; the same names are looked up on both sides unless they differ."""
+    """One row of the page. `names` are "file:definition"; the same names are looked up on both sides unless they
+    differ.
+    """
 
     title: str
     equation: str
@@ -80,7 +82,8 @@ BLOCKS = (
             mrow(sub("p", "*"), "=", "arg max", "<mspace width='0.3em'/>", sub("count", "p"), ","),
             mrow(sub("p", "*"), "= ( a , b ) → a b"),
         ),
-        "Neither framework has a part in it, so it is written once: a tokenizer on each side could differ, and would look "
+        "Neither framework has a part in it, so it is written once: a tokenizer on each side could differ, and would "
+        "look "
         "like a difference of the models. Merging the most frequent pair, over and over, is the whole of training.",
         shared=(
             "text/bpe_reference:train",
@@ -93,7 +96,8 @@ BLOCKS = (
         "Embedding",
         math(mrow(sub("x", "t"), "=", sub("W", sub("id", "t")))),
         "The function is the same. The Linen module declares its weight and gets it passed in at every call; the torch "
-        "module owns it. JAX would clamp an id that is out of range, torch raises: so the host checks ids before either.",
+        "module owns it. JAX would clamp an id that is out of range, torch raises: so the host checks ids before "
+        "either.",
         jax=("layers:embedding", "layers:Embedding"),
         torch=("layers:embedding", "layers:Embedding"),
     ),
@@ -111,7 +115,8 @@ BLOCKS = (
             mrow(sub("y", "i + H/2"), "=", sub("x", "i + H/2"), "cos θ +", sub("x", "i"), "sin θ"),
             mrow("θ = t ·", sup("10000", "− 2 i / H")),
         ),
-        "The angles are computed once, in NumPy float64, for both. JAX makes a constant of the table while tracing; the "
+        "The angles are computed once, in NumPy float64, for both. JAX makes a constant of the table while tracing; "
+        "the "
         "torch model holds it as an object and casts it for each device. Two tables made in float32 would differ.",
         jax=("rope:rotary_table", "rope:apply_rope"),
         torch=("rope:RotaryTable", "rope:apply_rope"),
@@ -122,15 +127,18 @@ BLOCKS = (
             mrow("P = softmax", "<mo>(</mo>", frac(mrow("Q", sup("K", "T")), root("H")), "+ mask", "<mo>)</mo>"),
             mrow("out = P V"),
         ),
-        "The einsum strings are the same. The cache is where the styles part: in JAX it is a value, goes in and comes out "
-        "again with one more position, and the mask hides its empty slots; in torch it is an object that is written in place.",
+        "The einsum strings are the same. The cache is where the styles part: in JAX it is a value, goes in and "
+        "comes out "
+        "again with one more position, and the mask hides its empty slots; in torch it is an object that is written "
+        "in place.",
         jax=("attention:reference_attention", "attention:Attention"),
         torch=("attention:reference_attention", "attention:Attention"),
     ),
     Block(
         "KV cache",
         math(mrow("K ← [ K ;", sub("k", "t"), "] ,", "V ← [ V ;", sub("v", "t"), "]")),
-        "A pure function cannot write to its argument: it returns an updated copy, which the compiler makes in place. An "
+        "A pure function cannot write to its argument: it returns an updated copy, which the compiler makes in "
+        "place. An "
         "object simply writes. One has a fixed shape for the compiler, the other a view of the slots in use.",
         jax=("kv_cache:init_cache", "kv_cache:update"),
         torch=("kv_cache:KVCache.__init__", "kv_cache:KVCache.update"),
@@ -138,7 +146,8 @@ BLOCKS = (
     Block(
         "SwiGLU",
         math(mrow("y =", sub("W", "down"), "( silu (", sub("W", "gate"), "x ) ⊙", sub("W", "up"), "x )")),
-        "In Linen the submodules are named where they are called; in torch they are made in the constructor. The product "
+        "In Linen the submodules are named where they are called; in torch they are made in the constructor. The "
+        "product "
         "is taken in float32 on both sides: the frameworks' own bfloat16 silu differ in a third of all elements.",
         jax=("layers:swiglu", "layers:MLP"),
         torch=("layers:swiglu", "layers:MLP"),
@@ -146,7 +155,8 @@ BLOCKS = (
     Block(
         "Decoder layer",
         math(mrow("h = x + attention ( norm ( x ) )"), mrow("y = h + mlp ( norm ( h ) )")),
-        "torch registers the parts as attributes and calls them. The JAX layer also returns the cache that it was given.",
+        "torch registers the parts as attributes and calls them. The JAX layer also returns the cache that it was "
+        "given.",
         jax=("model:DecoderLayer",),
         torch=("model:DecoderLayer",),
     ),
@@ -165,7 +175,8 @@ BLOCKS = (
                 "]",
             )
         ),
-        "JAX has no ignore_index: the targets that do not count are masked by hand, and a safe index is looked up for them.",
+        "JAX has no ignore_index: the targets that do not count are masked by hand, and a safe index is looked up "
+        "for them.",
         jax=("loss:cross_entropy_sum", "loss:cross_entropy"),
         torch=("loss:cross_entropy_sum", "loss:cross_entropy"),
     ),
@@ -177,7 +188,8 @@ BLOCKS = (
             mrow("v ←", sub("β", "2"), "v + ( 1 −", sub("β", "2"), ")", sup("g", "2")),
             mrow("p ← p − η", "<mo>(</mo>", frac(hat("m"), mrow(root(hat("v")), "+ ε")), "+ λ p", "<mo>)</mo>"),
         ),
-        "An optax transformation is a pair of functions: state comes in, state and updates go out, and somebody else adds "
+        "An optax transformation is a pair of functions: state comes in, state and updates go out, and somebody else "
+        "adds "
         "the updates. A torch optimizer owns its state and changes the parameters where they are.",
         jax=("optim:clip_factor", "optim:clip", "optim:adamw"),
         torch=("optim:clip_factor", "optim:adamw_update", "optim:AdamW"),
@@ -188,7 +200,8 @@ BLOCKS = (
             mrow("g = ∇ L ( p )"),
             mrow("( p , m , v ) ← AdamW ( clip ( g ) )"),
         ),
-        "JAX: a function from state and batch to a new state, compiled as a whole; a skipped update is a choice between two "
+        "JAX: a function from state and batch to a new state, compiled as a whole; a skipped update is a choice "
+        "between two "
         "values. torch: a method that changes its object; a skipped update is an if.",
         jax=("engine/gradients:loss_and_grads", "engine/train:make_train_step"),
         torch=("engine/gradients:loss_and_grads", "engine/train:Trainer.train_step"),
@@ -199,7 +212,8 @@ BLOCKS = (
             mrow("id = arg max", "<mo>(</mo>", frac("z", "T"), "− log ( − log u )", "<mo>)</mo>"),
             mrow("u = threefry ( seed , row , position )"),
         ),
-        "Random numbers have no hidden state on either side: they are a function of seed, row and position, so the same "
+        "Random numbers have no hidden state on either side: they are a function of seed, row and position, so the "
+        "same "
         "seed draws the same token in both frameworks. A stable sort makes ties fall the same way.",
         jax=("sampling:filter_logits", "sampling:gumbel_noise", "sampling:sample"),
         torch=("sampling:filter_logits", "sampling:gumbel_noise", "sampling:sample"),
@@ -207,8 +221,10 @@ BLOCKS = (
     Block(
         "Generation",
         math(mrow(sub("id", "t + 1"), "= sample ( model (", sub("id", "0"), "…", sub("id", "t"), ") )")),
-        "Prompts of different lengths are padded on the right; each text has a length of its own in the cache. JAX compiles a "
-        "loop over several tokens to one program, whose state holds the cache. torch draws in a Python loop; in both the host "
+        "Prompts of different lengths are padded on the right; each text has a length of its own in the cache. JAX "
+        "compiles a "
+        "loop over several tokens to one program, whose state holds the cache. torch draws in a Python loop; in both "
+        "the host "
         "then looks at the new tokens: it gives them out, and decides which texts have ended.",
         jax=("engine/decoding:decode_step", "engine/decoding:decode", "engine/generate:generate_stream"),
         torch=("engine/decoding:decode_step", "engine/generate:generate_stream"),

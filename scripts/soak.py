@@ -1,14 +1,17 @@
-"""Kills and corruptions in great numbers: is anything lost that was saved, is any change of a file read as if it were right?
+"""Kills and corruptions in great numbers: is anything lost that was saved, is any change of a file read as if it were
+right?
 
     python scripts/soak.py kills --count 10000
     python scripts/soak.py corruptions --count 20000
     python scripts/soak.py kills --kind run --count 500 --seed 7
 
-kills: a process trains (a model of numbers, no framework), saves, exports, prepares or converts, and is killed at a random moment; then
-what was there before must be whole, what is there now must be whole or be seen not to be, and no process may be left. corruptions: a
-byte, a piece or a file of something saved is changed; reading it must be refused by name, or give what was saved.
+kills: a process trains (a model of numbers, no framework), saves, exports, prepares or converts, and is killed at a
+random moment; then what was there before must be whole, what is there now must be whole or be seen not to be, and no
+process may be left. corruptions: a byte, a piece or a file of something saved is changed; reading it must be refused by
+name, or give what was saved.
 
-Prints a row for each kind. The exit code is 0 if nothing was lost, nothing wrong was read, and nothing raised but a clear error.
+Prints a row for each kind. The exit code is 0 if nothing was lost, nothing wrong was read, and nothing raised but a
+clear error.
 """
 
 import json
@@ -189,8 +192,8 @@ def make_all(place: Path) -> dict[str, tuple[Path, Callable[[Path], Any]]]:
 
 
 def corruptions(count: int, seed: int, progress: Callable[[int], None]) -> tuple[dict[str, Counter], list[str]]:
-    """Corrupt so many times; what came of it for each kind, and what was wrong. A Hugging Face folder has no checksums: there a
-    change that is no error of form cannot be seen.
+    """Corrupt so many times; what came of it for each kind, and what was wrong. A Hugging Face folder has no checksums:
+    there a change that is no error of form cannot be seen.
     """
     rng, wrong = random.Random(seed), []
     with tempfile.TemporaryDirectory() as text:

@@ -1,4 +1,5 @@
-"""Compile the train and decode steps for a TPU with its real compiler, on a machine without one, and say what they would need.
+"""Compile the train and decode steps for a TPU with its real compiler, on a machine without one, and say what they
+would need.
 
     pip install '.[tpu]'
     python scripts/tpu_compile.py --preset 1b --topology v5e:4x4 --mesh fsdp=16 --batch-size 16 --seq-len 2048
@@ -29,8 +30,8 @@ from llm_common.run.estimates import GIB, flops_per_step, memory_per_step
 from llm_common.sharding import MeshConfig, check_sharded
 from llm_tools.flags import make_parser
 
-# Of a chip: memory (GiB), peak of bfloat16 matrix products (FLOP/s), memory and interconnect bandwidth (bytes/s, the latter of all
-# links in one direction). Source: Google Cloud's pages of the versions.
+# Of a chip: memory (GiB), peak of bfloat16 matrix products (FLOP/s), memory and interconnect bandwidth (bytes/s, the
+# latter of all links in one direction). Source: Google Cloud's pages of the versions.
 CHIPS = {
     "v5e": (16, 197e12, 819e9, 200e9),
     "v5p": (95, 459e12, 2765e9, 600e9),
@@ -108,7 +109,8 @@ def write_table(path: Path) -> None:
             ", ".join(f"{call} x {n}" for call, n in r["custom_calls"].items() if call == "tpu_custom_call") or "none"
         )
         lines.append(
-            f"{head}| {'yes' if r['fits'] else 'NO'} | {gib('peak')} | {gib('arguments')} | {gib('temporaries')} | {gib('model_memory')} "
+            f"{head}| {'yes' if r['fits'] else 'NO'} | {gib('peak')} | {gib('arguments')} | {gib('temporaries')} | "
+            f"{gib('model_memory')} "
             f"| {gib('moved')} | {gib('in_loops')} | {calls} | {bounds} | {r['seconds']:.0f} |"
         )
     import jax
@@ -147,7 +149,9 @@ def prepare(version: str) -> None:
 
 
 def make_topology_mesh(topology: str, config: MeshConfig | None) -> tuple[Any, MeshConfig]:
-    """A mesh of the chips of a topology that is not there. Raises UserError if they are not as many as the mesh takes."""
+    """A mesh of the chips of a topology that is not there. Raises UserError if they are not as many as the mesh
+    takes.
+    """
     from jax.experimental import topologies
 
     from jax_llm.engine.distributed import mesh_of
@@ -300,22 +304,28 @@ def report(compiled: Any, cfg, train: TrainConfig, config: MeshConfig, version: 
 
 
 def print_row(row: dict[str, Any]) -> None:
-    head = f"{row['step']}: {row['preset']}, {row['layers']} layers, {row['topology']}, {row['mesh']}, {row['batch']} x {row['seq_len']}, {row['dtype']}, remat {row['remat']}"
+    head = (
+        f"{row['step']}: {row['preset']}, {row['layers']} layers, {row['topology']}, {row['mesh']}, "
+        f"{row['batch']} x {row['seq_len']}, {row['dtype']}, remat {row['remat']}"
+    )
     print(f"{head}; compiled in {row['seconds']} s")
     if "error" in row:
         print(f"  does not compile: {row['error']}")
         return
     print(
-        f"  {'fits' if row['fits'] else 'DOES NOT FIT'}: {row['peak'] / GIB:.2f} GiB a chip (arguments {row['arguments'] / GIB:.2f}, "
+        f"  {'fits' if row['fits'] else 'DOES NOT FIT'}: {row['peak'] / GIB:.2f} GiB a chip (arguments "
+        f"{row['arguments'] / GIB:.2f}, "
         f"temporaries {row['temporaries'] / GIB:.2f})"
         + (f"; our own model says {row['model_memory'] / GIB:.2f}" if "model_memory" in row else "")
     )
     print(
-        f"  moved between chips: {row['moved'] / GIB:.2f} GiB a step and chip, {row['in_loops'] / GIB:.2f} of it in loops"
+        f"  moved between chips: {row['moved'] / GIB:.2f} GiB a step and chip, {row['in_loops'] / GIB:.2f} of it in "
+        "loops"
     )
     for c in row["collectives"]:
         print(
-            f"    {c['kind']:18} {c['size'] / 2**20:9.2f} MiB x {c['times']:<5} depth {c['depth']}  {c['shape']}  {c['source']}"
+            f"    {c['kind']:18} {c['size'] / 2**20:9.2f} MiB x {c['times']:<5} depth {c['depth']}  {c['shape']}  "
+            f"{c['source']}"
         )
     print(f"  custom calls: {', '.join(f'{name} x {n}' for name, n in row['custom_calls'].items()) or 'none'}")
     bounds = {key.removeprefix("bound_"): x for key, x in row.items() if key.startswith("bound_")}

@@ -9,9 +9,10 @@
     python scripts/train.py --framework jax --out runs/many --mesh data=2,fsdp=4
     python scripts/train.py --framework torch --out runs/many --mesh data=2,fsdp=4
 
-The same command again goes on from the newest checkpoint in --out; so does the other framework. A larger --total-steps extends a
-run: the learning rate follows the new total from there on, the moments are kept. Ctrl-C (or SIGTERM) saves after the step, before
-anything else, and ends; a second one ends at once. The exit code is 0 when the run ended or was stopped in this way.
+The same command again goes on from the newest checkpoint in --out; so does the other framework. A larger --total-steps
+extends a run: the learning rate follows the new total from there on, the moments are kept. Ctrl-C (or SIGTERM) saves
+after the step, before anything else, and ends; a second one ends at once. The exit code is 0 when the run ended or was
+stopped in this way.
 """
 
 import argparse
@@ -168,7 +169,9 @@ def choose_model(args: argparse.Namespace) -> tuple[ModelConfig, TensorFiles | N
 
 
 def separator_of(path: Path, data: dict[str, Any]) -> int | None:
-    """The id that ends a document in a file of tokens; None for examples, which are rows of their own and hide nothing."""
+    """The id that ends a document in a file of tokens; None for examples, which are rows of their own and hide
+    nothing.
+    """
     if path.suffix == ".npz":
         notice("--document-mask: every example is a sequence of its own, in which the answer sees its question")
         return None
@@ -177,7 +180,8 @@ def separator_of(path: Path, data: dict[str, Any]) -> int | None:
     if data.get("document_ends_inside"):
         raise UserError(
             f"--document-mask: in {path} the token that ends a document, {data['document_end']}, stands "
-            f"{data['document_ends_inside']:,} times inside one, where it would hide its beginning; prepare it with another "
+            f"{data['document_ends_inside']:,} times inside one, where it would hide its beginning; prepare it with "
+            "another "
             "--document-end, or name what separates with --document-separator"
         )
     return data["document_end"]
@@ -195,7 +199,8 @@ def open_evaluation(
             return None
         if manifest is None and not read_description(args.data).get("held_out"):
             notice(
-                f"{path} is not taken: {args.data} was made without --validation, and may have the same text; or give --eval-data"
+                f"{path} is not taken: {args.data} was made without --validation, and may have the same text; or "
+                "give --eval-data"
             )
             return None
     check_data(path, tokenizer)

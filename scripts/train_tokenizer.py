@@ -1,12 +1,13 @@
 """Train a byte-level BPE tokenizer.
 
 python scripts/train_tokenizer.py --out data/bpe.json
-python scripts/train_tokenizer.py --input my_texts/ more.jsonl.gz --vocab-size 32768 --pattern llama3 --out my_tokenizer/
-python scripts/train_tokenizer.py --input my_texts/ --special-tokens "<|endoftext|>" "<|user|>" "<|assistant|>"
+python scripts/train_tokenizer.py --input my_texts/ more.jsonl.gz --vocab-size 32768 --pattern llama3 --out
+my_tokenizer/ python scripts/train_tokenizer.py --input my_texts/ --special-tokens "<|endoftext|>" "<|user|>"
+"<|assistant|>"
 
-Input: UTF-8 text in which <|endoftext|> separates documents, or JSONL, either of them also as .gz; a folder stands for its .txt,
-.md and .jsonl files. Memory depends on how many different words there are, not on how much text. --out FILE.json writes one
-file; --out FOLDER/ writes Hugging Face's tokenizer.json and tokenizer_config.json beside it.
+Input: UTF-8 text in which <|endoftext|> separates documents, or JSONL, either of them also as .gz; a folder stands for
+its .txt, .md and .jsonl files. Memory depends on how many different words there are, not on how much text. --out
+FILE.json writes one file; --out FOLDER/ writes Hugging Face's tokenizer.json and tokenizer_config.json beside it.
 """
 
 from pathlib import Path

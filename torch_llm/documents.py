@@ -1,4 +1,5 @@
-"""Several documents in one sequence, none of which sees another: where attention may look, and positions that begin anew.
+"""Several documents in one sequence, none of which sees another: where attention may look, and positions that begin
+anew.
 
 B batch, T positions.
 """
@@ -20,8 +21,8 @@ def inside_documents(
 ) -> tuple[Tensor, Tensor]:
     """Positions within their documents (B, T) and a mask (B, 1, T, T), True where a query may look, for ids (B, T).
 
-    `separator` is the id, or one of several, that ends a document and still belongs to it. A query sees the last `window`
-    positions of its document, its own included.
+    `separator` is the id, or one of several, that ends a document and still belongs to it. A query sees the last
+    `window` positions of its document, its own included.
     """
     separators = (separator,) if isinstance(separator, int) else separator
     ends = torch.stack([input_ids == x for x in separators]).any(dim=0).long()  # (B, T)

@@ -1,7 +1,7 @@
 """The key/value cache as an object that owns its buffers and is written in place.
 
-Every text of a batch has a length of its own: prompts are padded on the right, and what the padding left in the cache is
-hidden by the mask until the text's own tokens replace it.
+Every text of a batch has a length of its own: prompts are padded on the right, and what the padding left in the cache
+is hidden by the mask until the text's own tokens replace it.
 
     here                           jax_llm.kv_cache
     KVCache, an object             KVCache, a tuple of arrays
@@ -22,8 +22,9 @@ from llm_common.config import ModelConfig, check_length
 class KVCache:
     """Keys and values of L layers, each (B, S, K, H), and how many positions of each text are filled, (B,).
 
-    `filled` is the largest of the lengths, on the host. A static cache is attended to as a whole and counts nothing on the host,
-    so that a step that uses it can be captured and played again. Raises UserError for more slots than the RoPE table holds.
+    `filled` is the largest of the lengths, on the host. A static cache is attended to as a whole and counts nothing on
+    the host, so that a step that uses it can be captured and played again. Raises UserError for more slots than the
+    RoPE table holds.
     """
 
     def __init__(

@@ -23,8 +23,8 @@ from llm_common.tensors import Tensors, check_tensors, tensor_shapes
 def from_canonical(cfg: ModelConfig, weights: Tensors, dtype=None) -> Params:
     """The parameter tree of canonical weights, in their dtype or the given one.
 
-    Weights that lie in files are read one by one, and written into the stack of the layers where they belong: beside the
-    tree there is never more than one tensor in memory.
+    Weights that lie in files are read one by one, and written into the stack of the layers where they belong: beside
+    the tree there is never more than one tensor in memory.
     """
     check_tensors(cfg, weights, "weights")
 

@@ -52,8 +52,8 @@ def decode_step(
     sampling: SamplingConfig,
     lengths: Array | None = None,
 ) -> tuple[KVCache, Array]:
-    """Feed tokens (B, T) at the cache's next positions and draw the token that follows: the new cache and ids (B,), -1 where
-    the logits are not finite.
+    """Feed tokens (B, T) at the cache's next positions and draw the token that follows: the new cache and ids (B,), -1
+    where the logits are not finite.
 
     lengths (B,): how many of the T tokens are each text's own, if they are padded.
     """

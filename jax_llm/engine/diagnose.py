@@ -18,8 +18,9 @@ from llm_common.tensors import tensor_shapes
 
 
 def first_not_finite(model: CausalLM, params: Params, inputs: Array, targets: Array) -> str:
-    """Which tensor is the first that is not finite: a weight, else a module's output in the order in which they are computed,
-    else the loss, else a gradient in the order of the backward pass. For people; runs the model once more, uncompiled.
+    """Which tensor is the first that is not finite: a weight, else a module's output in the order in which they are
+    computed, else the loss, else a gradient in the order of the backward pass. For people; runs the model once more,
+    uncompiled.
     """
     names = list(tensor_shapes(model.cfg))
     for name in names:

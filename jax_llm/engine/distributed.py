@@ -1,4 +1,5 @@
-"""Training and decoding on many devices, in JAX: arrays know where they lie, and the compiler puts in the communication.
+"""Training and decoding on many devices, in JAX: arrays know where they lie, and the compiler puts in the
+communication.
 
     here                                       torch_llm.engine.distributed
     arrays with a NamedSharding                parameters as DTensors
@@ -44,7 +45,8 @@ from llm_common.sharding import AXES, BATCH_AXES, MeshConfig, check_devices, che
 from llm_common.tensors import ReadOnDemand, Tensors, check_batch, check_tensors, tensor_shapes
 
 BATCH = PartitionSpec(BATCH_AXES)  # rows of a batch; the axes after it are whole
-# On GPUs: communication is begun early and waited for late, in pieces of many tensors. docs/performance.md has what it gains.
+# On GPUs: communication is begun early and waited for late, in pieces of many tensors. docs/performance.md has what it
+# gains.
 GPU_OPTIONS = {
     "xla_gpu_enable_latency_hiding_scheduler": True,
     "xla_gpu_all_gather_combine_threshold_bytes": 2**28,
@@ -120,10 +122,11 @@ def from_canonical(cfg: ModelConfig, weights: Tensors, mesh: Mesh, dtype=None) -
 
 
 def constrain(mesh: Mesh) -> contextlib.AbstractContextManager[None]:
-    """While a model is traced inside this, the hidden states between its layers are cut by rows of the batch and nothing else.
+    """While a model is traced inside this, the hidden states between its layers are cut by rows of the batch and
+    nothing else.
 
-    Without it the compiler would have to guess at the embedding, whose table and ids both have a cut to hand on: the table is
-    made whole along D before the look-up, which moves less than the looked-up vectors would.
+    Without it the compiler would have to guess at the embedding, whose table and ids both have a cut to hand on: the
+    table is made whole along D before the look-up, which moves less than the looked-up vectors would.
     """
     pin = lambda x, *axes: jax.lax.with_sharding_constraint(x, NamedSharding(mesh, PartitionSpec(*axes)))
 
@@ -163,7 +166,9 @@ def sharded(function: Callable, mesh: Mesh) -> Callable:
 
 @functools.lru_cache(maxsize=8)
 def compiled_train_step(cfg: ModelConfig, train: TrainConfig, opt: OptimizerConfig, mesh: Mesh):
-    """The train step of `jax_llm.engine.train` compiled for a mesh, its state donated and cut in the same way when it comes out."""
+    """The train step of `jax_llm.engine.train` compiled for a mesh, its state donated and cut in the same way when it
+    comes out.
+    """
     model, steps = mesh_model(cfg, train, mesh), train.gradient_accumulation_steps
     step = single.one_step_behind(make_train_step(model, make_optimizer(opt, cfg), train.compute_dtype, steps))
     state = state_shardings(cfg, opt, mesh, jnp.dtype(train.master_dtype))
@@ -240,7 +245,9 @@ def evaluator(
 def generator(
     cfg: ModelConfig, weights: Tensors, config: MeshConfig, device: str = "auto", compute_dtype: str = "float32"
 ) -> Iterator[Callable[..., Iterator[list[list[int]]]]]:
-    """`jax_llm.engine.generate.generator` on a mesh: weights, cache and logits are cut, and every host is given all texts."""
+    """`jax_llm.engine.generate.generator` on a mesh: weights, cache and logits are cut, and every host is given all
+    texts.
+    """
     check_mesh(config, cfg)
     mesh = make_mesh(config, device)
     platform = mesh.devices.flat[0].platform
@@ -253,7 +260,9 @@ def generator(
 
 
 def to_training_state(cfg: ModelConfig, state: TrainState) -> TrainingState:
-    """The framework-free form of a training state whose tensors are put together one by one, when they are asked for."""
+    """The framework-free form of a training state whose tensors are put together one by one, when they are
+    asked for.
+    """
 
     def on_demand(tree: Params) -> ReadOnDemand:
         return ReadOnDemand(tensor_shapes(cfg), lambda name: to_host(get_canonical(tree, name)))

@@ -31,7 +31,9 @@ from llm_common.tensors import Tensors
 def batch_loss(
     params: Params, inputs: Array, targets: Array, *, model: CausalLM, compute_dtype: str
 ) -> tuple[Array, Array]:
-    """Of each row: sum of the losses in nats and number of counted targets, (B,) each, for inputs and targets (B, T)."""
+    """Of each row: sum of the losses in nats and number of counted targets, (B,) each, for inputs and targets
+    (B, T).
+    """
     logits, _ = model.apply({"params": cast(params, compute_dtype)}, inputs)
     return jax.vmap(cross_entropy_sum)(logits, targets)
 

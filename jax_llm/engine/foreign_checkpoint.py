@@ -27,7 +27,8 @@ def write(path: Path, tree: dict[str, np.ndarray]) -> None:
 
 
 def read(path: Path, like: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """The arrays of a folder, which must have the names, shapes and dtypes of `like`. Raises UserError, naming what is wrong.
+    """The arrays of a folder, which must have the names, shapes and dtypes of `like`. Raises UserError, naming what is
+    wrong.
 
     A process of its own reads them: of a damaged folder the library's threads still write to stderr when it has raised.
     """

@@ -5,8 +5,8 @@
     a cache, which they return                 that they change
     generate_stream(model, params, ...)        generate_stream(model, ...)
 
-B batch, P longest prompt, V vocab_size. Prompts may have different lengths: they are padded on the right. A text is decided by
-its prompt, its number in `numbers` and the seed, never by the texts beside it.
+B batch, P longest prompt, V vocab_size. Prompts may have different lengths: they are padded on the right. A text is
+decided by its prompt, its number in `numbers` and the seed, never by the texts beside it.
 """
 
 import contextlib
@@ -46,10 +46,10 @@ def generate_stream(
 ) -> Iterator[list[list[int]]]:
     """Continue prompts by up to max_new_tokens each; yields the new ids of every text, some at a time.
 
-    A text ends before an id in eos_ids, or once `finished(row, its ids)` says so. numbers: the number of each text, folded
-    into its random bits; default: its row. chunk: ids between two looks of the host. An accelerator is given the next chunk
-    before the host looks at the last one.
-    Raises UserError for an empty prompt, an id outside the vocabulary or a text longer than the model's positions.
+    A text ends before an id in eos_ids, or once `finished(row, its ids)` says so. numbers: the number of each text,
+    folded into its random bits; default: its row. chunk: ids between two looks of the host. An accelerator is given the
+    next chunk before the host looks at the last one. Raises UserError for an empty prompt, an id outside the vocabulary
+    or a text longer than the model's positions.
     """
     padded, lengths = check_prompts(prompts, model.cfg, max_new_tokens)
     b, limit = len(padded), model.cfg.max_position_embeddings
@@ -88,7 +88,10 @@ def generate_stream(
 def why_not_finite(model: CausalLM, params: Params, ids: Sequence[int]) -> str:
     """Which module's output is the first that is not finite for the ids of a text; for people."""
     _, found = watch_outputs(model, params, jnp.array([[int(i) for i in ids]]))
-    return f"the logits after {len(ids)} tokens are not finite: {found or 'only with a cache'}; try another --compute-dtype"
+    return (
+        f"the logits after {len(ids)} tokens are not finite: {found or 'only with a cache'}; try another "
+        "--compute-dtype"
+    )
 
 
 def generate(

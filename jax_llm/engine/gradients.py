@@ -33,8 +33,8 @@ def loss_and_grads(
 
     The layers are sliced before differentiating and the gradients stacked after: the gradient of a slice would be a
     whole stack of zeros with one slice filled, once for every layer. With accumulation the batch is cut into
-    `accumulation_steps` micro-batches, one after the other; the gradients are added up in float32, and the mean is over all
-    counted tokens of the batch.
+    `accumulation_steps` micro-batches, one after the other; the gradients are added up in float32, and the mean is over
+    all counted tokens of the batch.
     """
     count = (targets != IGNORE_INDEX).sum()
     scanned = isinstance(model.kernels.layers, Layers) and model.kernels.layers.scan

@@ -30,10 +30,11 @@ class JaxHosts(Hosts):
 
 
 def join_hosts(device: str = "auto", timeout: float = 300) -> Hosts:
-    """Join the other processes of this run, if the environment says that there are any; to be called before anything else of JAX.
+    """Join the other processes of this run, if the environment says that there are any; to be called before anything
+    else of JAX.
 
-    Known are JAX_COORDINATOR_ADDRESS with JAX_NUM_PROCESSES and JAX_PROCESS_ID, and what `jax.distributed` finds by itself:
-    SLURM, Open MPI, Kubernetes and Cloud TPU. Raises UserError if not all come within `timeout` seconds.
+    Known are JAX_COORDINATOR_ADDRESS with JAX_NUM_PROCESSES and JAX_PROCESS_ID, and what `jax.distributed` finds by
+    itself: SLURM, Open MPI, Kubernetes and Cloud TPU. Raises UserError if not all come within `timeout` seconds.
     """
     environment = os.environ
     if "JAX_NUM_PROCESSES" in environment:
@@ -45,7 +46,8 @@ def join_hosts(device: str = "auto", timeout: float = 300) -> Hosts:
             }
         except (KeyError, ValueError) as error:
             raise UserError(
-                f"JAX_NUM_PROCESSES is set, but {error} is missing or no number; set JAX_COORDINATOR_ADDRESS=HOST:PORT, "
+                f"JAX_NUM_PROCESSES is set, but {error} is missing or no number; set "
+                "JAX_COORDINATOR_ADDRESS=HOST:PORT, "
                 "JAX_NUM_PROCESSES and JAX_PROCESS_ID on every host"
             ) from None
     elif any(int(environment.get(name, "1")) > 1 for name in ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE")) or (

@@ -15,7 +15,9 @@ from llm_common.run.plan import Plan
 
 
 def make_plan(cfg: ModelConfig, train: TrainConfig, platform: str, device_kind: str = "") -> Plan[Kernels]:
-    """The plan of a run on a platform ("cpu", "gpu" or "tpu"). Asks no device, so it serves compilation for another machine."""
+    """The plan of a run on a platform ("cpu", "gpu" or "tpu"). Asks no device, so it serves compilation for another
+    machine.
+    """
     backend = resolve_backend(train.attention_backend, platform, train.compute_dtype, cfg, train.seq_len)
     refused = why_not_cudnn(cfg, train.compute_dtype, train.seq_len)
     if train.deterministic:

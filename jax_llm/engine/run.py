@@ -25,10 +25,11 @@ from llm_common.sharding import MeshConfig, check_sharded
 
 
 def fit_and_save(run: Run, device: str = "auto") -> Path:
-    """Train as `run` says: from its newest checkpoint, from its initial weights or from the seed, to the end or until it is
-    asked to stop. Returns the newest checkpoint.
+    """Train as `run` says: from its newest checkpoint, from its initial weights or from the seed, to the end or until
+    it is asked to stop. Returns the newest checkpoint.
 
-    Raises UserError if the device is absent, the folder is in use, or the checkpoint there is damaged or of another run.
+    Raises UserError if the device is absent, the folder is in use, or the checkpoint there is damaged or of another
+    run.
     """
     target, cfg, train, opt = select_device(device), run.cfg, run.train, run.opt
     dtype = jnp.dtype(train.master_dtype)
@@ -83,7 +84,9 @@ def fit_and_save_on_mesh(run: Run, config: MeshConfig, device: str = "auto") -> 
 def cost_of_determinism(
     cfg: ModelConfig, train: TrainConfig, opt: OptimizerConfig, dataset: Dataset, device: str = "auto"
 ) -> str:
-    """What `deterministic` costs on a device (by name), measured on a few steps of a run that is thrown away: for people."""
+    """What `deterministic` costs on a device (by name), measured on a few steps of a run that is thrown away: for
+    people.
+    """
     target = select_device(device)
     if target.platform == "cpu":
         return "deterministic: a CPU gives the same bits anyway, at no cost"

@@ -121,7 +121,9 @@ def compiled_train_step(cfg: ModelConfig, train: TrainConfig, opt: OptimizerConf
 
 
 def read_batch(dataset: Dataset, step: int, cfg: ModelConfig) -> tuple[Array, Array]:
-    """Inputs and targets of a step, each (B, T), on the default device. Raises UserError for an id outside the vocabulary."""
+    """Inputs and targets of a step, each (B, T), on the default device. Raises UserError for an id outside the
+    vocabulary.
+    """
     batch = dataset.batch(step)
     check_batch(*batch, cfg.vocab_size, f"step {step}")
     inputs, targets = (jnp.array(np.ascontiguousarray(x)) for x in batch)
@@ -141,11 +143,11 @@ def fit(
 ) -> TrainState:
     """Train from `state.step` to `until_step` (default: opt.total_steps) and return the new state.
 
-    The state that comes in is donated: do not use it afterwards. `on_step(step, state, metrics)` is called after each step is
-    begun; if it returns True, training ends there. A step is waited for only when its metrics are read, and at the latest when
-    the next one has been begun, so that the device always has work. Raises UserError if too many updates in a row were skipped,
-    naming the tensor that is the first to be not finite. train_step, read_batch: those for many devices, of
-    `jax_llm.engine.distributed`.
+    The state that comes in is donated: do not use it afterwards. `on_step(step, state, metrics)` is called after each
+    step is begun; if it returns True, training ends there. A step is waited for only when its metrics are read, and at
+    the latest when the next one has been begun, so that the device always has work. Raises UserError if too many
+    updates in a row were skipped, naming the tensor that is the first to be not finite. train_step, read_batch: those
+    for many devices, of `jax_llm.engine.distributed`.
     """
     check_length(cfg, train.seq_len, "seq_len")
     (platform,) = {d.platform for d in state.step.devices()}

@@ -82,7 +82,9 @@ def splash_attention(q: Array, k: Array, v: Array, window: int | None = None, in
 
 @dataclasses.dataclass(frozen=True)
 class SplashAttention:
-    """`splash_attention`, which the compiler cannot shard, sharded over a mesh by rows and heads; with a mask, XLA's."""
+    """`splash_attention`, which the compiler cannot shard, sharded over a mesh by rows and heads; with a mask,
+    XLA's.
+    """
 
     mesh: Mesh
     heads: PartitionSpec  # of (B, T, heads, H)

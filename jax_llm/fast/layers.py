@@ -21,8 +21,9 @@ REMAT_POLICIES = {"full": None, "dots": jax.checkpoint_policies.dots_with_no_bat
 class Layers:
     """`run_layers` for training; with a cache, that function itself.
 
-    remat: what a layer's backward pass computes again instead of keeping it from the forward pass. "none": nothing; "dots": all but
-    the matrix products; "full": everything but the layer's input. scan: one `lax.scan`, which compiles faster and runs slower.
+    remat: what a layer's backward pass computes again instead of keeping it from the forward pass. "none": nothing;
+    "dots": all but the matrix products; "full": everything but the layer's input. scan: one `lax.scan`, which compiles
+    faster and runs slower.
     """
 
     remat: str = "none"

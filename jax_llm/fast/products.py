@@ -37,5 +37,7 @@ def fused_gate_up(x: Array, features: int, linear: Callable) -> tuple[Array, Arr
 
 
 def separated_gate_up(x: Array, features: int, linear: Callable) -> tuple[Array, Array]:
-    """`gate_and_up` for GPUs: XLA fuses the gradients of the two only if they are not the direct outputs of a product."""
+    """`gate_and_up` for GPUs: XLA fuses the gradients of the two only if they are not the direct outputs of a
+    product.
+    """
     return jax.lax.optimization_barrier(gate_and_up(x, features, linear))

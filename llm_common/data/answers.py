@@ -1,6 +1,7 @@
 """Examples for fine-tuning: a prompt and an answer each, of which only the answer is learned.
 
-The file is an `.npz` of plain arrays: all ids one after the other, where each example starts, and where its answer starts.
+The file is an `.npz` of plain arrays: all ids one after the other, where each example starts, and where its answer
+starts.
 """
 
 import functools
@@ -33,9 +34,9 @@ LARGEST_RATIO = 200  # of an archive's content to its size: more is a bomb, not 
 class ExampleReader:
     """Turns pairs of a prompt and an answer into ids.
 
-    chat: in the tokenizer's chat template; without it the answer follows the prompt as it is. turn_end: the token that ends an
-    answer without a template, as for `sequences.answer_encoder`. parse_special: whether special tokens written out in the two
-    texts are those tokens; as a rule they are text. The counts say what was met on the way.
+    chat: in the tokenizer's chat template; without it the answer follows the prompt as it is. turn_end: the token that
+    ends an answer without a template, as for `sequences.answer_encoder`. parse_special: whether special tokens written
+    out in the two texts are those tokens; as a rule they are text. The counts say what was met on the way.
     """
 
     tokenizer: AnyTokenizer
@@ -72,8 +73,8 @@ class ExampleReader:
     def _conversation(self, prompt: str, answer: str) -> tuple[str, int]:
         """A conversation in the template, and where what is to be learned begins.
 
-        That is where the generation prompt ends, if the conversation begins with it; else (the generation prompts of R1's
-        distillations open a thought that no conversation has) as far as it goes, but never within the answer.
+        That is where the generation prompt ends, if the conversation begins with it; else (the generation prompts of
+        R1's distillations open a thought that no conversation has) as far as it goes, but never within the answer.
         """
         messages = lambda text: [{"role": "user", "content": prompt}, {"role": "assistant", "content": text}]
         start = self.tokenizer.chat(messages("")[:1], add_generation_prompt=True)
@@ -199,7 +200,9 @@ def example_row(tokens: np.ndarray, start: int, answer: int, end: int, inputs: n
 
 
 class ExampleDataset:
-    """Batches of examples, one a row, padded on the right, in a new keyed order every epoch, as `TokenDataset` has it."""
+    """Batches of examples, one a row, padded on the right, in a new keyed order every epoch, as `TokenDataset`
+    has it.
+    """
 
     def __init__(
         self, path: Path | str, seq_len: int, batch_size: int, seed: int, vocab_size: int | None = None
@@ -209,7 +212,8 @@ class ExampleDataset:
         lengths = np.diff(self.starts)
         if lengths.max() > seq_len + 1:
             raise UserError(
-                f"{path}: the longest example has {lengths.max()} tokens, so --seq-len must be at least {lengths.max() - 1}"
+                f"{path}: the longest example has {lengths.max()} tokens, so --seq-len must be at least "
+                f"{lengths.max() - 1}"
                 f" (it is {seq_len}); or leave long ones out with scripts/prepare_data.py --max-length {seq_len + 1}"
             )
         if vocab_size is not None:

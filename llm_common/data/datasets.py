@@ -36,7 +36,8 @@ def write_tokens(
 ) -> dict[str, Any]:
     """Encode documents to a `.npy` file with a `.json` beside it. Returns the description that the `.json` holds.
 
-    encoder: or the tokenizer of one with its defaults. held_out: the share of documents that the file beside it has. The smallest unsigned dtype that fits the vocabulary is used.
+    encoder: or the tokenizer of one with its defaults. held_out: the share of documents that the file beside it has.
+    The smallest unsigned dtype that fits the vocabulary is used.
     """
     if path.suffix != ".npy":
         raise UserError(f"{path}: a token file must end in .npy")
@@ -59,8 +60,8 @@ def write_tokens(
 def write_described(path: Path, content: bytes, description: dict[str, Any]) -> dict[str, Any]:
     """Write a data file and the `.json` beside it, which holds its size and sha256; returns what the `.json` holds.
 
-    A kill at any moment leaves a pair that belongs together: the new description waits under another name until its file is in
-    place, where `read_description` finds it.
+    A kill at any moment leaves a pair that belongs together: the new description waits under another name until its
+    file is in place, where `read_description` finds it.
     """
     where, waiting = _description_path(path)
     if path.exists() and not any(x.exists() for x in (where, waiting, path.with_suffix(".json"))):
@@ -105,7 +106,8 @@ def read_description(path: Path) -> dict[str, Any]:
             raise UserError(f"{place}: expected an object with keys; {again}")
         if content.get("rule") != RULE:
             raise UserError(
-                f"{path}: made by rule {content.get('rule', 1)!r} of how documents become tokens; this version has rule {RULE} "
+                f"{path}: made by rule {content.get('rule', 1)!r} of how documents become tokens; this version has "
+                f"rule {RULE} "
                 f"(what stands before and after a document); {again}"
             )
         if not has_its_checksum(content):
@@ -120,7 +122,8 @@ def read_description(path: Path) -> dict[str, Any]:
 
 
 def check_data(path: Path | str, tokenizer: AnyTokenizer | None = None) -> dict[str, Any]:
-    """What the description of a data file, or the manifest of a folder of shards, says, after comparing every byte with it.
+    """What the description of a data file, or the manifest of a folder of shards, says, after comparing every byte with
+    it.
 
     Raises UserError for data that is damaged, made by another rule, or, with a tokenizer given, made by another one.
     """
@@ -166,11 +169,11 @@ class Dataset(Protocol):
 
 
 class Order:
-    """A new keyed permutation of n samples every epoch, samples being numbered over all epochs. Nothing is stored: any number of
-    samples, and any one of them at once.
+    """A new keyed permutation of n samples every epoch, samples being numbered over all epochs. Nothing is stored: any
+    number of samples, and any one of them at once.
 
-    A Feistel network permutes the numbers below the next power of 4; what falls outside [0, n) goes through it again, until
-    it is inside. Source: Luby and Rackoff 1988; "cycle walking": Black and Rogaway 2002.
+    A Feistel network permutes the numbers below the next power of 4; what falls outside [0, n) goes through it again,
+    until it is inside. Source: Luby and Rackoff 1988; "cycle walking": Black and Rogaway 2002.
     """
 
     ROUNDS = 6
@@ -300,8 +303,8 @@ class TokenDataset:
 class Windows:
     """The windows of a dataset by number, in the file's order, for loaders that shuffle and batch by themselves.
 
-    It has what `torch.utils.data.DataLoader` asks of a map-style dataset and Grain of a random-access data source: a length and
-    items {"inputs", "targets"}, each int32 (T,).
+    It has what `torch.utils.data.DataLoader` asks of a map-style dataset and Grain of a random-access data source: a
+    length and items {"inputs", "targets"}, each int32 (T,).
     """
 
     def __init__(self, dataset: TokenDataset) -> None:
@@ -320,7 +323,9 @@ class Windows:
 
 
 class Prefetch:
-    """A dataset whose next batch is read in a thread while this one is worked on. Batches are pure, so they stay the same."""
+    """A dataset whose next batch is read in a thread while this one is worked on. Batches are pure, so they stay the
+    same.
+    """
 
     def __init__(self, dataset: Dataset) -> None:
         self.dataset = dataset

@@ -107,7 +107,8 @@ class ExampleEvaluation(Evaluation):
         self.seq_len = longest - 1 if seq_len is None else seq_len
         if longest > self.seq_len + 1:
             raise UserError(
-                f"{path}: the longest example has {longest} tokens, so --seq-len must be at least {longest - 1} (it is {seq_len})"
+                f"{path}: the longest example has {longest} tokens, so --seq-len must be at least {longest - 1} (it "
+                f"is {seq_len})"
             )
         self._batch(len(self.answers), batch_size, byte_lengths, max_batches)
         self.n_targets = int((self.starts[1:] - self.answers)[: self.n_rows].sum())
@@ -125,9 +126,9 @@ class ExampleEvaluation(Evaluation):
 class DocumentEvaluation(Evaluation):
     """Documents one by one, in the windows of lm-eval's rolling likelihood, so that its perplexities are these.
 
-    A document's first token is predicted from `context`, what the tokenizer puts before a text; if that is empty it is not
-    predicted. Every other token is predicted once: windows follow each other, each beginning with the last token of the one before,
-    but for the last, which reaches as far back as a window does. n_bytes: the bytes of all documents.
+    A document's first token is predicted from `context`, what the tokenizer puts before a text; if that is empty it is
+    not predicted. Every other token is predicted once: windows follow each other, each beginning with the last token of
+    the one before, but for the last, which reaches as far back as a window does. n_bytes: the bytes of all documents.
     """
 
     def __init__(

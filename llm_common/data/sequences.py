@@ -1,7 +1,8 @@
-"""How documents become sequences of tokens: what stands before a text, and what ends a document, a turn and a generated text.
+"""How documents become sequences of tokens: what stands before a text, and what ends a document, a turn and a generated
+text.
 
-One rule for every program. A document is the ids that the tokenizer puts before a text (a beginning of text, where the model has
-one), its own ids, and the id that ends a document. Data files carry the rule's number.
+One rule for every program. A document is the ids that the tokenizer puts before a text (a beginning of text, where the
+model has one), its own ids, and the id that ends a document. Data files carry the rule's number.
 """
 
 from collections.abc import Callable, Sequence
@@ -32,9 +33,9 @@ def resolve_token(tokenizer: AnyTokenizer, text: str, flag: str) -> int | None:
 class DocumentEncoder:
     """Turns documents into ids: prefix, text, end.
 
-    end: the token that ends a document, by its text or id; "auto": the one that the tokenizer's files name; "none": none.
-    parse_special: whether special tokens written out in a text are those tokens; as a rule text is data, and they are text.
-    Raises UserError if the files name no end: documents would run together without a word.
+    end: the token that ends a document, by its text or id; "auto": the one that the tokenizer's files name; "none":
+    none. parse_special: whether special tokens written out in a text are those tokens; as a rule text is data, and they
+    are text. Raises UserError if the files name no end: documents would run together without a word.
     """
 
     def __init__(self, tokenizer: AnyTokenizer, end: str = AUTO, parse_special: bool = False) -> None:
@@ -73,14 +74,17 @@ class DocumentEncoder:
 def answer_encoder(
     tokenizer: AnyTokenizer, end: str = AUTO, parse_special: bool = False
 ) -> Callable[[str, str], tuple[list[int], list[int]]]:
-    """A function of a prompt and its answer: the ids of both, tokenized as one text, and divided where the answer begins.
+    """A function of a prompt and its answer: the ids of both, tokenized as one text, and divided where the answer
+    begins.
 
-    A token that has characters of both belongs to the answer. end: the token that ends an answer, as for `DocumentEncoder`.
+    A token that has characters of both belongs to the answer. end: the token that ends an answer, as for
+    `DocumentEncoder`.
     """
     last = tokenizer.turn_end if end == AUTO else resolve_token(tokenizer, end, "--turn-end")
     if end == AUTO and last is None:
         raise UserError(
-            "the tokenizer names no token that ends an answer: give one with --turn-end TOKEN, or --turn-end none for a model "
+            "the tokenizer names no token that ends an answer: give one with --turn-end TOKEN, or --turn-end none "
+            "for a model "
             "that never ends"
         )
     ends = [] if last is None else [last]
@@ -105,9 +109,10 @@ def encode_conversation(
 ) -> tuple[list[int], list[int]]:
     """The ids of what `render(*texts)` writes, a conversation and a place in it, before and from that place.
 
-    The whole is tokenized, as transformers does it. A special token that one of the texts has written out stays text, unless
-    `parse_special`: the texts are then rendered with a mark in each such token, which goes when only the template's own tokens
-    have become ids. Raises UserError for a tokenizer that gives a text other ids when it is cut there.
+    The whole is tokenized, as transformers does it. A special token that one of the texts has written out stays text,
+    unless `parse_special`: the texts are then rendered with a mark in each such token, which goes when only the
+    template's own tokens have become ids. Raises UserError for a tokenizer that gives a text other ids when it is cut
+    there.
     """
     tokens = tuple(tokenizer.special_tokens)
     met = next((found for text in texts if (found := special_in(text, tokens)) is not None), None)
@@ -132,7 +137,8 @@ def encode_conversation(
     without, _ = render(*(replaced(text, lambda found: "") for text in texts))
     if min(map(len, tokens)) < 2 or in_pieces(without) != tokenizer.encode(without):
         raise UserError(
-            f"{met!r} stands in a text and is a special token, which this tokenizer cannot take as text here; remove it, or pass "
+            f"{met!r} stands in a text and is a special token, which this tokenizer cannot take as text here; remove "
+            "it, or pass "
             "--special-tokens-in-text to make it the token"
         )
     whole, at = render(*(replaced(text, lambda found: found[0] + mark + found[1:]) for text in texts))

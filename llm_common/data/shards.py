@@ -1,12 +1,12 @@
 """Token data of any size: shards of encoded documents, and a manifest that says what they are.
 
-    FOLDER/train/manifest.json    dtype, counts, the rule and the tokenizer's hash, and of each shard its size and sha256
+    FOLDER/train/manifest.json    dtype, counts, rule, the tokenizer's hash, each shard's size and sha256
     FOLDER/train/00000.npy        the ids of some documents, as `sequences.DocumentEncoder` makes them
     FOLDER/validation/...         the documents held out, chosen by the hash of their text
 
-Documents are taken in parts of about `part_size` characters; a part becomes one shard of each side, written by one of several
-processes. A part that is done leaves a record, so that after a kill only the others are encoded; the manifests come last, and
-without them the folder is no data.
+Documents are taken in parts of about `part_size` characters; a part becomes one shard of each side, written by one of
+several processes. A part that is done leaves a record, so that after a kill only the others are encoded; the manifests
+come last, and without them the folder is no data.
 """
 
 import concurrent.futures
@@ -28,7 +28,8 @@ from llm_common.text.hf_tokenizer import AnyTokenizer, open_tokenizer
 
 FORMAT = 2  # 1: nothing before a document, and no checksum of the manifest
 MANIFEST = "manifest.json"
-# What NumPy raises for a file whose header is not one: it is parsed as Python, so it may nest too deeply or claim too much.
+# What NumPy raises for a file whose header is not one: it is parsed as Python, so it may nest too deeply or claim too
+# much.
 NOT_AN_ARRAY = (ValueError, EOFError, OSError, TypeError, SyntaxError, RecursionError, MemoryError, OverflowError)
 PART = 16 << 20  # characters
 SIDES = ("train", "validation")
@@ -40,7 +41,9 @@ def id_dtype(tokenizer: AnyTokenizer) -> type:
 
 
 def is_held_out(document: str, share: float) -> bool:
-    """Whether a document belongs to the share held out: by its text, so that it stays there however the corpus grows."""
+    """Whether a document belongs to the share held out: by its text, so that it stays there however the corpus
+    grows.
+    """
     digest = int.from_bytes(hashlib.sha256(document.encode("utf-8", "replace")).digest()[:8], "big")
     return digest < share * 2**64
 
@@ -55,10 +58,11 @@ def prepare(
     document_end: str = AUTO,
     parse_special: bool = False,
 ) -> dict[str, dict[str, Any]]:
-    """Encode documents to shards in a folder; returns the manifests of "train" and, with a share held out, "validation".
+    """Encode documents to shards in a folder; returns the manifests of "train" and, with a share held out,
+    "validation".
 
-    document_end, parse_special: as for `DocumentEncoder`. Raises UserError for a folder with other data, for no documents, and
-    for a side that would be empty.
+    document_end, parse_special: as for `DocumentEncoder`. Raises UserError for a folder with other data, for no
+    documents, and for a side that would be empty.
     """
     settings = (tokenizer_path, document_end, parse_special)
     encoder = _encoder(*settings)
@@ -224,7 +228,8 @@ def find_manifest(path: Path) -> Path | None:
 
 
 class ShardedTokens:
-    """The shards of a manifest as one row of ids: it has a length, a dtype, a smallest and a largest id, and gives slices.
+    """The shards of a manifest as one row of ids: it has a length, a dtype, a smallest and a largest id, and gives
+    slices.
 
     Raises UserError, naming the shard, for one that is missing or cut off; `check` also reads all of them.
     """
@@ -239,7 +244,8 @@ class ShardedTokens:
                 )
             if not has_its_checksum(self.manifest):
                 raise UserError(
-                    f"{manifest}: damaged (its checksum is not that of its content); make it again with scripts/prepare_data.py"
+                    f"{manifest}: damaged (its checksum is not that of its content); make it again with "
+                    "scripts/prepare_data.py"
                 )
             self.shards, self.dtype = self.manifest["shards"], np.dtype(self.manifest["dtype"])
             self.starts = np.cumsum([0, *(shard["tokens"] for shard in self.shards)])

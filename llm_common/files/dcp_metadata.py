@@ -1,7 +1,8 @@
 """What the `.metadata` of a torch distributed checkpoint (DCP) says, read without running what is in it.
 
-The file is a pickle, which can name any function to be called. This reader knows the few names that DCP writes, and stands plain
-records in for all of them; any other name is refused. Nothing of torch is imported, and nothing of the file is executed.
+The file is a pickle, which can name any function to be called. This reader knows the few names that DCP writes, and
+stands plain records in for all of them; any other name is refused. Nothing of torch is imported, and nothing of the
+file is executed.
 """
 
 import io

@@ -40,14 +40,16 @@ def export(
 ) -> list[str]:
     """Write config.json, the weights and the tokenizer's files to a new folder; returns their names.
 
-    stops: ids at which generation is to end beside the tokenizer's own. Written under a temporary name and renamed when complete.
-    Raises UserError for weights that are not finite, or are not in this dtype, and if the disk cannot take them.
+    stops: ids at which generation is to end beside the tokenizer's own. Written under a temporary name and renamed when
+    complete. Raises UserError for weights that are not finite, or are not in this dtype, and if the disk cannot take
+    them.
     """
     check_tensors(cfg, weights, "weights")
     own = tokenizer if isinstance(tokenizer, Tokenizer) and tokenizer.folder is None else None
     if own is not None and cfg.model_type == "qwen2" and (own.pattern, own.normalization) != ("qwen2", "NFC"):
         notice(
-            f"{folder}: transformers cuts text for every qwen2 model as Qwen2 does, and gives other ids than this tokenizer; "
+            f"{folder}: transformers cuts text for every qwen2 model as Qwen2 does, and gives other ids than this "
+            "tokenizer; "
             "bpe.json in the folder is right"
         )
     partial = folder.with_name(f".{folder.name}.partial")
@@ -105,7 +107,9 @@ def _write_shard(path: Path, shapes: dict[str, tuple[int, ...]], weights: Tensor
 
 
 def _bytes(name: str, x: np.ndarray, dtype: str) -> bytes:
-    """A tensor in a dtype, rounded to nearest even, little-endian. Raises UserError for a number that it cannot hold."""
+    """A tensor in a dtype, rounded to nearest even, little-endian. Raises UserError for a number that it cannot
+    hold.
+    """
     if dtype != "bfloat16":
         with np.errstate(over="ignore"):
             stored = np.ascontiguousarray(x, np.dtype(dtype))
@@ -122,6 +126,7 @@ def _check_range(name: str, x: np.ndarray, holds: np.ndarray, dtype: str) -> Non
     if not holds.all():
         at = np.unravel_index(int((~holds).argmax()), x.shape)
         raise UserError(
-            f"tensor {name!r}: {x[at]:g} at {[int(i) for i in at]} is not in the range of {dtype}, where it would be infinite; "
+            f"tensor {name!r}: {x[at]:g} at {[int(i) for i in at]} is not in the range of {dtype}, where it would be "
+            "infinite; "
             f"export as {'bfloat16 or ' if dtype == 'float16' else ''}float32"
         )

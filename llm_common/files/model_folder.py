@@ -46,14 +46,15 @@ def _what_it_is(path: Path) -> str | None:
     if not path.exists():
         if re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)):
             return (
-                f"no such folder. If it is the name of a model on the Hugging Face hub, fetch it first: "
+                "no such folder. If it is the name of a model on the Hugging Face hub, fetch it first: "
                 f"hf download {path} --local-dir {path.name}, and give that folder"
             )
         return f"no such folder; {wanted}"
     if path.is_file():
         known = {
             ".safetensors": "one file of weights; give the folder that it lies in, with its config.json",
-            ".gguf": "a GGUF file, of llama.cpp; transformers reads it (from_pretrained(folder, gguf_file=...)), then save_pretrained",
+            ".gguf": "a GGUF file, of llama.cpp; transformers reads it (from_pretrained(folder, gguf_file=...)), "
+            "then save_pretrained",
             ".json": "a file; give the folder that it lies in",
             ".npz": "an archive of arrays; save the weights as safetensors, under Hugging Face's names",
         }

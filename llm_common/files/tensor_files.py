@@ -1,7 +1,8 @@
 """safetensors files: written durable and read back, and read lazily through a memory map.
 
-The library validates a file; what it lets pass (duplicate names, names that look like paths) is refused here, and bfloat16,
-which NumPy does not have, is turned into float32 here. Format: https://github.com/huggingface/safetensors#format
+The library validates a file; what it lets pass (duplicate names, names that look like paths) is refused here, and
+bfloat16, which NumPy does not have, is turned into float32 here. Format:
+https://github.com/huggingface/safetensors#format
 """
 
 import math
@@ -43,9 +44,9 @@ class Entry:
 class TensorFiles(Mapping[str, np.ndarray]):
     """The tensors of one or several safetensors files, each read when it is asked for, so that only one is in memory.
 
-    A tensor is a read-only view of the file, or a float32 array if the file holds bfloat16. The files stay open: they may
-    be renamed or deleted meanwhile. Raises UserError, by name, for whatever is not a well-formed file of float tensors, and,
-    unless that is allowed, for one that is not finite.
+    A tensor is a read-only view of the file, or a float32 array if the file holds bfloat16. The files stay open: they
+    may be renamed or deleted meanwhile. Raises UserError, by name, for whatever is not a well-formed file of float
+    tensors, and, unless that is allowed, for one that is not finite.
     """
 
     def __init__(self, *paths: Path, finite: bool = True) -> None:
@@ -152,7 +153,9 @@ def check_finite(name: str, array: np.ndarray) -> None:
 
 
 def check_plain_file(path: Path) -> None:
-    """Raise UserError unless a path is a plain file or, as in the hub's cache, a link into the `blobs` folder beside it."""
+    """Raise UserError unless a path is a plain file or, as in the hub's cache, a link into the `blobs` folder beside
+    it.
+    """
     try:
         if path.is_symlink() and path.resolve().parent != (path.parent.parent.parent / "blobs").resolve():
             raise UserError(f"{path}: a link to elsewhere; put the file itself there")
@@ -168,7 +171,8 @@ def check_plain_file(path: Path) -> None:
 def plan_shards(
     file: str, sizes: Mapping[str, int], least: int = 1, shard_bytes: int = SHARD_BYTES
 ) -> dict[str, list[str]]:
-    """Which tensors, of these sizes in bytes, go to which files: in order, at least `least` files, of about `shard_bytes` each.
+    """Which tensors, of these sizes in bytes, go to which files: in order, at least `least` files, of about
+    `shard_bytes` each.
 
     file: the name if there is one, "model.safetensors"; several are "model-00001-of-00003.safetensors" and so on.
     """
@@ -195,8 +199,8 @@ def shard_index(plan: Mapping[str, list[str]], sizes: Mapping[str, int]) -> dict
 def open_model_files(folder: Path, file: str = MODEL_FILE, listed: Collection[str] | None = None) -> TensorFiles:
     """The tensors of a folder: those of `file`, else of the shards that the index beside it (`file`.index.json) lists.
 
-    Where both are there, transformers takes the whole file, and so does this, with a notice. listed: the files of a checkpoint,
-    beside which nothing else counts.
+    Where both are there, transformers takes the whole file, and so does this, with a notice. listed: the files of a
+    checkpoint, beside which nothing else counts.
     """
     index = folder / f"{file}.index.json"
     whole = (folder / file).exists() if listed is None else file in listed

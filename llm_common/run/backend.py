@@ -1,4 +1,6 @@
-"""What a program asks of a framework: one value for each, in `jax_llm.engine.backend` and `torch_llm.engine.backend`."""
+"""What a program asks of a framework: one value for each, in `jax_llm.engine.backend` and
+`torch_llm.engine.backend`.
+"""
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager

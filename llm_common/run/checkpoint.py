@@ -1,4 +1,5 @@
-"""Checkpoint folders, in NumPy: what `jax_llm.engine.checkpoint` and `torch_llm.engine.checkpoint` both write and both read.
+"""Checkpoint folders, in NumPy: what `jax_llm.engine.checkpoint` and `torch_llm.engine.checkpoint` both write and both
+read.
 
     step-00001000/
       config.json            the model, as transformers reads it
@@ -6,8 +7,8 @@
       optimizer.safetensors  mu.<name> and nu.<name>
                              (large ones, and those of several hosts, in shards with an index, as transformers has them)
       bpe.json, tokenizer.json, ...   the tokenizer, if the run has one, as this program and as transformers load it
-      state.json             counters, seed, settings, sha256 of every other file and of its own content; written last, as the
-                             commit mark
+      state.json             counters, seed, settings, sha256 of every other file and of its own content; written last,
+                             as the commit mark
 
 The folder is written under a temporary name and renamed when it is complete, so an interrupted save leaves the previous
 checkpoint as it was. There is no pickle anywhere. The folder is also one that transformers loads.
@@ -86,8 +87,9 @@ def save_checkpoint(
 ) -> Path:
     """Write `run/step-XXXXXXXX`; returns it. `settings` is any JSON: hyper-parameters, data fingerprint, framework.
 
-    Several hosts write to one folder, which all of them must see, each its share of the files; none holds more than a file and
-    a tensor in memory. Raises UserError, on all hosts, if one cannot write; what was saved before is not touched.
+    Several hosts write to one folder, which all of them must see, each its share of the files; none holds more than a
+    file and a tensor in memory. Raises UserError, on all hosts, if one cannot write; what was saved before is not
+    touched.
     """
     folder = run / f"step-{state.step:08d}"
     partial = run / f".{folder.name}.partial"
@@ -118,8 +120,10 @@ def _written(action: Callable[[], Any], folder: Path, need: int) -> Any:
         newest = latest_checkpoint(run)
         free = shutil.disk_usage(run).free if run.is_dir() else 0
         raise UserError(
-            f"{folder}: cannot be written ({error.strerror or error}); it needs {need / 2**20:,.0f} MiB, {free / 2**20:,.0f} "
-            f"are free. Make room and start again; {'nothing was saved before' if newest is None else f'{newest} is complete'}"
+            f"{folder}: cannot be written ({error.strerror or error}); it needs {need / 2**20:,.0f} MiB, "
+            f"{free / 2**20:,.0f} "
+            "are free. Make room and start again; "
+            f"{'nothing was saved before' if newest is None else f'{newest} is complete'}"
         ) from None
 
 
@@ -226,7 +230,9 @@ def _is_of_run(folder: Path, settings: dict[str, Any]) -> bool:
 
 
 def checkpoints(run: Path) -> list[Path]:
-    """The complete checkpoints of a run, the oldest first. One that had stepped aside when a save was cut off is put back."""
+    """The complete checkpoints of a run, the oldest first. One that had stepped aside when a save was cut off is put
+    back.
+    """
     folders = sorted(run.iterdir()) if run.is_dir() else []
     for aside in folders:
         if aside.name.endswith(ASIDE) and not (original := run / aside.name[1 : -len(ASIDE)]).exists():
@@ -242,10 +248,11 @@ def latest_checkpoint(run: Path) -> Path | None:
 
 
 def prune_checkpoints(run: Path, keep_last: int, keep_best: int, settings: dict[str, Any] | None = None) -> list[Path]:
-    """Delete all checkpoints but the newest `keep_last` and the `keep_best` with the lowest held-out loss; returns those.
+    """Delete all checkpoints but the newest `keep_last` and the `keep_best` with the lowest held-out loss; returns
+    those.
 
-    keep_last 0 keeps all. A checkpoint whose loss is not known is never a best one. settings: those of the run; what is not a
-    whole checkpoint of it is not deleted. What a cut-off save or deletion left behind goes too.
+    keep_last 0 keeps all. A checkpoint whose loss is not known is never a best one. settings: those of the run; what is
+    not a whole checkpoint of it is not deleted. What a cut-off save or deletion left behind goes too.
     """
     found = checkpoints(run)  # which puts back what had only stepped aside
     for leftover in [path for end in (".partial", ".deleted", ASIDE) for path in run.glob(f".step-*{end}")]:
@@ -262,7 +269,9 @@ def prune_checkpoints(run: Path, keep_last: int, keep_best: int, settings: dict[
 
 
 def held_out_loss(folder: Path) -> float | None:
-    """The loss that a checkpoint recorded of itself, or None: it was not measured, is not finite, or its record is damaged."""
+    """The loss that a checkpoint recorded of itself, or None: it was not measured, is not finite, or its record is
+    damaged.
+    """
     try:
         loss = _read_mark(folder)["settings"]["evaluation"]["loss"]
     except (UserError, KeyError, TypeError):
@@ -271,9 +280,9 @@ def held_out_loss(folder: Path) -> float | None:
 
 
 def load_weights(folder: Path) -> tuple[ModelConfig, TensorFiles]:
-    """Config and weights alone, read when they are asked for: of a training checkpoint, whose sha256 are checked, those of its
-    tokenizer among them, or of a Hugging Face folder, in one file or in shards. Raises UserError, which says what it is, for
-    anything else.
+    """Config and weights alone, read when they are asked for: of a training checkpoint, whose sha256 are checked, those
+    of its tokenizer among them, or of a Hugging Face folder, in one file or in shards. Raises UserError, which says
+    what it is, for anything else.
     """
     if (folder / STATE_FILE).is_file():
         return open_weights(folder, _read_state(folder, optimizer=False)["files"])
@@ -286,8 +295,8 @@ def load_checkpoint(
 ) -> tuple[ModelConfig, TrainingState, dict[str, Any]]:
     """Config, training state and settings of a checkpoint, after checking every file's size and, to `verify`, sha256.
 
-    Raises UserError, naming the file or the field, if the checkpoint is incomplete, damaged, of a newer format, or, with
-    `cfg` given, of another model.
+    Raises UserError, naming the file or the field, if the checkpoint is incomplete, damaged, of a newer format, or,
+    with `cfg` given, of another model.
     """
     content = _read_state(folder, verify=verify)
     saved_cfg, weights = open_weights(folder, content["files"])
@@ -347,8 +356,8 @@ def _read_mark(folder: Path) -> dict[str, Any]:
 
 
 def _read_state(folder: Path, optimizer: bool = True, verify: bool = True) -> dict[str, Any]:
-    """The contents of state.json, after checking size and sha256 of all files that it lists, the optimizer's perhaps left out,
-    and that nothing is there beside them that would be taken for one of them.
+    """The contents of state.json, after checking size and sha256 of all files that it lists, the optimizer's perhaps
+    left out, and that nothing is there beside them that would be taken for one of them.
     """
     content = _read_mark(folder)
     files = content["files"]

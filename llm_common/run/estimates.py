@@ -41,7 +41,9 @@ def flops_per_step(cfg: ModelConfig, train: TrainConfig) -> float:
 
 
 def attention_flops(cfg: ModelConfig, train: TrainConfig) -> float:
-    """Those of them that are q k^T and its product with v: a query looks at (T + 1) / 2 keys on average, or at its window."""
+    """Those of them that are q k^T and its product with v: a query looks at (T + 1) / 2 keys on average, or at its
+    window.
+    """
     window = min(cfg.sliding_window or train.seq_len, train.seq_len)
     keys = window - window * (window - 1) / (2 * train.seq_len)
     per_token = 2 * cfg.num_hidden_layers * cfg.num_attention_heads * cfg.head_dim * keys
@@ -64,10 +66,10 @@ def memory_per_step(
 ) -> dict[str, int]:
     """About how many bytes a step needs on each device: exact for what is kept, an estimate for activations.
 
-    Keys: weights, moments, gradients (master dtype, and the cast copies of both), activations (of one micro-batch). Gradients
-    come as activations go, so where all of these are kept only the larger of the two counts. Measured on an H100 at 124m,
-    bfloat16, 32,768 tokens: the sum is 1.0 to 1.25 times the peak of both frameworks; at 1b and 8b, by the TPU's compiler and on
-    one or two H100s and H200s: within 10 % (docs/tpu_compiled.md, docs/scaling.md).
+    Keys: weights, moments, gradients (master dtype, and the cast copies of both), activations (of one micro-batch).
+    Gradients come as activations go, so where all of these are kept only the larger of the two counts. Measured on an
+    H100 at 124m, bfloat16, 32,768 tokens: the sum is 1.0 to 1.25 times the peak of both frameworks; at 1b and 8b, by
+    the TPU's compiler and on one or two H100s and H200s: within 10 % (docs/tpu_compiled.md, docs/scaling.md).
     """
     parts, tensor = mesh.fsdp * mesh.tensor, mesh.tensor
     p, master = cfg.num_parameters(), 8 if train.compute_dtype == "float64" else 4
@@ -82,8 +84,8 @@ def memory_per_step(
     tokens = train.batch_size // train.gradient_accumulation_steps * train.seq_len // mesh.batch_shards
     d, f, t = cfg.hidden_size, cfg.intermediate_size // tensor, train.seq_len
     heads = (cfg.num_attention_heads + 2 * cfg.num_key_value_heads) * cfg.head_dim // tensor
-    # Scores and their softmax, where attention keeps them (the reference and XLA). A compiler fuses the float32 middle of norms and
-    # SwiGLU away.
+    # Scores and their softmax, where attention keeps them (the reference and XLA). A compiler fuses the float32 middle
+    # of norms and SwiGLU away.
     scores = 0 if fused_attention else cfg.num_attention_heads // tensor * t * (wide + c)
     layer = c * (5 * d + heads + 2 * f) if compiled else c * (5 * d + 2 * heads + 3 * f) + wide * (4 * d + 2 * f)
     product = c * f if compiled else 0  # SwiGLU's, which the backward pass reads beside its two factors

@@ -1,7 +1,8 @@
 """One training run in its folder: the lock, resuming, the log, evaluations, checkpoints, and requests to stop.
 
-Both frameworks train inside it, so a run that changes frameworks is one run: `jax_llm.engine.checkpoint.fit_and_save` and its twin
-give it the numbers of each step and two functions, which read the training state and compute the held-out loss.
+Both frameworks train inside it, so a run that changes frameworks is one run: `jax_llm.engine.checkpoint.fit_and_save`
+and its twin give it the numbers of each step and two functions, which read the training state and compute the held-out
+loss.
 """
 
 import contextlib
@@ -43,10 +44,10 @@ LOCK_FILE, LOG_FILE = ".lock", "log.jsonl"
 class Run:
     """A run's folder and everything about a run that is not a framework's.
 
-    initial: weights to start from instead of random ones. evaluation: held-out data. roles: the ids that the data ends documents
-    and answers with, for those who generate. on_event: is given every row of the log as it is written: steps, and rows with the
-    key "event" ("resume", "extend", "evaluation", "save", "stop", "end"). hosts: the processes that train together, each with a
-    Run of its own over the same folder; the first of them keeps lock and log.
+    initial: weights to start from instead of random ones. evaluation: held-out data. roles: the ids that the data ends
+    documents and answers with, for those who generate. on_event: is given every row of the log as it is written: steps,
+    and rows with the key "event" ("resume", "extend", "evaluation", "save", "stop", "end"). hosts: the processes that
+    train together, each with a Run of its own over the same folder; the first of them keeps lock and log.
     """
 
     def __init__(
@@ -90,7 +91,9 @@ class Run:
     # --- beginning and end
 
     def __enter__(self) -> "Run":
-        """Take the folder's lock. Raises UserError if another run has it, or if the hosts have other code or settings."""
+        """Take the folder's lock. Raises UserError if another run has it, or if the hosts have other code or
+        settings.
+        """
         self.hosts.check_same(settings=text_hash([self.settings, self.cfg.to_hf()]))
         self.hosts.first(self._take_lock)
         if threading.current_thread() is threading.main_thread():
@@ -127,7 +130,8 @@ class Run:
             os.write(2, f"\nstopping after step {step}, which is saved first; a second signal ends at once\n".encode())
 
     def _keep_folder(self) -> str:
-        """The run's folder, which somebody may have deleted or replaced while it trains: then another one is begun, and said.
+        """The run's folder, which somebody may have deleted or replaced while it trains: then another one is begun, and
+        said.
 
         Nothing is ever written into a folder that is not this run's.
         """
@@ -166,8 +170,8 @@ class Run:
             os.close(self._lock)
 
     def resume(self) -> TrainingState | None:
-        """The state of the newest checkpoint, or None in a new folder; opens the log. Raises UserError, naming what differs,
-        if the checkpoint is damaged or of another run.
+        """The state of the newest checkpoint, or None in a new folder; opens the log. Raises UserError, naming what
+        differs, if the checkpoint is damaged or of another run.
         """
         found, saved = self.hosts.first(self._find)  # the one that checks every byte
         state = None if found is None else load_checkpoint(Path(found), self.cfg, verify=False)[1]
@@ -207,8 +211,9 @@ class Run:
     ) -> bool:
         """Log the step before, evaluate and save when it is time; returns whether the run must stop here.
 
-        metrics: loss, grad_norm, lr, skipped; they are read, which waits for the step, when the next step has been begun or
-        before anything else is done with this one. snapshot: reads the training state. evaluate: computes the held-out loss.
+        metrics: loss, grad_norm, lr, skipped; they are read, which waits for the step, when the next step has been
+        begun or before anything else is done with this one. snapshot: reads the training state. evaluate: computes the
+        held-out loss.
         """
         self._step, self._between = step, False
         self._write_row()
@@ -316,7 +321,9 @@ def _identity(place: Path | int | None) -> tuple[int, int] | None:
 
 
 def fingerprint(weights: TensorFiles) -> str:
-    """sha256 of the files' headers, which name every tensor, its shape and place: cheap, and enough to notice a mix-up."""
+    """sha256 of the files' headers, which name every tensor, its shape and place: cheap, and enough to notice a
+    mix-up.
+    """
     digest = hashlib.sha256()
     for header in weights.headers:
         digest.update(header)

@@ -23,10 +23,11 @@ def host_memory() -> int | None:
 def keep_freed_memory() -> None:
     """Have the C library keep freed memory for the next step instead of giving it back to the system.
 
-    Else the large arrays of every step are new pages, which the system clears one by one: a fifth of a small model's step in JAX.
-    The price is memory, up to 1.8 times the peak of before in JAX, as what is saved or evaluated in between splits what was kept;
-    and of a large step it saves little. So it is for steps of less than half a GiB on a CPU.
-    glibc alone knows these settings. All threads share one heap then, as those of others cannot grow beyond 64 MiB.
+    Else the large arrays of every step are new pages, which the system clears one by one: a fifth of a small model's
+    step in JAX. The price is memory, up to 1.8 times the peak of before in JAX, as what is saved or evaluated in
+    between splits what was kept; and of a large step it saves little. So it is for steps of less than half a GiB on a
+    CPU. glibc alone knows these settings. All threads share one heap then, as those of others cannot grow beyond 64
+    MiB.
     """
     with contextlib.suppress(OSError, AttributeError):  # another C library
         mallopt = ctypes.CDLL(None).mallopt

@@ -1,4 +1,5 @@
-"""The processes that train together, as what is neither framework's sees them: they agree, wait for each other, share out work.
+"""The processes that train together, as what is neither framework's sees them: they agree, wait for each other, share
+out work.
 
 A host is one process: in JAX it drives all devices of a machine, in torch one device.
 """
@@ -29,7 +30,9 @@ class Hosts:
         return [value]
 
     def together(self, action: Callable[[], T]) -> list[T]:
-        """Do something on every host and return what came of it, as JSON. Where it fails on one, all raise its UserError."""
+        """Do something on every host and return what came of it, as JSON. Where it fails on one, all raise its
+        UserError.
+        """
         try:
             outcome = {"result": action()}
         except UserError as error:
@@ -78,7 +81,8 @@ def text_hash(value: Any) -> str:
 def roll_call(address: str, index: int, count: int, timeout: float) -> None:
     """Wait until all processes of a run are there: the first listens at `address` (HOST:PORT), the others report to it.
 
-    The port is free again afterwards. Raises UserError, naming who is missing, if not all come within `timeout` seconds.
+    The port is free again afterwards. Raises UserError, naming who is missing, if not all come within `timeout`
+    seconds.
     """
     host, _, port = address.rpartition(":")
     if not host or not port.isdecimal():

@@ -1,4 +1,6 @@
-"""One process for each device of a host, begun by the program itself: what torchrun does, with one line where something is wrong."""
+"""One process for each device of a host, begun by the program itself: what torchrun does, with one line where something
+is wrong.
+"""
 
 import os
 import signal
@@ -15,7 +17,8 @@ GRACE = 10.0  # seconds that the others have to end by themselves once one has f
 
 
 def processes_here(devices: int) -> int:
-    """How many of a mesh's devices are for this host: all, or an equal share of them where NNODES says that there are more hosts.
+    """How many of a mesh's devices are for this host: all, or an equal share of them where NNODES says that there are
+    more hosts.
 
     Raises UserError for a share that is not whole, and for a host without its number or the first one's address.
     """
@@ -43,8 +46,9 @@ def _number(name: str, least: int) -> int:
 
 
 def launch(devices: int) -> int:
-    """Run this program's command line again in a process for each of this host's devices; returns the exit code of the first that
-    failed, or 0. They form a group of `devices`, with those of other hosts where the environment names these (`processes_here`).
+    """Run this program's command line again in a process for each of this host's devices; returns the exit code of the
+    first that failed, or 0. They form a group of `devices`, with those of other hosts where the environment names these
+    (`processes_here`).
 
     Ctrl-C and SIGTERM reach all of them. What they say on stderr is shown once, however many say it.
     """
@@ -75,7 +79,9 @@ def _free_port() -> int:
 
 
 def _attend(processes: list[subprocess.Popen[bytes]]) -> int:
-    """Pass signals on to the processes and show what they say until they have ended; the exit code of the first that failed, or 0."""
+    """Pass signals on to the processes and show what they say until they have ended; the exit code of the first that
+    failed, or 0.
+    """
 
     def forward(number: int, frame: FrameType | None) -> None:
         for process in processes:

@@ -37,10 +37,11 @@ def environment() -> dict[str, Any]:
 
 
 class RunLog:
-    """Appends one JSON object a line (a number that is not finite as null); every line is flushed, so that a killed run loses none.
+    """Appends one JSON object a line (a number that is not finite as null); every line is flushed, so that a killed run
+    loses none.
 
-    The file is opened, and the header written, with the first row: a run that is refused leaves no trace. A run that goes
-    on after `step` steps drops the rows of later ones, which it will make again: every step is there exactly once.
+    The file is opened, and the header written, with the first row: a run that is refused leaves no trace. A run that
+    goes on after `step` steps drops the rows of later ones, which it will make again: every step is there exactly once.
     """
 
     def __init__(self, path: Path | str, step: int = 0, **header: Any) -> None:

@@ -1,11 +1,15 @@
-"""The numbers of a training step, read when they are asked for: a device is still computing them when the step returns."""
+"""The numbers of a training step, read when they are asked for: a device is still computing them when the step
+returns.
+"""
 
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 
 class StepMetrics(Mapping[str, Any]):
-    """loss, grad_norm, lr and skipped of a step. `read` gives them, and waits for the step; it is called at most once."""
+    """loss, grad_norm, lr and skipped of a step. `read` gives them, and waits for the step; it is called at
+    most once.
+    """
 
     def __init__(self, read: Callable[[], tuple[float, float, float, bool]]) -> None:
         self._read: Callable[[], tuple] | None = read

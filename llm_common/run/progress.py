@@ -37,8 +37,8 @@ def reading_bar(console: Console) -> Iterator[Callable[[str, int, int], None]]:
 class TrainingProgress:
     """Prints the rows of a run's log as they come; to be used as a context manager.
 
-    flops_per_token and peak_flops: for the share of the device's peak (MFU); peak None: not shown. memory: gives the bytes in
-    use.
+    flops_per_token and peak_flops: for the share of the device's peak (MFU); peak None: not shown. memory: gives the
+    bytes in use.
     """
 
     def __init__(
@@ -81,7 +81,8 @@ class TrainingProgress:
             self._bar.update(self._task, completed=row["step"])
         elif event == "extend":
             self.console.print(
-                f"extended from {row['from']} to {row['total_steps']} steps: the learning rate follows the new total from step "
+                f"extended from {row['from']} to {row['total_steps']} steps: the learning rate follows the new total "
+                "from step "
                 f"{row['step']} on, the moments are kept"
             )
         elif event == "evaluation":

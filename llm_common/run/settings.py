@@ -34,8 +34,8 @@ def run_settings(
 
 
 def differences(saved: dict[str, Any], asked: dict[str, Any]) -> list[str]:
-    """The settings that make two runs different, each in words: the framework, what `MAY_CHANGE` lists, and how many steps there are
-    to be in all, do not.
+    """The settings that make two runs different, each in words: the framework, what `MAY_CHANGE` lists, and how many
+    steps there are to be in all, do not.
     """
     found = []
     for part in COMPARED:

@@ -1,8 +1,9 @@
 """Byte-level BPE by its definition, slow and short: the text to read, and what the fast one is tested against.
 
-Text is cut by a pattern into words, each word becomes its UTF-8 bytes. Training merges the most frequent pair of neighbouring
-tokens over and over; of equally frequent ones the greater in bytes, or the one with the smaller ids. Encoding replays the
-merges in the order in which they were learned. It imports none of the packages and shares no line with them.
+Text is cut by a pattern into words, each word becomes its UTF-8 bytes. Training merges the most frequent pair of
+neighbouring tokens over and over; of equally frequent ones the greater in bytes, or the one with the smaller ids.
+Encoding replays the merges in the order in which they were learned. It imports none of the packages and shares no line
+with them.
 """
 
 import itertools

@@ -1,13 +1,14 @@
 """Learning the merges of byte-level BPE, fast and in bounded memory. What it computes: `bpe_reference.train`.
 
-Words are counted first; from there on time and memory depend on how many distinct words there are, not on the corpus. The distinct
-words lie one after the other in one flat array of ids, a gap before and after each. A token of several bytes keeps its id in
-the first and in the last of its bytes' places, so that both neighbours of a token are found without links.
+Words are counted first; from there on time and memory depend on how many distinct words there are, not on the corpus.
+The distinct words lie one after the other in one flat array of ids, a gap before and after each. A token of several
+bytes keeps its id in the first and in the last of its bytes' places, so that both neighbours of a token are found
+without links.
 
-Only pairs that occur at least `floor` times are kept in the books: where they are, how often, and a heap that gives the most
-frequent. A pair that is rarer cannot be the next one. When no pair is left, the floor falls and the array is looked through
-again. Within one floor a pair's count only falls, once the merge that made it is done; so a heap entry may be out of date, but
-never too small, and is put right when it comes up.
+Only pairs that occur at least `floor` times are kept in the books: where they are, how often, and a heap that gives the
+most frequent. A pair that is rarer cannot be the next one. When no pair is left, the floor falls and the array is
+looked through again. Within one floor a pair's count only falls, once the merge that made it is done; so a heap entry
+may be out of date, but never too small, and is put right when it comes up.
 """
 
 import heapq
@@ -278,8 +279,9 @@ def learn_merges(
 ) -> list[Merge]:
     """Up to n_merges merges, in order; fewer if no pair is left. words: how often each occurs.
 
-    Of equally frequent pairs the one with the lexicographically greater bytes ("greater-bytes", the left token first) or with the
-    smaller ids ("smaller-ids") is merged first. on_merge(how many) is called after each. many: of how many positions on NumPy merges, not a loop.
+    Of equally frequent pairs the one with the lexicographically greater bytes ("greater-bytes", the left token first)
+    or with the smaller ids ("smaller-ids") is merged first. on_merge(how many) is called after each. many: of how many
+    positions on NumPy merges, not a loop.
     """
     if tie_rule not in TIE_RULES:
         raise UserError(f"tie rule {tie_rule!r}; known: {', '.join(TIE_RULES)}")
@@ -300,10 +302,11 @@ def train_bpe(
     processes: int = 1,
     on_merge: Callable[[int], None] | None = None,
 ) -> Tokenizer:
-    """Learn merges from documents, whole or in pieces, until the vocabulary, special tokens included, has `vocab_size` entries.
+    """Learn merges from documents, whole or in pieces, until the vocabulary, special tokens included, has `vocab_size`
+    entries.
 
-    Training stops early when no pair is left. Special tokens separate words and are never merged. processes: how many count
-    the words. Of equal pairs: see `learn_merges`. Raises UserError for a vocabulary too small and for no text.
+    Training stops early when no pair is left. Special tokens separate words and are never merged. processes: how many
+    count the words. Of equal pairs: see `learn_merges`. Raises UserError for a vocabulary too small and for no text.
     """
     special_tokens = check_special_tokens(special_tokens, vocab_size)
     if pattern not in PATTERNS:
@@ -318,7 +321,9 @@ def train_bpe(
 
 
 def check_special_tokens(special_tokens: Iterable[str], vocab_size: int) -> list[str]:
-    """The special tokens. Raises UserError if one is there twice, is empty, or if the vocabulary has no room for them."""
+    """The special tokens. Raises UserError if one is there twice, is empty, or if the vocabulary has no room
+    for them.
+    """
     special_tokens = list(special_tokens)
     for token in special_tokens:
         if not token:

@@ -67,7 +67,9 @@ class WordEncoder:
         return ids
 
     def _merge_long(self, ids: list[int]) -> list[int]:
-        """The same in a time that grows with the length alone: a linked list, and for every rank the places where it is."""
+        """The same in a time that grows with the length alone: a linked list, and for every rank the places where it
+        is.
+        """
         rank_of, merged, n = self._rank.get, self._merged, len(ids)
         following, previous = list(range(1, n + 1)), list(range(-1, n - 1))
         ranks = [*map(rank_of, itertools.pairwise(ids), itertools.repeat(NEVER)), NEVER]
@@ -113,9 +115,9 @@ class WordEncoder:
         ids = [self._id[a + b] for a, b in self.merges]
         if not self.merges or self.ignore_merges or self._lacks_bytes or importlib.util.find_spec("tiktoken") is None:
             return None
-        # tiktoken knows no merges, only tokens: it joins two whenever they make a token, the one with the smallest id first.
-        # That is the same if ids rise with the merges and every token's bytes, merged by themselves, make that token: then
-        # wherever they stand side by side uncut, the merges inside go the same way.
+        # tiktoken knows no merges, only tokens: it joins two whenever they make a token, the one with the smallest id
+        # first. That is the same if ids rise with the merges and every token's bytes, merged by themselves, make that
+        # token: then wherever they stand side by side uncut, the merges inside go the same way.
         if any(a >= b for a, b in itertools.pairwise(ids)):
             return None
         if any(self._merge_short([self._byte_ids[b] for b in self.vocab[i]]) != [i] for i in ids):

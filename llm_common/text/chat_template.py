@@ -1,4 +1,6 @@
-"""Chat templates of strangers, rendered as transformers renders them, in a process that is bounded in time and memory."""
+"""Chat templates of strangers, rendered as transformers renders them, in a process that is bounded in time and
+memory.
+"""
 
 import atexit
 import contextlib
@@ -38,7 +40,8 @@ class _Worker:
         require_package("jinja2", "hf")
         # -P: the modules beside the worker's file must not stand before those of the standard library
         command = [sys.executable, "-P", str(Path(__file__).with_name("chat_worker.py"))]
-        # in a group of its own: Ctrl-C is for this program, and the worker ends when its stdin is closed, however that comes about
+        # in a group of its own: Ctrl-C is for this program, and the worker ends when its stdin is closed, however that
+        # comes about
         self._process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, start_new_session=True
         )

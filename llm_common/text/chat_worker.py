@@ -1,7 +1,8 @@
 """Renders chat templates for `chat_template`, in a process of its own whose memory is bounded and which may be killed.
 
-A template is a stranger's program. It runs in jinja's sandbox, with what transformers 5 offers one, and nothing else. Read from
-stdin and written to stdout are JSON objects, each after its length as 8 bytes. This file imports nothing of this project.
+A template is a stranger's program. It runs in jinja's sandbox, with what transformers 5 offers one, and nothing else.
+Read from stdin and written to stdout are JSON objects, each after its length as 8 bytes. This file imports nothing of
+this project.
 """
 
 import contextlib

@@ -76,13 +76,14 @@ def _docstrings(path: Path) -> Iterator[str]:
 
 
 class Corpus:
-    """Text files to read from: UTF-8 text; JSONL, JSON and CSV of which one field is read; any of them compressed with gzip.
+    """Text files to read from: UTF-8 text; JSONL, JSON and CSV of which one field is read; any of them compressed with
+    gzip.
 
-    paths: files, and folders of which all files with one of the `ENDINGS`, or these and .gz, are read, in the order of their
-    names; none: `python_documentation`. In a text file <|endoftext|> separates documents; of the others every record is one.
-    replace_invalid: bytes that are not UTF-8 become U+FFFD. as_text: every file is text, whatever its name and content are.
-    on_bytes(how many) is called as files are read. Raises UserError for what is missing, not permitted, empty, damaged or of a
-    kind that is not read; a damaged file names the byte or the record.
+    paths: files, and folders of which all files with one of the `ENDINGS`, or these and .gz, are read, in the order of
+    their names; none: `python_documentation`. In a text file <|endoftext|> separates documents; of the others every
+    record is one. replace_invalid: bytes that are not UTF-8 become U+FFFD. as_text: every file is text, whatever its
+    name and content are. on_bytes(how many) is called as files are read. Raises UserError for what is missing, not
+    permitted, empty, damaged or of a kind that is not read; a damaged file names the byte or the record.
     """
 
     def __init__(
@@ -115,7 +116,9 @@ class Corpus:
         self._check(found)
 
     def stretches(self) -> Iterator[Iterator[str]]:
-        """What `documents` gives, in pieces: an iterator for every file or line, so that one of any size fits into memory."""
+        """What `documents` gives, in pieces: an iterator for every file or line, so that one of any size fits into
+        memory.
+        """
         if not self.paths:
             yield from (iter([text]) for text in python_documentation())
             return
@@ -144,7 +147,8 @@ class Corpus:
                 raise UserError(f"{file}: {what}; or pass --as-text")
         if ending not in RECORDS and (what := looks_like_records(self._head(file))):
             raise UserError(
-                f"{file}: holds {what}, but its name does not end in {' or '.join(RECORDS[:3])}: rename it to read a field of each "
+                f"{file}: holds {what}, but its name does not end in {' or '.join(RECORDS[:3])}: rename it to read a "
+                "field of each "
                 "record, or pass --as-text to learn it as it stands"
             )
 

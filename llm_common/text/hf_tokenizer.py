@@ -108,7 +108,9 @@ class HfTokenizer:
 
     @property
     def eos_ids(self) -> tuple[int, ...]:
-        """The ids that end a text that is generated: those of the configs and the tokenizer's own. Chat models have several."""
+        """The ids that end a text that is generated: those of the configs and the tokenizer's own. Chat models have
+        several.
+        """
         found = self.folder.ids_of("eos_token_id") + self._ids([self.folder.special("eos_token")])
         return tuple(dict.fromkeys(found))
 
@@ -120,12 +122,16 @@ class HfTokenizer:
 
     @property
     def turn_end(self) -> int | None:
-        """The id that ends an answer: what the chat template writes there, else the tokenizer's end of text; or None."""
+        """The id that ends an answer: what the chat template writes there, else the tokenizer's end of text; or
+        None.
+        """
         return next(iter(self._ids([self.folder.turn_end, self.folder.special("eos_token")])), None)
 
     @property
     def context_ids(self) -> list[int]:
-        """What a text's first token is predicted from: the prefix, else the beginning of text, else the end (as lm-eval does)."""
+        """What a text's first token is predicted from: the prefix, else the beginning of text, else the end (as lm-eval
+        does).
+        """
         return self.prefix_ids or self._ids([self.folder.special("bos_token"), self.folder.special("eos_token")])[:1]
 
     def token_id(self, text: str) -> int | None:
@@ -137,7 +143,8 @@ class HfTokenizer:
     def encode(self, text: str, parse_special: bool = True) -> list[int]:
         """Ids of a text, without the tokens that a model expects around it.
 
-        parse_special: whether special tokens written out in it become their ids; otherwise they are text like any other.
+        parse_special: whether special tokens written out in it become their ids; otherwise they are text like any
+        other.
         """
         return self._encode(text, parse_special).ids
 
@@ -169,7 +176,9 @@ class HfTokenizer:
                 raise unless_panic(error, f"{self.folder.path / 'tokenizer.json'}: cannot encode this text") from None
 
     def encode_prompt(self, text: str, parse_special: bool = True) -> list[int]:
-        """Ids of a text that is to be continued, with the tokens that the model expects before it, as transformers gives them."""
+        """Ids of a text that is to be continued, with the tokens that the model expects before it, as transformers
+        gives them.
+        """
         return self.prefix_ids + self.encode(text, parse_special)
 
     def decode(self, ids: Iterable[int]) -> str:
@@ -177,8 +186,8 @@ class HfTokenizer:
         ids = [int(i) for i in ids]
         if not self._byte_level:
             return self._tokenizer.decode(ids, skip_special_tokens=False)
-        # The library takes an added token's letters for bytes; so only what lies between them goes through it. A character's
-        # bytes never lie on both sides of one.
+        # The library takes an added token's letters for bytes; so only what lies between them goes through it. A
+        # character's bytes never lie on both sides of one.
         out, run = [], []
         for i in [*ids, None]:
             if i is not None and i not in self._added:
@@ -190,7 +199,9 @@ class HfTokenizer:
         return "".join(out)
 
     def byte_lengths(self) -> np.ndarray:
-        """How many bytes of text each id stands for, int32 (vocab_size,); 0 for special tokens. Other added tokens are text."""
+        """How many bytes of text each id stands for, int32 (vocab_size,); 0 for special tokens. Other added tokens are
+        text.
+        """
         lengths = np.zeros(self.vocab_size, np.int32)
         metaspace = "\u2581" in json.dumps(json.loads(self._tokenizer.to_str()).get("decoder"), ensure_ascii=False)
         for token, i in self._tokenizer.get_vocab(with_added_tokens=True).items():
@@ -217,8 +228,8 @@ AnyTokenizer = Tokenizer | HfTokenizer
 
 
 def open_tokenizer(path: Path) -> AnyTokenizer:
-    """The tokenizer of a `bpe.json`, of a `tokenizer.json`, of a folder with one of them or with GPT-2's vocab.json and merges.txt, or
-    of a run's newest checkpoint.
+    """The tokenizer of a `bpe.json`, of a `tokenizer.json`, of a folder with one of them or with GPT-2's vocab.json and
+    merges.txt, or of a run's newest checkpoint.
     """
     if path.is_dir():
         tokenizer = load_tokenizer(path)
@@ -264,7 +275,9 @@ def companions(tokenizer: AnyTokenizer, stops: Iterable[int] = ()) -> dict[str, 
 
 
 def stop_ids(tokenizer: AnyTokenizer, more: Iterable[int] = ()) -> list[int]:
-    """Every id at which generation ends: the tokenizer's and the configs', and those that answers were trained to end with."""
+    """Every id at which generation ends: the tokenizer's and the configs', and those that answers were trained to end
+    with.
+    """
     return list(dict.fromkeys([*tokenizer.eos_ids, *more]))
 
 

@@ -1,7 +1,9 @@
-"""Whether a stranger's tokenizer cuts text in reasonable time: a program for `hf_tokenizer`, which gives it two seconds.
+"""Whether a stranger's tokenizer cuts text in reasonable time: a program for `hf_tokenizer`, which gives it two
+seconds.
 
-Read from stdin is a tokenizer.json without its vocabulary. The exit code is 0 if texts made to provoke backtracking, of the
-pattern's own characters among others, are cut; the library gives up, by a panic, only after ten million steps for each place.
+Read from stdin is a tokenizer.json without its vocabulary. The exit code is 0 if texts made to provoke backtracking, of
+the pattern's own characters among others, are cut; the library gives up, by a panic, only after ten million steps for
+each place.
 """
 
 import contextlib

@@ -37,7 +37,9 @@ def json_values(file: Path, chunks: Iterable[str]) -> Iterator[tuple[str, Any]]:
     decoder, chunks, text, at, number, inside = json.JSONDecoder(), iter(chunks), "", 0, 0, None
 
     def more() -> bool:
-        """Read on; whether there was anything. A record that is not whole yet is parsed again: twice as much is read each time."""
+        """Read on; whether there was anything. A record that is not whole yet is parsed again: twice as much is read
+        each time.
+        """
         nonlocal text, at
         parts, size = [text[at:]], 0
         while (part := next(chunks, None)) is not None:
@@ -97,7 +99,8 @@ def csv_records(file: Path, chunks: Iterable[str], delimiter: str, field: str) -
         for row in rows:
             if len(row) > len(names):
                 raise UserError(
-                    f"{file}, line {rows.line_num}: {len(row)} fields, but the first line names {len(names)}; text with the "
+                    f"{file}, line {rows.line_num}: {len(row)} fields, but the first line names {len(names)}; text "
+                    "with the "
                     "delimiter in it needs quotes around it"
                 )
             if row:

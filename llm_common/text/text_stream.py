@@ -15,8 +15,9 @@ class TextStream:
     """Takes the ids of one text as they are drawn and gives its text as soon as it is certain.
 
     prompt: the ids that the text continues; some tokenizers write a word's space only if something stands before it.
-    Held back are the bytes of an unfinished character and what may be the beginning of a stop string. The first stop string
-    to be complete ends the text and is not part of it. `text` is what was given out so far; `stopped` says whether a stop string came.
+    Held back are the bytes of an unfinished character and what may be the beginning of a stop string. The first stop
+    string to be complete ends the text and is not part of it. `text` is what was given out so far; `stopped` says
+    whether a stop string came.
     """
 
     def __init__(self, tokenizer: Decoder, stop: Sequence[str] = (), prompt: Sequence[int] = ()) -> None:

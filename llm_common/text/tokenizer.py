@@ -1,10 +1,11 @@
 """A byte-level BPE tokenizer: any text to ids and back.
 
-Text is cut by a pattern into words (`words.py`), each word becomes its UTF-8 bytes, and the merges are replayed on it in the order
-in which they were learned. Any text can be encoded, and decoding gives it back; half of a surrogate pair, which is not text,
-becomes U+FFFD. What is computed, in its plainest form: `bpe_reference.encode`.
+Text is cut by a pattern into words (`words.py`), each word becomes its UTF-8 bytes, and the merges are replayed on it
+in the order in which they were learned. Any text can be encoded, and decoding gives it back; half of a surrogate pair,
+which is not text, becomes U+FFFD. What is computed, in its plainest form: `bpe_reference.encode`.
 
-Everything here is Python. Where the `tiktoken` package is installed and would give the same ids, large texts go through it.
+Everything here is Python. Where the `tiktoken` package is installed and would give the same ids, large texts go through
+it.
 
 Sources: Sennrich et al. 2016, https://arxiv.org/abs/1508.07909; the byte-level form is GPT-2's (Radford et al. 2019).
 """
@@ -34,12 +35,13 @@ WORTHWHILE = 1 << 20  # characters that a tokenizer has encoded before tiktoken 
 class Tokenizer(WordEncoder):
     """Byte-level BPE. Ids: 0 to 255 the bytes, then the merges in order, then the special tokens.
 
-    `vocab` (id -> bytes) may be given to use a foreign numbering, such as GPT-2's own files. ignore_merges: a word that is a
-    token is that token, whatever the merges would make of it, as in Llama 3. normalization: "NFC" as in Qwen, by which some text does
-    not come back; by Python's own tables, in which the newest characters may be missing. prompt_prefix: special tokens that a model
-    expects before a text. end_token: the one that ends a document. fast: whether tiktoken may be used. special_tokens,
-    added_tokens: texts, or texts with their ids; both are tokens wherever a text has them written out, but special ones stand for
-    no text, and `parse_special=False` takes them as text like any other. folder: the files that the tokenizer was read from.
+    `vocab` (id -> bytes) may be given to use a foreign numbering, such as GPT-2's own files. ignore_merges: a word that
+    is a token is that token, whatever the merges would make of it, as in Llama 3. normalization: "NFC" as in Qwen, by
+    which some text does not come back; by Python's own tables, in which the newest characters may be missing.
+    prompt_prefix: special tokens that a model expects before a text. end_token: the one that ends a document. fast:
+    whether tiktoken may be used. special_tokens, added_tokens: texts, or texts with their ids; both are tokens wherever
+    a text has them written out, but special ones stand for no text, and `parse_special=False` takes them as text like
+    any other. folder: the files that the tokenizer was read from.
 
     A foreign vocabulary may lack single bytes; text loses those, as with Hugging Face's library.
     """
@@ -143,7 +145,9 @@ class Tokenizer(WordEncoder):
 
     @property
     def context_ids(self) -> list[int]:
-        """What a text's first token is predicted from: the prefix, else the beginning of text, else the end (as lm-eval does)."""
+        """What a text's first token is predicted from: the prefix, else the beginning of text, else the end (as lm-eval
+        does).
+        """
         if self.prompt_prefix or self.folder is None:
             return self.prefix_ids or ([] if self.end_of_text is None else [self.end_of_text])
         names = (self.folder.special("bos_token"), self.folder.special("eos_token"))
@@ -154,7 +158,9 @@ class Tokenizer(WordEncoder):
         return None if clean(text) != text else self.added.get(text, self._plain.get(text.encode()))
 
     def chat(self, messages: list[dict[str, Any]], add_generation_prompt: bool) -> str:
-        """Messages of {"role", "content"} in the folder's chat template. Raises UserError if it has none or it fails."""
+        """Messages of {"role", "content"} in the folder's chat template. Raises UserError if it has none or it
+        fails.
+        """
         if self.folder is None:
             raise UserError("the tokenizer has no chat template: --chat needs that of a Hugging Face folder")
         return self.folder.chat(messages, add_generation_prompt)
@@ -162,7 +168,9 @@ class Tokenizer(WordEncoder):
     # --- encode and decode
 
     def encode(self, text: str, parse_special: bool = True) -> list[int]:
-        """Ids of a text. parse_special: whether special tokens written out in it become their ids, or are text like any other."""
+        """Ids of a text. parse_special: whether special tokens written out in it become their ids, or are text like any
+        other.
+        """
         text, finder = clean(text), self._finders[parse_special]
         if finder is None or finder.search(text) is None:
             return self._encode_ordinary(text)
@@ -184,7 +192,8 @@ class Tokenizer(WordEncoder):
             return list(pool.map(self.encode, texts))
 
     def encode_iterable(self, texts: Iterable[str], block: int = BLOCK) -> Iterator[int]:
-        """The ids of the concatenation of `texts`, lazily; equal to `encode("".join(texts))`, in memory that does not grow with it.
+        """The ids of the concatenation of `texts`, lazily; equal to `encode("".join(texts))`, in memory that does not
+        grow with it.
 
         block: how many characters are waited for before some are encoded.
         """
@@ -237,7 +246,9 @@ class Tokenizer(WordEncoder):
         return self.prefix_ids + self.encode(text, parse_special)
 
     def byte_lengths(self) -> np.ndarray:
-        """How many bytes of text each id stands for, int32 (vocab_size,); 0 for special tokens. Other added tokens are text."""
+        """How many bytes of text each id stands for, int32 (vocab_size,); 0 for special tokens. Other added tokens are
+        text.
+        """
         lengths = np.zeros(self.vocab_size, np.int32)
         for i, token in self.vocab.items():
             lengths[i] = len(token)
@@ -264,8 +275,8 @@ class Tokenizer(WordEncoder):
         return json.dumps(content, indent=0)
 
     def fingerprint(self) -> str:
-        """sha256 of what `save` writes, or of the foreign file that has the vocabulary: by it token files and checkpoints recognise
-        their tokenizer.
+        """sha256 of what `save` writes, or of the foreign file that has the vocabulary: by it token files and
+        checkpoints recognise their tokenizer.
         """
         if self.folder is not None:
             files = self.folder.files
@@ -299,7 +310,9 @@ class Tokenizer(WordEncoder):
 
 
 def _place_before(end: int, normal: str, text: str) -> int:
-    """The place in a text that becomes the place `end` of its normal form: the first beginning of it that is long enough."""
+    """The place in a text that becomes the place `end` of its normal form: the first beginning of it that is long
+    enough.
+    """
     low, high = 0, len(text)
     while low < high:
         middle = (low + high) // 2
@@ -333,6 +346,7 @@ def check_vocabulary(tokenizer: HasVocabulary, vocab_size: int) -> None:
         )
     if tokenizer.vocab_size > vocab_size:
         notice(
-            f"the tokenizer has ids up to {tokenizer.vocab_size - 1}, the model {vocab_size:,} embeddings: added tokens beyond "
+            f"the tokenizer has ids up to {tokenizer.vocab_size - 1}, the model {vocab_size:,} embeddings: added "
+            "tokens beyond "
             "them are refused where a text has one"
         )

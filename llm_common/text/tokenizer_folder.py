@@ -1,8 +1,9 @@
-"""What the files of a Hugging Face folder say of its tokenizer, beside the vocabulary: special tokens, their roles, the chat template.
+"""What the files of a Hugging Face folder say of its tokenizer, beside the vocabulary: special tokens, their roles, the
+chat template.
 
-Three things end at a token, and each has its own: a document (`document_end`), a turn of a conversation (`turn_end`) and the text
-that is being generated (`stop_ids`, of which there may be several). Chat models name the end of a turn as their `eos_token`, so
-that one name is no answer to all three questions.
+Three things end at a token, and each has its own: a document (`document_end`), a turn of a conversation (`turn_end`)
+and the text that is being generated (`stop_ids`, of which there may be several). Chat models name the end of a turn as
+their `eos_token`, so that one name is no answer to all three questions.
 """
 
 import functools
@@ -71,16 +72,16 @@ _PROBE = "\u2058\u205c\u2058"  # an answer that no template has in its text
 class TokenizerFolder:
     """The files of a folder, and what they say.
 
-    files: name -> contents, of those that go with a model. Raises UserError, naming the file, for one that is huge or not what
-    its name says.
+    files: name -> contents, of those that go with a model. Raises UserError, naming the file, for one that is huge or
+    not what its name says.
     """
 
     def __init__(self, folder: Path) -> None:
         self.path = folder
         self.files = {name: read_small(folder / name) for name in FILES if (folder / name).is_file()}
         self.config = self._object("tokenizer_config.json")
-        # transformers reads special_tokens_map.json and added_tokens.json only where tokenizer_config.json lists no added tokens,
-        # and then they say more than it does
+        # transformers reads special_tokens_map.json and added_tokens.json only where tokenizer_config.json lists no
+        # added tokens, and then they say more than it does
         self._listed = isinstance(self.config.get("added_tokens_decoder"), dict)
         self._map = {} if self._listed else self._object("special_tokens_map.json")
         self._generation = self._object("generation_config.json")
@@ -127,7 +128,9 @@ class TokenizerFolder:
 
     @functools.cached_property
     def added(self) -> dict[str, dict[str, Any]]:
-        """Tokens that these files add to the vocabulary's: text -> {"id", "special", ...}. Those of tokenizer.json are not among them."""
+        """Tokens that these files add to the vocabulary's: text -> {"id", "special", ...}. Those of tokenizer.json are
+        not among them.
+        """
         found: dict[str, dict[str, Any]] = {}
         special = {*self.named.values(), *self.more_special}
         for text, number in ({} if self._listed else self._object("added_tokens.json")).items():
@@ -167,7 +170,9 @@ class TokenizerFolder:
     # --- roles
 
     def ids_of(self, key: str) -> list[int]:
-        """What config.json and generation_config.json say under "eos_token_id" and the like: none, one or several ids."""
+        """What config.json and generation_config.json say under "eos_token_id" and the like: none, one or
+        several ids.
+        """
         found = []
         for source in (self._generation, self._model):
             value = source.get(key)
@@ -178,7 +183,9 @@ class TokenizerFolder:
 
     @functools.cached_property
     def turn_end(self) -> str | None:
-        """The special token that the chat template writes after an answer, or None if there is no template or it writes none."""
+        """The special token that the chat template writes after an answer, or None if there is no template or it writes
+        none.
+        """
         if self.template is None or importlib.util.find_spec("jinja2") is None:
             return next((text for text in self.named.values() if text in TURN_ENDS), None)
         try:
@@ -251,5 +258,6 @@ def _finder(tokens: tuple[str, ...]) -> re.Pattern[str]:
 def say_other_id(path: Path, text: str, wanted: int, number: int | None) -> None:
     """Say that an added token has another id than a file gives it."""
     notice(
-        f"{path}: the added token {text!r} has id {number}, as in transformers, and not the {wanted} that is written there"
+        f"{path}: the added token {text!r} has id {number}, as in transformers, and not the {wanted} that is written "
+        "there"
     )

@@ -1,7 +1,7 @@
 """Hugging Face's tokenizer files of byte-level BPE, written and read without its library.
 
-Read are GPT-2's `vocab.json` with `merges.txt`, and `tokenizer.json` with the pre-tokenizers of GPT-2, Llama 3, Qwen and SmolLM2.
-Everything else is refused, and what is different is named: ids that are nearly right are worse than none.
+Read are GPT-2's `vocab.json` with `merges.txt`, and `tokenizer.json` with the pre-tokenizers of GPT-2, Llama 3, Qwen
+and SmolLM2. Everything else is refused, and what is different is named: ids that are nearly right are worse than none.
 """
 
 import functools
@@ -33,7 +33,8 @@ def to_hf_files(tokenizer: Tokenizer) -> dict[str, bytes]:
             if write(text.encode()) != text and _bytes(text) in tokenizer.vocab.values()
         )
         raise UserError(
-            f"special token {clash!r} is, in Hugging Face's files, also the spelling of other bytes; take another text for it"
+            f"special token {clash!r} is, in Hugging Face's files, also the spelling of other bytes; take another "
+            "text for it"
         )
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
     normalizer = None if tokenizer.normalization is None else {"type": tokenizer.normalization}
@@ -82,7 +83,9 @@ def to_hf_files(tokenizer: Tokenizer) -> dict[str, bytes]:
 
 
 def _export_pattern(name: str) -> str:
-    """A pattern as the library's regular expressions read it: a + after a quantifier is a repetition, $ the end of any line."""
+    """A pattern as the library's regular expressions read it: a + after a quantifier is a repetition, $ the end of any
+    line.
+    """
     return without_possessive(PATTERNS[name]).replace("$", r"\z")
 
 
@@ -121,12 +124,15 @@ def read_hf_folder(folder: Path) -> Tokenizer:
         raise UserError(f"{path}: not a tokenizer ({type(error).__name__}: {str(error)[:200]})") from None
 
 
-# The classes whose tokenizer vocab.json and merges.txt are, and the pattern and the normalization that the class adds to them.
+# The classes whose tokenizer vocab.json and merges.txt are, and the pattern and the normalization that the class adds
+# to them.
 _CLASSES = {"GPT2Tokenizer": ("gpt2", None), "CodeGenTokenizer": ("gpt2", None), "Qwen2Tokenizer": ("qwen2", "NFC")}
 
 
 def _read_vocab_and_merges(found: TokenizerFolder, path: Path, numbers: dict[str, int]) -> Tokenizer:
-    """vocab.json and merges.txt say nothing of how words are cut; the class does, which tokenizer_config.json or the model names."""
+    """vocab.json and merges.txt say nothing of how words are cut; the class does, which tokenizer_config.json or the
+    model names.
+    """
     if "merges.txt" not in found.files:
         raise UserError(f"{path.with_name('merges.txt')}: no such file; it belongs to vocab.json")
     name = found.class_name or "GPT2Tokenizer"
@@ -189,7 +195,9 @@ def _read_tokenizer_json(found: TokenizerFolder, path: Path, content: dict[str, 
 
 
 def _renumber(path: Path, vocab: dict[str, int], added: dict[str, dict[str, Any]]) -> None:
-    """Give added tokens the ids that Hugging Face's library gives them: the vocabulary's, otherwise the next one, gaps or not."""
+    """Give added tokens the ids that Hugging Face's library gives them: the vocabulary's, otherwise the next one, gaps
+    or not.
+    """
     most, taken = -1, set(vocab.values())
     for text, token in sorted(added.items(), key=lambda item: item[1]["id"]):
         number = vocab.get(text, max(most + 1, len(vocab)))

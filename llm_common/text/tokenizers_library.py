@@ -1,4 +1,6 @@
-"""What stands between the `tokenizers` library and strangers' files: transformers' classes, patterns without end, panics."""
+"""What stands between the `tokenizers` library and strangers' files: transformers' classes, patterns without end,
+panics.
+"""
 
 import contextlib
 import json
@@ -30,7 +32,9 @@ _HARMLESS = frozenset(
 
 
 def cut_as_class(tokenizer: Any, folder: TokenizerFolder, content: dict[str, Any]) -> None:
-    """What transformers' class for this folder does to tokenizer.json: its own way of cutting text, whatever the file says."""
+    """What transformers' class for this folder does to tokenizer.json: its own way of cutting text, whatever the file
+    says.
+    """
     from tokenizers import Regex, decoders, normalizers, pre_tokenizers
 
     name, prefix_space = folder.class_name, folder.config.get("add_prefix_space")
@@ -44,7 +48,8 @@ def cut_as_class(tokenizer: Any, folder: TokenizerFolder, content: dict[str, Any
     elif name in ("GPT2Tokenizer", "Qwen2Tokenizer"):
         if not _is_byte_level(content):
             raise UserError(
-                f"{folder.path}: tokenizer.json is not byte-level, but transformers takes it for a {name}, which is; say what it is "
+                f"{folder.path}: tokenizer.json is not byte-level, but transformers takes it for a {name}, which is; "
+                "say what it is "
                 "by tokenizer_class in tokenizer_config.json and by model_type in config.json"
             )
         before = [content.get(key) for key in ("normalizer", "pre_tokenizer")]
@@ -82,7 +87,9 @@ def _is_byte_level(content: dict[str, Any]) -> bool:
 
 
 def probe(path: Path, content: dict[str, Any]) -> bool:
-    """Whether a tokenizer has patterns that nobody knows; they are tried first. Raises UserError if they take too long."""
+    """Whether a tokenizer has patterns that nobody knows; they are tried first. Raises UserError if they take
+    too long.
+    """
     steps: list[Any] = []
     for key, inner in (("normalizer", "normalizers"), ("pre_tokenizer", "pretokenizers")):
         step = content.get(key)
@@ -118,7 +125,9 @@ def probe(path: Path, content: dict[str, Any]) -> bool:
 
 @contextlib.contextmanager
 def quiet(active: bool) -> Iterator[None]:
-    """While this is open, if it is active, nothing reaches stderr: a panic of the library writes pages there before it is caught."""
+    """While this is open, if it is active, nothing reaches stderr: a panic of the library writes pages there before it
+    is caught.
+    """
     if not active:
         yield
         return

@@ -1,11 +1,12 @@
-r"""How text is cut into the words that byte-level BPE works in: the patterns of well-known models, with fixed Unicode tables.
+r"""How text is cut into the words that byte-level BPE works in: the patterns of well-known models, with fixed Unicode
+tables.
 
-A word never joins a letter or a number to what follows it, so a text can be cut there without changing any word: large texts
-are worked on in blocks, several processes can share one, and a stream needs to be held back only that far.
+A word never joins a letter or a number to what follows it, so a text can be cut there without changing any word: large
+texts are worked on in blocks, several processes can share one, and a stream needs to be held back only that far.
 
-The patterns are matched by Python's own `re`, which has no \p{L}: classes are written out, from tables of Unicode 16.0, so that
-ids depend neither on the version of Python nor on that of a library. Characters beyond U+FFFF are looked up in a longer table,
-only for the blocks that have some: that is several times slower.
+The patterns are matched by Python's own `re`, which has no \p{L}: classes are written out, from tables of Unicode 16.0,
+so that ids depend neither on the version of Python nor on that of a library. Characters beyond U+FFFF are looked up in
+a longer table, only for the blocks that have some: that is several times slower.
 """
 
 import functools
@@ -13,7 +14,8 @@ import re
 import unicodedata
 from collections.abc import Iterable, Iterator
 
-# Possessive quantifiers (++) and the contractions' common apostrophe match what the models' own spelling matches, only faster.
+# Possessive quantifiers (++) and the contractions' common apostrophe match what the models' own spelling matches, only
+# faster.
 PATTERNS = {
     "gpt2": r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+",
     # at most three digits together, contractions in capitals too, newlines apart
@@ -36,7 +38,8 @@ PATTERNS = {
 BLOCK = 1 << 16  # characters of a text that are worked on at once
 SMALL_BLOCK = 1 << 12  # of a text with characters beyond U+FFFF
 
-# General categories L* and N* of Unicode 16.0.0, as ranges: the distance from the end of the last one, and the length less one.
+# General categories L* and N* of Unicode 16.0.0, as ranges: the distance from the end of the last one, and the length
+# less one.
 _LETTERS = """
 41-19 7-19 30 b 5 6-16 2-1e 2-1c9 5-b f-4 8 2 82-4 2-1 3-3 2 7 2-2 2 2-13 2-52 2-8a 9-a5 2-25 3 7-28 48-1a 5-3 2e-2a
 24-1 2-62 2 10-1 8-1 b-2 3 11 2-1d 1e-58 c 19-20 a-1 5 6-15 5 a 4 18-18 8-a 6-17 2-5 12-29 3b-35 4 13 8-9 10-f 5-7 3-1
@@ -116,7 +119,9 @@ def write_out(pattern: str, highest: int = 0x10FFFF) -> str:
 
 
 def without_possessive(pattern: str) -> str:
-    """A pattern without possessive quantifiers, for engines that lack them or are slow with them. It matches the same."""
+    """A pattern without possessive quantifiers, for engines that lack them or are slow with them. It matches
+    the same.
+    """
     pattern = pattern.replace("++", "+").replace("?+", "?").replace("*+", "*")
     return re.sub(r"(\{\d+(?:,\d*)?\})\+", r"\1", pattern)
 

@@ -1,4 +1,6 @@
-"""The cases of `benchmark.py`: what is measured in a process of its own. Each gets the flags and a task, and returns a row."""
+"""The cases of `benchmark.py`: what is measured in a process of its own. Each gets the flags and a task, and returns a
+row.
+"""
 
 import argparse
 import contextlib
@@ -45,7 +47,9 @@ def packages(name: str) -> list[str]:
 
 
 class Clock:
-    """Called after every step with the loss, which it reads only at the borders of groups, so that a step is not waited for."""
+    """Called after every step with the loss, which it reads only at the borders of groups, so that a step is not waited
+    for.
+    """
 
     def __init__(self, args: argparse.Namespace, started: float) -> None:
         self.args, self.started = args, started

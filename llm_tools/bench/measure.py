@@ -1,4 +1,6 @@
-"""What measuring scripts share: batches that cost nothing, a device's ceilings, workers in processes of their own, profiles."""
+"""What measuring scripts share: batches that cost nothing, a device's ceilings, workers in processes of their own,
+profiles.
+"""
 
 import contextlib
 import gzip
@@ -42,7 +44,9 @@ class RandomTokens:
 
 
 def run_worker(task: dict[str, Any], **variables: str) -> dict[str, Any]:
-    """Run this script again with `--worker TASK` in a process of its own; what it printed as JSON, or {"error": ...}."""
+    """Run this script again with `--worker TASK` in a process of its own; what it printed as JSON, or {"error":
+    ...}.
+    """
     task = {**task, "started": time.time()}
     command = [sys.executable, *sys.argv, "--worker", json.dumps(task)]
     result = run_json(command, {**os.environ, **variables})
@@ -146,7 +150,9 @@ def profiled(framework: str, folder: Path | None) -> Iterator[None]:
 
 
 def top_kernels(folder: Path, steps: int, n: int = 25) -> list[dict[str, Any]]:
-    """The kernels of a trace that took longest: name, milliseconds and calls a step, and the share of all kernels' time."""
+    """The kernels of a trace that took longest: name, milliseconds and calls a step, and the share of all kernels'
+    time.
+    """
     files = sorted(folder.rglob("perfetto_trace.json.gz")) + sorted(folder.rglob("trace.json.gz"))
     if not files:
         return []

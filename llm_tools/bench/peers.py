@@ -1,7 +1,9 @@
-"""Other libraries' models as cases of `benchmark.py`: the same shape, trained and decoded as their own documentation advises.
+"""Other libraries' models as cases of `benchmark.py`: the same shape, trained and decoded as their own documentation
+advises.
 
-A file of yours with functions `train` and `decode` of these arguments, or one of them, is one more peer: `--peer path/to/mine.py`.
-If it has a list `packages`, their versions are written into the table; `model_types` are those that it takes, if not all.
+A file of yours with functions `train` and `decode` of these arguments, or one of them, is one more peer: `--peer
+path/to/mine.py`. If it has a list `packages`, their versions are written into the table; `model_types` are those that
+it takes, if not all.
 """
 
 import functools

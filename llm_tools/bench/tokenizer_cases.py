@@ -187,7 +187,8 @@ def run(args: argparse.Namespace) -> tuple[str, list[dict[str, Any]]]:
     packages = sorted({"numpy", *filter(None, map(PACKAGE.get, trainers + encoders))})
     names = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in packages)
     lines = [
-        f"Byte-level BPE, {megabytes:.1f} MB of text in {len(texts):,} documents, vocabulary {args.vocab_size:,}, pattern "
+        f"Byte-level BPE, {megabytes:.1f} MB of text in {len(texts):,} documents, vocabulary {args.vocab_size:,}, "
+        "pattern "
         f"{args.pattern}; {os.cpu_count()} cores; {names}; medians of {args.groups} runs (quartiles)",
         "",
         *_training_table(results, trainers),

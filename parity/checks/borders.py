@@ -1,5 +1,5 @@
-"""Low precision inside whole models: the dtype at every module's border, outputs that are rounded as they should be, and sums of
-gradients over micro-batches.
+"""Low precision inside whole models: the dtype at every module's border, outputs that are rounded as they should be,
+and sums of gradients over micro-batches.
 """
 
 import dataclasses
@@ -19,8 +19,9 @@ from parity.trace.points import given, specification
 
 
 def border_rows(s: Settings, cfg: ModelConfig, name: str, differing_allowed: float) -> Iterator[Row]:
-    """Every module of a family in bfloat16, given the specification's rounded inputs: the dtype at its borders, forward and back,
-    and the share of its output's elements that are not the correctly rounded ones."""
+    """Every module of a family in bfloat16, given the specification's rounded inputs: the dtype at its borders, forward
+    and back, and the share of its output's elements that are not the correctly rounded ones.
+    """
     dtype, rnd = "bfloat16", lambda x: round_to(x, "bfloat16")
     weights = random_weights(cfg, s.seed, dtype)
     ids, targets = random_batch(cfg, s.seed, s.batch, s.length)
@@ -81,9 +82,9 @@ def generating_row(s: Settings, dtype: str) -> Row:
     return Row("precision", item, dtype, max(map(len, found)), 0, not side, side, first, place)
 
 
-# Four micro-batches with as many counted targets each, in the moments that one step of a run leaves, which with beta1 = 0 are the
-# gradients. What is left is the order of a float32 sum, 4 roundings of 2^-24, and what a compiler fuses otherwise; a sum in
-# bfloat16 rounds three times, 2^-9 each.
+# Four micro-batches with as many counted targets each, in the moments that one step of a run leaves, which with beta1 =
+# 0 are the gradients. What is left is the order of a float32 sum, 4 roundings of 2^-24, and what a compiler fuses
+# otherwise; a sum in bfloat16 rounds three times, 2^-9 each.
 ACCUMULATED = 2.0**-13
 
 
@@ -114,21 +115,22 @@ def accumulator_row(s: Settings, dtype: str) -> Row:
     return row if row.ok else dataclasses.replace(row, place="loss_and_grads (accumulation)")
 
 
-# A handful of float32 roundings, 2^-24 each, of the clip factor, its product with a gradient, two products and a sum, and for the
-# second moment a square; 32 of them. A gradient or a master rounded to bfloat16 on the way is 2^-9 off.
+# A handful of float32 roundings, 2^-24 each, of the clip factor, its product with a gradient, two products and a sum,
+# and for the second moment a square; 32 of them. A gradient or a master rounded to bfloat16 on the way is 2^-9 off.
 STEPPED = 2.0**-19
 
 
-# The step of the rate and the number of the update, as they are after 3 steps and 2 updates, and as they would be if one were taken
-# for the other: a wrong step that is right with these has its place there.
+# The step of the rate and the number of the update, as they are after 3 steps and 2 updates, and as they would be if
+# one were taken for the other: a wrong step that is right with these has its place there.
 COUNTS = (("", 3, 3), ("fit (counters)", 3, 4), ("learning_rate", 2, 3))
 
 
 def optimizer_row(s: Settings, dtype: str, micro_batches: int, compiled: bool = False) -> Row:
-    """A clipped step from the middle of a run in a low precision, against float64 arithmetic on the gradient that the run has.
+    """A clipped step from the middle of a run in a low precision, against float64 arithmetic on the gradient that the
+    run has.
 
-    The gradient is what a step with beta1 = 0 and no clip leaves in the first moments. compiled: as a compiled run makes it in
-    torch; on a CPU without the compiler.
+    The gradient is what a step with beta1 = 0 and no clip leaves in the first moments. compiled: as a compiled run
+    makes it in torch; on a CPU without the compiler.
     """
     cfg, n = dataclasses.replace(s.cfg, num_hidden_layers=1), 2
     weights, rng = random_weights(cfg, s.seed, "float32"), np.random.default_rng((s.seed, 27))

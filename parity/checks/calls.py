@@ -1,6 +1,8 @@
-"""The library called as no run of the programs calls it: a stop rule of the caller's, an optimizer on other parameters, no step at all.
+"""The library called as no run of the programs calls it: a stop rule of the caller's, an optimizer on other parameters,
+no step at all.
 
-A run passes every argument in one way. Whoever uses the functions by themselves passes others, and gets what their docstrings say.
+A run passes every argument in one way. Whoever uses the functions by themselves passes others, and gets what their
+docstrings say.
 """
 
 import dataclasses
@@ -36,7 +38,9 @@ def _counted(item: str, wrong: list[int], alike: bool, place: str, note: str = "
 
 
 def _finished(s: Settings) -> Iterator[Row]:
-    """What a stop rule of the caller's is given after every token: the row, and all of its new ids; and that it ends its text."""
+    """What a stop rule of the caller's is given after every token: the row, and all of its new ids; and that it ends
+    its text.
+    """
     weights, sampling = random_weights(s.cfg, s.seed), SamplingConfig(seed=s.seed % 2**31)
     ids, _ = random_batch(s.cfg, s.seed, 2, 4)
     prompts, n = [ids[0].tolist(), ids[1, :2].tolist()], min(20, s.cfg.max_position_embeddings - 4)

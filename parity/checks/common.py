@@ -1,4 +1,6 @@
-"""Checks of step scalars and files, which neither framework owns, and of runs that go on from a file in the other framework."""
+"""Checks of step scalars and files, which neither framework owns, and of runs that go on from a file in the other
+framework.
+"""
 
 import dataclasses
 import itertools
@@ -127,7 +129,9 @@ def check_resume(s: Settings) -> Iterator[Row]:
 
 
 def _own_state_row(s: Settings) -> Row:
-    """torch's own `state_dict` of a bfloat16 run, loaded into another that then goes on alone: neither sees the other's memory."""
+    """torch's own `state_dict` of a bfloat16 run, loaded into another that then goes on alone: neither sees the other's
+    memory.
+    """
     cfg, opt = dataclasses.replace(s.cfg, num_hidden_layers=1), OptimizerConfig(lr_max=1e-2, total_steps=9)
     data: Any = RandomBatches(cfg, s.seed, batch=s.batch, length=s.length)
     side = s.sides("bfloat16", cfg)[1]

@@ -1,6 +1,7 @@
 """Checks of what a model's folder says: configs as people write them, and weights under their names.
 
-The specification reads every `config.json` by itself (`spec_config.py`); nothing here has been through the packages' own writers.
+The specification reads every `config.json` by itself (`spec_config.py`); nothing here has been through the packages'
+own writers.
 """
 
 import dataclasses
@@ -95,7 +96,9 @@ def _text(value: Any) -> str:
 
 
 def differing_fields(config: dict[str, Any]) -> list[str]:
-    """The fields that `ModelConfig.from_hf` reads otherwise than the specification; what one of the two refuses counts."""
+    """The fields that `ModelConfig.from_hf` reads otherwise than the specification; what one of the two refuses
+    counts.
+    """
     try:
         expected = architecture(config)
     except ValueError:
@@ -112,7 +115,9 @@ def differing_fields(config: dict[str, Any]) -> list[str]:
 
 
 def check_config(s: Settings) -> Iterator[Row]:
-    """Files of every family, key by key, as both read them; what is written, read by the specification; folders of weights."""
+    """Files of every family, key by key, as both read them; what is written, read by the specification; folders of
+    weights.
+    """
     for family in DEFAULTS:
         wrong, n = [], 0
         for what, config in configs(family):
@@ -137,7 +142,9 @@ def check_config(s: Settings) -> Iterator[Row]:
 
 
 def _folder_row(s: Settings, family: str) -> Row:
-    """A folder that nobody of this project wrote: logits of both sides, from its files, and of the specification, from its JSON."""
+    """A folder that nobody of this project wrote: logits of both sides, from its files, and of the specification, from
+    its JSON.
+    """
     odd: dict[str, dict[str, Any]] = {
         "llama": {"rope_scaling": LLAMA3, "num_key_value_heads": None, "head_dim": None},
         "mistral": {"sliding_window": 5, "head_dim": 14},

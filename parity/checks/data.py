@@ -1,5 +1,5 @@
-"""Checks of text, tokens, batches and held-out loss, which neither framework owns: only the specification, which shares no line
-with them, can see a mistake there.
+"""Checks of text, tokens, batches and held-out loss, which neither framework owns: only the specification, which shares
+no line with them, can see a mistake there.
 """
 
 import dataclasses
@@ -117,7 +117,9 @@ FILES = (
 
 
 def _batches(s: Settings) -> Iterator[Row]:
-    """Batches of files of several kinds, ids above 65,535 and 131,071 among them, over epochs, hosts and reading ahead."""
+    """Batches of files of several kinds, ids above 65,535 and 131,071 among them, over epochs, hosts and
+    reading ahead.
+    """
     rng, wrong, hosts_wrong, ahead_wrong, types = np.random.default_rng((s.seed, 12)), 0, 0, 0, 0
     for length, size, n, rest, dtype, seed in FILES:
         largest = min(np.iinfo(dtype).max, 200_000)
@@ -178,7 +180,9 @@ def _examples(s: Settings) -> Iterator[Row]:
 
 
 def check_evaluation(s: Settings) -> Iterator[Row]:
-    """The held-out loss of both sides over windows of which the last is not full, its perplexity and its bits per byte."""
+    """The held-out loss of both sides over windows of which the last is not full, its perplexity and its bits
+    per byte.
+    """
     if "float64" not in s.dtypes:
         return
     others, length = families(s.cfg), min(s.length, s.cfg.max_position_embeddings)

@@ -1,5 +1,5 @@
-"""What only an accelerator has: each framework against itself on the CPU, and float32 with its matrix products in TF32; and on a CPU
-what a TPU's matrix products would do to float32.
+"""What only an accelerator has: each framework against itself on the CPU, and float32 with its matrix products in TF32;
+and on a CPU what a TPU's matrix products would do to float32.
 """
 
 from collections.abc import Iterator
@@ -17,13 +17,15 @@ from parity.core.emulation import with_bfloat16_operands
 from parity.core.inputs import random_batch, random_weights
 from parity.sides.settings import Settings
 
-# TF32 keeps 10 bits of each factor: what moving everything by one ulp of such a number does is the ceiling. Where it is really
-# used the error is far above float32's.
+# TF32 keeps 10 bits of each factor: what moving everything by one ulp of such a number does is the ceiling. Where it is
+# really used the error is far above float32's.
 TF32_AT_LEAST = 10.0
 
 
 def check_device(s: Settings) -> Iterator[Row]:
-    """On a CPU a TPU's float32. Elsewhere logits and gradients of either framework there against its own on the CPU; then TF32."""
+    """On a CPU a TPU's float32. Elsewhere logits and gradients of either framework there against its own on the CPU;
+    then TF32.
+    """
     if s.device == "cpu":
         if "float32" in s.dtypes:
             yield from _tpu_operands(s)
@@ -49,7 +51,9 @@ def check_device(s: Settings) -> Iterator[Row]:
 
 
 def _tf32(s: Settings) -> Iterator[Row]:
-    """float32 with TF32 allowed, against float64: below its own ceiling, and far above float32's error, or it is not in use."""
+    """float32 with TF32 allowed, against float64: below its own ceiling, and far above float32's error, or it is not in
+    use.
+    """
     weights = random_weights(s.cfg, s.seed, "float32")
     ids, targets = random_batch(s.cfg, s.seed, s.batch, s.length)
     exact = specified(s, weights, ids, targets)
@@ -84,8 +88,8 @@ def _tf32(s: Settings) -> Iterator[Row]:
 def _tpu_operands(s: Settings) -> Iterator[Row]:
     """float32 as a TPU computes it by default, emulated, against float64: what somebody who trains there should expect.
 
-    The ceiling is what moving everything by one ulp of bfloat16 does; the factors of products are a part of that. The error must also
-    be far above float32's own, or the emulation emulates nothing.
+    The ceiling is what moving everything by one ulp of bfloat16 does; the factors of products are a part of that. The
+    error must also be far above float32's own, or the emulation emulates nothing.
     """
     weights = random_weights(s.cfg, s.seed, "float32")
     ids, targets = random_batch(s.cfg, s.seed, s.batch, s.length)

@@ -1,4 +1,6 @@
-"""What the report draws beside the table: errors through the layers, gradients by tensor, a short trajectory, sampled tokens."""
+"""What the report draws beside the table: errors through the layers, gradients by tensor, a short trajectory, sampled
+tokens.
+"""
 
 from typing import Any
 

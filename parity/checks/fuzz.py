@@ -1,4 +1,5 @@
-"""`parity run --fuzz 30m`: drawn cases until the time is over or one fails; that one is made as small as it can be and printed.
+"""`parity run --fuzz 30m`: drawn cases until the time is over or one fails; that one is made as small as it can be and
+printed.
 
 The lines of `corpus.jsonl` beside this file, if it is there, are tried first: what failed once is put there by hand.
 """

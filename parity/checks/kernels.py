@@ -1,6 +1,8 @@
-"""Every kernel that a run may be given in the place of a plain function, against that function: the same weights and batch.
+"""Every kernel that a run may be given in the place of a plain function, against that function: the same weights and
+batch.
 
-`REPLACEMENTS` declares each by its field of `Kernels`. A test holds it against the packages `fast`, so that none is forgotten.
+`REPLACEMENTS` declares each by its field of `Kernels`. A test holds it against the packages `fast`, so that none is
+forgotten.
 """
 
 import dataclasses
@@ -99,7 +101,9 @@ def check_kernels(s: Settings) -> Iterator[Row]:
 
 
 def _windows(s: Settings) -> Iterator[Row]:
-    """Attention that takes a window by itself, against a mask of that window, around the length T of a sequence; without cache."""
+    """Attention that takes a window by itself, against a mask of that window, around the length T of a sequence;
+    without cache.
+    """
     if "float32" not in s.dtypes:
         return
     rng, t = np.random.default_rng((s.seed, 31)), 6

@@ -61,7 +61,8 @@ CHECKS: dict[str, Callable[[Settings], Iterator[Row]]] = {
 SLOW = ("noise", "trajectory", "programs", "device", "library")  # what `parity run --quick` leaves out
 # Begun first where several processes share the checks.
 LONG = ("runs", "trajectory", "noise", "precision", "programs", "gradients", "tokens", "cache")
-# Judged as a user's programs are compiled, on a CPU, too. `noise` also compares an optimised program with one that is not.
+# Judged as a user's programs are compiled, on a CPU, too. `noise` also compares an optimised program with one that is
+# not.
 OPTIMISED = ("init", "logits", "noise", "adamw", "library", "resume", "trajectory", "evaluation", "cache", "device")
 
 
@@ -74,8 +75,8 @@ def run_checks(
 ) -> list[Row]:
     """All rows of the named checks (none named: all). `on_check` is told each check's rows and seconds as they come.
 
-    A check that raises is a failed row with the error in it, not the end of the ladder. jobs: how many processes share the
-    checks (those of `pool`, if it is given); each compiles for itself.
+    A check that raises is a failed row with the error in it, not the end of the ladder. jobs: how many processes share
+    the checks (those of `pool`, if it is given); each compiles for itself.
     """
     for name in names:
         if name not in CHECKS:
@@ -113,7 +114,9 @@ def run_with_figures(
 
 @contextlib.contextmanager
 def processes(jobs: int) -> Iterator[ProcessPoolExecutor]:
-    """Processes that share the cores, and what they compile: a program that one has compiled the others read from a folder."""
+    """Processes that share the cores, and what they compile: a program that one has compiled the others read from a
+    folder.
+    """
     context = multiprocessing.get_context("spawn")  # a fork of a process with XLA's threads would hang
     flags = known_flags()
     with (

@@ -1,4 +1,6 @@
-"""Checks of the model: the specification itself, initial weights, logits, loss, the gradient of every tensor, the cache."""
+"""Checks of the model: the specification itself, initial weights, logits, loss, the gradient of every tensor, the
+cache.
+"""
 
 import dataclasses
 import math
@@ -34,16 +36,17 @@ from parity.trace.trace import located, located_or, trace_cache
 FLOAT64_ALLOWED = 1e-12
 # Complex steps have no cancellation: what is left is rounding in a sum over all weights (measured below 1e-13).
 COMPLEX_STEP_ALLOWED = 1e-11
-# One side may err at most this many times as much as the other, in the geometric mean over 16 seeds. Of a single tensor the
-# logarithm of the ratio scatters by up to 0.65, so the mean of 16 by 0.16: a factor of 3 is 6 of those. Measured over 23 random
-# configs: at most 1.57. The root of summed squares, which one seed with a large error decides, reached 4.2 on the same configs.
+# One side may err at most this many times as much as the other, in the geometric mean over 16 seeds. Of a single tensor
+# the logarithm of the ratio scatters by up to 0.65, so the mean of 16 by 0.16: a factor of 3 is 6 of those. Measured
+# over 23 random configs: at most 1.57. The root of summed squares, which one seed with a large error decides, reached
+# 4.2 on the same configs.
 RATIO_ALLOWED = {"logits": 2.0, "gradients": 3.0}
 SMALL = 64  # tensors with fewer elements are pooled over layers: a ratio of two small sums of squares is noise
 # The ceiling is the specification's own error when every weight and every intermediate result is moved by one ulp up or
-# down, twice the largest error that rounding to nearest makes. In float32 the sums inside a matrix product are rounded too,
-# term by term: some sqrt(n) / 3 ulps for n terms, hence the factor. Measured: 0.2 to 0.3 of the ceiling in both dtypes;
-# an op that rounds to bfloat16 inside a float32 run is at 1,000 times the ceiling.
-# A side whose error is below this share of what one ulp makes does not compute in its dtype: measured at least 0.1.
+# down, twice the largest error that rounding to nearest makes. In float32 the sums inside a matrix product are rounded
+# too, term by term: some sqrt(n) / 3 ulps for n terms, hence the factor. Measured: 0.2 to 0.3 of the ceiling in both
+# dtypes; an op that rounds to bfloat16 inside a float32 run is at 1,000 times the ceiling. A side whose error is below
+# this share of what one ulp makes does not compute in its dtype: measured at least 0.1.
 ROUNDS_AT_LEAST = 0.02
 CEILING = {"float32": 4.0, "bfloat16": 1.0}
 
@@ -173,7 +176,9 @@ def _check_model(s: Settings, what: str) -> Iterator[Row]:
 
 
 def _check_parts(s: Settings) -> Iterator[Row]:
-    """A batch in three micro-batches, of which one counts few targets and one none, and logits in parts, against the whole."""
+    """A batch in three micro-batches, of which one counts few targets and one none, and logits in parts, against the
+    whole.
+    """
     weights = random_weights(s.cfg, s.seed)
     ids, targets = random_batch(s.cfg, s.seed, 3, s.length - s.length % 3 or s.length)
     targets[1], targets[2, 1:] = -100, -100
@@ -192,7 +197,9 @@ def _check_parts(s: Settings) -> Iterator[Row]:
 
 
 def _check_documents(s: Settings) -> Iterator[Row]:
-    """Several documents in a row of the batch: one at the very start that is its end alone, two ends together, one at the end."""
+    """Several documents in a row of the batch: one at the very start that is its end alone, two ends together, one at
+    the end.
+    """
     weights, separator = random_weights(s.cfg, s.seed), (1, 2)
     ids, targets = random_batch(s.cfg, s.seed, s.batch, s.length)
     ids[np.isin(ids, separator)] = 0
@@ -294,7 +301,8 @@ def _log_ratio(jax: float, torch: float, dtype: str) -> float:
 def _ratio_row(what: str, dtype: str, ratios: dict[str, float], jax: dict, torch: dict) -> Row:
     """The larger of the two sides' errors over the smaller. jax, torch: the errors as shares of what one ulp makes.
 
-    To blame is the less accurate side; but a side that is far more accurate than its dtype can be has left out a rounding.
+    To blame is the less accurate side; but a side that is far more accurate than its dtype can be has left out a
+    rounding.
     """
     name = max(ratios, key=lambda n: abs(ratios[n]))
     ratio = math.exp(abs(ratios[name]))

@@ -1,7 +1,7 @@
 """Each framework's own noise: how far it moves from itself by a choice that changes no mathematics.
 
-Compiled or not, sequences together or one by one, the same run again, fused attention or the reference. A difference between
-the frameworks that is no larger is noise; a larger one is a difference, allowed or not.
+Compiled or not, sequences together or one by one, the same run again, fused attention or the reference. A difference
+between the frameworks that is no larger is noise; a larger one is a difference, allowed or not.
 """
 
 import contextlib

@@ -36,15 +36,16 @@ from parity.core.jaxprs import equations
 from parity.sides.settings import Settings
 
 # Share of elements that may differ from the specification rounded where the algorithm rounds: float32 sums in another
-# order move 1e-7 of a value, so 1e-7 / 4e-3 of the elements cross a bfloat16 border; measured over 300 seeds: at most 1.8e-3, where
-# rounded probabilities are summed. A softmax in bfloat16 changes about half of the elements.
+# order move 1e-7 of a value, so 1e-7 / 4e-3 of the elements cross a bfloat16 border; measured over 300 seeds: at most
+# 1.8e-3, where rounded probabilities are summed. A softmax in bfloat16 changes about half of the elements.
 DIFFERING_ALLOWED = 0.005
-# By how many ulps they may differ. An op that rounds inside (the norm before its gain, the probabilities before v) passes on a
-# neighbouring inner value times a factor, which is worth up to two ulps of the result. An ulp is that of the terms' sum of
-# magnitudes where there is a sum: terms that cancel leave their rounding behind.
+# By how many ulps they may differ. An op that rounds inside (the norm before its gain, the probabilities before v)
+# passes on a neighbouring inner value times a factor, which is worth up to two ulps of the result. An ulp is that of
+# the terms' sum of magnitudes where there is a sum: terms that cancel leave their rounding behind.
 ULPS_ALLOWED = {"rms_norm": 2.0, "attention": 2.0, "chunked head gradient": 2.0}
 # float32: ||op - spec|| / ||spec|| in units of u = 2^-24. A sum over n = 32 terms and some ten operations after it;
-# measured over 300 seeds: at most 6 (the loss, where a large logit cancels); an op that rounds to bfloat16 inside shows 2^15.
+# measured over 300 seeds: at most 6 (the loss, where a large logit cancels); an op that rounds to bfloat16 inside shows
+# 2^15.
 FLOAT32_UNITS = 16.0
 
 
@@ -60,8 +61,8 @@ def _inputs(seed: int, dtype: str) -> dict[str, np.ndarray]:
         "k": draw(2.0, 4, 33, 2, 16),
         "v": draw(1.0, 4, 33, 2, 16),
         "logits": draw(4.0, 4, 65, 96),
-        # quarters, so that the logits of the chunked loss are exact in any order: one that is rounded the other way would change a
-        # whole row of the head's gradient
+        # quarters, so that the logits of the chunked loss are exact in any order: one that is rounded the other way
+        # would change a whole row of the head's gradient
         "quarters": rng.integers(-2, 3, (4, 65, 32)) / 4.0,
         "head": rng.integers(-1, 2, (96, 32)) / 4.0,
     }
@@ -237,9 +238,9 @@ def _units(a: np.ndarray, b: np.ndarray) -> float:
     return error if math.isfinite(error) else math.inf
 
 
-# What counts in a table is the turn from one position to the next: that is the same whatever position comes first. It is made of
-# four entries, each off by half an ulp: in float32 by 2^-23 together, here twice that. In float64 the angle t f itself is
-# rounded, so that T positions add T ulps. A table made or kept in bfloat16 is off by 2e-3.
+# What counts in a table is the turn from one position to the next: that is the same whatever position comes first. It
+# is made of four entries, each off by half an ulp: in float32 by 2^-23 together, here twice that. In float64 the angle
+# t f itself is rounded, so that T positions add T ulps. A table made or kept in bfloat16 is off by 2e-3.
 def _table_allowed(dtype: str, length: int) -> float:
     return 2.0**-22 if dtype == "bfloat16" else 2.0**-52 * (4 + length)
 
@@ -276,7 +277,8 @@ def _table_row(s: Settings, dtype: str) -> Row:
     return Row("precision", item, dtype, max(errors), allowed, not side, side, place=place)
 
 
-# --- the declared table: (what, op, JAX primitives, torch operators). Where one of them occurs, its inputs have that dtype.
+# --- the declared table: (what, op, JAX primitives, torch operators)
+# Where one of them occurs, its inputs have that dtype.
 # One that does not occur is unknown, not wrong: there are other spellings, and the figures above judge the result.
 DECLARED = (
     ("norm statistics", "rms_norm", "rsqrt sqrt", "aten.rsqrt aten.sqrt aten.pow"),
@@ -358,7 +360,9 @@ def _dispatched_dtypes(op: Callable[[], Any]) -> dict[str, Any]:
 
 
 def _moment_dtypes(dtype: str, master: str) -> tuple[set[str], set[str]]:
-    """The dtypes of Adam's moments, and in torch of the master weights, which are its optimizer's, for parameters of a dtype."""
+    """The dtypes of Adam's moments, and in torch of the master weights, which are its optimizer's, for parameters of a
+    dtype.
+    """
     with jax.enable_x64(master == "float64"):
         params = {"w": jnp.ones((2, 2), jnp.dtype(master))}
         state = jax_llm.optim.adamw(0.9, 0.95, 1e-8, 0.1).init(params)

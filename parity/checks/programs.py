@@ -1,7 +1,7 @@
 """Checks of the programs as a user calls them: text in; token files, logs, checkpoints, losses and texts out.
 
-`prepare_data.py`, `train.py`, `evaluate.py` and `generate.py` run on files, with no setting at its default that a run could drop
-unseen. What they leave behind is read by `json`, `numpy` and `safetensors`, and compared with `spec_run.py`.
+`prepare_data.py`, `train.py`, `evaluate.py` and `generate.py` run on files, with no setting at its default that a run
+could drop unseen. What they leave behind is read by `json`, `numpy` and `safetensors`, and compared with `spec_run.py`.
 """
 
 import dataclasses
@@ -89,7 +89,8 @@ def _prepared(shop: Workshop) -> Iterator[Row]:
     yield shared("programs", "tokens that prepare_data.py writes otherwise", wrong, place="prepare_data.py")
     lines = [json.dumps({"q": f"wide {i}", "a": f"newer {i % 7}"}) for i in range(30)]
     (folder / "many.jsonl").write_text("\n".join(lines), encoding="utf-8")
-    call("prepare_data", "--tokenizer", folder / "bpe.json", "--data", folder / "many.jsonl", "--out", folder / "many.npz",
+    call("prepare_data", "--tokenizer", folder / "bpe.json", "--data", folder / "many.jsonl",
+         "--out", folder / "many.npz",
          "--prompt-field", "q", "--answer-field", "a", "--validation", 0.4)  # fmt: skip
     wrong = 0
     for name, held in (("many.npz", False), ("many-validation.npz", True)):
@@ -260,13 +261,15 @@ def _generated(shop: Workshop) -> Iterator[Row]:
     )
 
 
-# The same weights, rounded to bfloat16, in the program that trains and in the one that evaluates: the order of float32 sums is all
-# that may differ, relative 1e-6; a held-out loss in float32 of a bfloat16 run is 1e-3 away.
+# The same weights, rounded to bfloat16, in the program that trains and in the one that evaluates: the order of float32
+# sums is all that may differ, relative 1e-6; a held-out loss in float32 of a bfloat16 run is 1e-3 away.
 SAME_LOSS = 1e-5
 
 
 def _bfloat16(shop: Workshop) -> Row:
-    """The held-out loss of a bfloat16 run, as its log has it and as evaluate.py has it of the checkpoint of that step."""
+    """The held-out loss of a bfloat16 run, as its log has it and as evaluate.py has it of the checkpoint of
+    that step.
+    """
     folder = shop.folder
     arguments = [
         "--model-config",
@@ -361,7 +364,9 @@ def _saved_row(item: str, runs: Sequence[Path], start: Any, end: Any, step: int)
 
 
 def _tuned(shop: Workshop) -> Iterator[Row]:
-    """Fine-tuning: examples out of a file, weights out of somebody else's folder, at rates that soon make held-out answers worse."""
+    """Fine-tuning: examples out of a file, weights out of somebody else's folder, at rates that soon make held-out
+    answers worse.
+    """
     folder = shop.folder
     (folder / "other").mkdir()
     (folder / "other" / "config.json").write_text(json.dumps(CONFIG), encoding="utf-8")
@@ -413,7 +418,9 @@ def _prepared_examples(shop: Workshop, pairs: list[tuple[str, str]], name: str) 
 
 
 def _kept_row(item: str, runs: Sequence[Path], losses: dict[int, float]) -> Row:
-    """Which checkpoints are left of a run that keeps one newest and one best. losses: held-out, by the step of a checkpoint."""
+    """Which checkpoints are left of a run that keeps one newest and one best. losses: held-out, by the step of a
+    checkpoint.
+    """
     keep = {f"step-{n:08d}" for n in (max(losses), min(losses, key=losses.__getitem__))}
     found = [{x.name for x in path.glob("step-*")} for path in runs]
     wrong = [len(names ^ keep) for names in found]

@@ -1,6 +1,7 @@
 """Whole small runs of any settings, through the configs that a user writes, on both sides and in the specification.
 
-Every row goes the way of a run: `TrainConfig` and `OptimizerConfig` into `fit`, batches from a dataset, states and metrics out.
+Every row goes the way of a run: `TrainConfig` and `OptimizerConfig` into `fit`, batches from a dataset, states and
+metrics out.
 """
 
 import dataclasses
@@ -65,12 +66,15 @@ def _outcome(case: Case, start: TrainingState, state: TrainingState, rows: list[
 
 
 def run_row(s: Settings, case: Case, item: str, seed: int) -> Row:
-    """A run of a case on both sides and in the specification: the first kind of number that differs, or the worst that holds."""
+    """A run of a case on both sides and in the specification: the first kind of number that differs, or the worst that
+    holds.
+    """
     r = recipe(case, seed)
     state = (r.state.weights, r.state.mu, r.state.nu, r.state.step, r.state.adam_count)
     values, rows = spec_run.train(state, r.data.batch, r.until, r.cfg, r.opt, r.fields["document_separator"])
 
-    # A state is read in the middle of some runs, where an update may have been skipped: to read it is to wait for the step.
+    # A state is read in the middle of some runs, where an update may have been skipped: to read it is to wait for the
+    # step.
     read_at = r.state.step + 2 if case["resumed"] else None
 
     def run(side) -> Outcome:
@@ -157,7 +161,9 @@ UNPAIRED = {
 
 
 def covering_cases(kind: str, full: bool) -> list[Case]:
-    """Cases in which every pair of values meets. Unless `full`: of two values a feature and of all families, and any for the rest."""
+    """Cases in which every pair of values meets. Unless `full`: of two values a feature and of all families, and any
+    for the rest.
+    """
     space = SPACES[kind]
     if full:
         return drawn.covering(space, fix)
@@ -172,8 +178,9 @@ def covering_cases(kind: str, full: bool) -> list[Case]:
     return [simplest | case for case in alone] + covered
 
 
-# One seed is judged, not a pool: a tensor's error may be this many times the ceiling of the largest of four that rounding makes in
-# the specification, where every weight and intermediate result is moved by one ulp. Of 120 drawn cases the largest was 0.26 of it.
+# One seed is judged, not a pool: a tensor's error may be this many times the ceiling of the largest of four that
+# rounding makes in the specification, where every weight and intermediate result is moved by one ulp. Of 120 drawn
+# cases the largest was 0.26 of it.
 LOW_FACTOR, MOVES = 2.0, 4
 
 
@@ -221,7 +228,9 @@ def low_row(s: Settings, case: Case, item: str, seed: int) -> Row:
 
 
 def mesh_row(s: Settings, case: Case, item: str, seed: int) -> Row:
-    """A run of a case on a mesh, on processes or devices of its own: the first figure that differs, or the worst that holds."""
+    """A run of a case on a mesh, on processes or devices of its own: the first figure that differs, or the worst that
+    holds.
+    """
     try:
         rows = run_group(group_of(case, seed))
     except UserError as error:
@@ -246,7 +255,9 @@ def case_row(s: Settings, kind: str, case: Case, item: str, seed: int) -> Row:
 
 
 def explained(s: Settings, row: Row, kind: str, case: Case, seed: int) -> Row:
-    """A row that fails, with its place: that of a trace of the smallest case that fails, or what that case cannot do without."""
+    """A row that fails, with its place: that of a trace of the smallest case that fails, or what that case cannot do
+    without.
+    """
     if row.ok:
         return row
     fails = lambda simpler: case_row(s, kind, simpler, row.item, seed).side == row.side
@@ -295,7 +306,9 @@ class _Skipping:
 
 
 def _skips_row(s: Settings) -> Row:
-    """After how many steps runs end for skipped updates in a row, for limits of 1, 2 and 3, beside the specification."""
+    """After how many steps runs end for skipped updates in a row, for limits of 1, 2 and 3, beside the
+    specification.
+    """
     cfg = config_of({name: values[0] for name, values in MODEL.items()})
     weights, data, opt = random_weights(cfg, s.seed), _Skipping(cfg, s.seed), OptimizerConfig(total_steps=6)
     weights["model.embed_tokens.weight"][POISON] = np.nan

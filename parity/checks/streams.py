@@ -17,7 +17,8 @@ from llm_common.text.tokenizer import Tokenizer
 from parity.core.compare import Row, shared
 from parity.core.workshop import END
 
-# Two that begin alike, one with letters and signs, one of a single sign; END is the longest. A shorter one ends within a longer.
+# Two that begin alike, one with letters and signs, one of a single sign; END is the longest. A shorter one ends within
+# a longer.
 SPECIAL = ("<s>", "<|im_start|>", "<|im|>", "§", END)
 ADDED = ("<tool>", "==>")  # not special: they are text, and one token each
 STOPS = (("abc", "b"), ("bc", "abc"), ("c d", "abc de"), ("é",), ("zz", "d"), ("def", "de", "e"))
@@ -34,7 +35,9 @@ def stream_rows(merges: list[tuple[bytes, bytes]]) -> Iterator[Row]:
 
 
 def _files() -> int:
-    """Documents that are wrong, of files read in blocks of every small size, a separator, a character or a quote at each border."""
+    """Documents that are wrong, of files read in blocks of every small size, a separator, a character or a quote at
+    each border.
+    """
     documents, wrong = ["naïve <|end", "o|f>", "你好 \"quoted, 'text'\"\nnew line", "last, one"], 0
     quoted = lambda text: '"' + text.replace('"', '""') + '"'
     contents = {
@@ -74,9 +77,14 @@ def _ids(text: str, tokenizer: Tokenizer, merges: list[tuple[bytes, bytes]], tok
 
 
 def _streams(merges: list[tuple[bytes, bytes]]) -> int:
-    """Texts with other ids: whole, in pieces of every size, in blocks of several; special tokens read, and taken as text."""
+    """Texts with other ids: whole, in pieces of every size, in blocks of several; special tokens read, and taken as
+    text.
+    """
     tokenizer, wrong = Tokenizer(merges, SPECIAL, fast=False, added_tokens=ADDED), 0
-    text = f"low<|im_start|>lower <s>new§er==>wide<|im|>st <|im_start <s <tool>{END}newest <|im_sta<|im_start|>12{END[:-1]}"
+    text = (
+        f"low<|im_start|>lower <s>new§er==>wide<|im|>st <|im_start <s <tool>{END}newest "
+        f"<|im_sta<|im_start|>12{END[:-1]}"
+    )
     every, plain = SPECIAL + ADDED, ADDED
     expected = _ids(text, tokenizer, merges, every)
     wrong += tokenizer.encode(text) != expected
@@ -88,7 +96,9 @@ def _streams(merges: list[tuple[bytes, bytes]]) -> int:
 
 
 def _bytes(merges: list[tuple[bytes, bytes]]) -> int:
-    """Ids that count other bytes of text, or its characters: a special token stands for none, another added one for its own."""
+    """Ids that count other bytes of text, or its characters: a special token stands for none, another added one for its
+    own.
+    """
     tokenizer = Tokenizer(merges, SPECIAL, fast=False, added_tokens=ADDED)
     lengths = tokenizer.byte_lengths()
     expected = [1] * 256 + [len(a + b) for a, b in merges] + [0] * len(SPECIAL) + [len(x.encode()) for x in ADDED]
@@ -96,7 +106,9 @@ def _bytes(merges: list[tuple[bytes, bytes]]) -> int:
 
 
 def _stops(merges: list[tuple[bytes, bytes]]) -> int:
-    """Texts given out otherwise than as if their characters came one by one: the stop that is complete first ends a text."""
+    """Texts given out otherwise than as if their characters came one by one: the stop that is complete first ends a
+    text.
+    """
     tokenizer, wrong = Tokenizer([*merges, (b"a", b"b"), (b"c", b" "), (b"d", b"e")], fast=False), 0
     text = "low xabc def é zz"
     # ids of one, two and more characters, and one that completes several stops at once

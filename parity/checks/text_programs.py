@@ -1,4 +1,6 @@
-"""Checks of what the programs make of text: folders of shards, chosen ends of documents, special tokens written out, stops."""
+"""Checks of what the programs make of text: folders of shards, chosen ends of documents, special tokens written out,
+stops.
+"""
 
 import contextlib
 import json
@@ -63,10 +65,13 @@ def _file_of(folder: Path, shard: dict) -> Path:
 
 
 def _manifest_row(shop: Workshop) -> Row:
-    """What the manifests say of shards, against the shards: documents that are ended by an id that stands within many of them."""
+    """What the manifests say of shards, against the shards: documents that are ended by an id that stands within many
+    of them.
+    """
     ids = [shop.ids(text) for text in shop.documents]
     end, folder = max(ids[0], key=lambda i: sum(x.count(i) for x in ids)), shop.folder / "counted"
-    call("prepare_data", "--tokenizer", shop.folder / "bpe.json", "--data", shop.folder / "text.txt", "--out", f"{folder}/",
+    call("prepare_data", "--tokenizer", shop.folder / "bpe.json", "--data", shop.folder / "text.txt",
+         "--out", f"{folder}/",
          "--part-size", 300, "--processes", 1, "--validation", 0.3, "--document-end", end)  # fmt: skip
     wrong = 0
     for side in ("train", "validation"):
@@ -118,9 +123,12 @@ def _marked_rows(shop: Workshop, end: int) -> Iterator[Row]:
 
 
 def _stopped_rows(shop: Workshop, end: int, train_flags: dict[str, object]) -> Iterator[Row]:
-    """Texts that end where the data of the run ended its documents, and where one of several texts of any lengths begins."""
+    """Texts that end where the data of the run ended its documents, and where one of several texts of any lengths
+    begins.
+    """
     folder = shop.folder
-    flags = {**train_flags, "--seed": SEED, "--total-steps": 1, "--warmup-steps": 0, "--lr-max": 1e-12, "--lr-min": 1e-12,
+    flags = {**train_flags, "--seed": SEED, "--total-steps": 1, "--warmup-steps": 0, "--lr-max": 1e-12,
+             "--lr-min": 1e-12,
              "--data": folder / "marked.npy", "--tokenizer": folder / "bpe.json", "--batch-size": 2, "--seq-len": 4,
              "--gradient-accumulation-steps": 1, "--loss-chunks": 1,
              "--model-config": folder / "config.json"}  # fmt: skip

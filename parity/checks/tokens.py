@@ -25,7 +25,8 @@ def settings(seed: int) -> dict[str, SamplingConfig]:
     return {
         "greedy": SamplingConfig(temperature=0.0, seed=seed),
         "temperature 1": SamplingConfig(seed=seed),
-        # filters that cut where the tokens still have weight: one token more or less then shows within a few dozen draws
+        # filters that cut where the tokens still have weight: one token more or less then shows within a few dozen
+        # draws
         "temperature 1.5, top-k 3": SamplingConfig(temperature=1.5, top_k=3, seed=seed + 1),
         "temperature 1.3, top-p 0.6": SamplingConfig(temperature=1.3, top_p=0.6, seed=seed + 2),
         "top-k 12, top-p 0.9, min-p 0.2": SamplingConfig(top_k=12, top_p=0.9, min_p=0.2, seed=seed + 3),
@@ -44,7 +45,8 @@ def filter_settings(seed: int) -> dict[str, SamplingConfig]:
     return found
 
 
-# Where what a filter keeps has exactly the mass that it asks for: with 4 equal logits far above the rest each has a quarter.
+# Where what a filter keeps has exactly the mass that it asks for: with 4 equal logits far above the rest each has a
+# quarter.
 EQUAL = 4
 BORDERS = {
     "top-p of half the mass": SamplingConfig(top_p=0.5),
@@ -200,7 +202,8 @@ def _draws(s: Settings, dtype: str) -> Iterator[Row]:
 
 
 def _first_flips(s: Settings) -> Row:
-    """Greedy texts in bfloat16, where each side goes its own way: both tokens at which two texts part must be as good as the best.
+    """Greedy texts in bfloat16, where each side goes its own way: both tokens at which two texts part must be as good
+    as the best.
 
     As good: short of it by no more than rounding explains, by the logits of the specification for the text up to there.
     """
@@ -229,8 +232,8 @@ def _first_flips(s: Settings) -> Row:
 def allowed_margin(logit_error: float, logits: np.ndarray, sampling: SamplingConfig) -> float:
     """How small a margin rounding explains: 4 x the logit error over the temperature, and float32 arithmetic.
 
-    The noise is at most 17 and is added to the logits in float32: four spacings of the largest possible score. A cumulative
-    sum of V probabilities errs by at most V x 2^-24, and a border's margin counts it twice.
+    The noise is at most 17 and is added to the logits in float32: four spacings of the largest possible score. A
+    cumulative sum of V probabilities errs by at most V x 2^-24, and a border's margin counts it twice.
     """
     if sampling.temperature == 0.0:
         return MARGIN_FACTOR * logit_error

@@ -27,16 +27,17 @@ from parity.core.inputs import RandomBatches, random_weights, start_state
 from parity.sides.settings import Settings
 from parity.trace.trace import located, located_or
 
-# Error of the update p_n - p_0 in float64. An element whose gradient is near eps = 1e-8 turns a rounding error of 1e-17 into
-# 1e-9 of its own update, and there are few such: measured 1e-15 to 6e-13. A wrong beta, decay or correction shows above 1e-6.
+# Error of the update p_n - p_0 in float64. An element whose gradient is near eps = 1e-8 turns a rounding error of 1e-17
+# into 1e-9 of its own update, and there are few such: measured 1e-15 to 6e-13. A wrong beta, decay or correction shows
+# above 1e-6.
 UPDATE_ALLOWED = 1e-10
-# Moments have no such amplification: measured 6e-15. They, not the update, whose direction hardly depends on the scale of the
-# gradient, see the smallest planted bug: torch's clip epsilon of 1e-6 changes a gradient of norm 100 by 1e-8.
+# Moments have no such amplification: measured 6e-15. They, not the update, whose direction hardly depends on the scale
+# of the gradient, see the smallest planted bug: torch's clip epsilon of 1e-6 changes a gradient of norm 100 by 1e-8.
 MOMENTS_ALLOWED = 1e-12
 # Free-running float64: 10 x what one ulp in one weight does within one framework, floor 1e-11; past 1e-9 it is chaos.
 DRIFT_FLOOR, DRIFT_FACTOR, CHAOTIC = 1e-11, 10.0, 1e-9
-# Low precision: a multiple of the control, and a floor for runs in which nothing moves. Measured over 30 random configs:
-# the difference is at most 2.0 x the control in float32 (largest difference) and 1.1 x in bfloat16 (rms).
+# Low precision: a multiple of the control, and a floor for runs in which nothing moves. Measured over 30 random
+# configs: the difference is at most 2.0 x the control in float32 (largest difference) and 1.1 x in bfloat16 (rms).
 LOSS_FACTOR = {"float32": 10.0, "bfloat16": 3.0}
 LOSS_FLOOR = {"float32": 1e-5, "bfloat16": 1e-4}
 
@@ -198,7 +199,9 @@ def _given_gradients(s: Settings, dtype: str, n: int) -> tuple[Tensors, list[Ten
 def _spec_adamw(
     weights: Tensors, grads: list[Tensors], opt: OptimizerConfig, keep: tuple[int, ...]
 ) -> tuple[dict[int, Tensors], dict[str, float]]:
-    """The specification's weights after the updates in `keep`, and for every tensor the length of its path, sum ||lr update||."""
+    """The specification's weights after the updates in `keep`, and for every tensor the length of its path, sum ||lr
+    update||.
+    """
     state = start_state(weights)
     w, mu, nu, kept = state.weights, state.mu, state.nu, {}
     travelled = dict.fromkeys(weights, 0.0)
@@ -306,8 +309,8 @@ def _max_difference(a: TrainingState, b: TrainingState) -> float:
 def _low_precision_trajectory(s: Settings, dtype: str) -> Iterator[Row]:
     """Loss curves of both sides, against what the smallest change within one framework does to its own curve.
 
-    float32: the largest difference, bfloat16: the rms difference over the run, because a single step would be noise. The
-    control is JAX again with one ulp in every tenth weight, the largest of three such runs.
+    float32: the largest difference, bfloat16: the rms difference over the run, because a single step would be noise.
+    The control is JAX again with one ulp in every tenth weight, the largest of three such runs.
     """
     steps = min(s.steps, 300 if dtype == "float32" else 200)
     data = RandomBatches(s.cfg, s.seed, batch=s.batch, length=s.length)

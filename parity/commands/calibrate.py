@@ -1,7 +1,8 @@
-"""How far every tolerance is from what correct code does, and from what the bugs do: the ladder over many seeds and shapes.
+"""How far every tolerance is from what correct code does, and from what the bugs do: the ladder over many seeds and
+shapes.
 
-Writes a table with the largest figure that correct code gave, what was allowed there, and the smallest planted bug's effect. A
-red row on correct code is a false alarm, and is printed with its seed and shape.
+Writes a table with the largest figure that correct code gave, what was allowed there, and the smallest planted bug's
+effect. A red row on correct code is a false alarm, and is printed with its seed and shape.
 """
 
 import dataclasses
@@ -146,12 +147,14 @@ def write_table(
     lines = [
         f"# {title}",
         "",
-        f"{runs} runs of the whole ladder, each with another seed or another of {len(SHAPES)} shapes, trajectories of {steps} steps: "
+        f"{runs} runs of the whole ladder, each with another seed or another of {len(SHAPES)} shapes, trajectories "
+        f"of {steps} steps: "
         f"**{alarms} false alarms**.",
         f"{date.today().isoformat()}, Python {environment()['python']}, {environment()['system']}; {versions}. "
         "Made by `parity calibrate`.",
         "",
-        "The margin is what is allowed over the largest figure that correct code gave. The last column is the smallest planted "
+        "The margin is what is allowed over the largest figure that correct code gave. The last column is the "
+        "smallest planted "
         "bug of that check and dtype, in units of what is allowed (`parity mutants`).",
         "",
         "| check | what | dtype | largest | allowed there | margin | smallest bug |",

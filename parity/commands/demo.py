@@ -1,4 +1,6 @@
-"""The whole story on one page: a tokenizer, one model trained in both frameworks, the ladder, the same text from both."""
+"""The whole story on one page: a tokenizer, one model trained in both frameworks, the ladder, the same text
+from both.
+"""
 
 import os
 import shutil
@@ -46,7 +48,8 @@ def run_demo(out: Path, data: str | None = None, steps: int = STEPS, ladder: Set
     opt = OptimizerConfig(lr_max=2e-3, lr_min=2e-4, warmup_steps=min(20, steps // 2), total_steps=steps)
     dataset = TokenDataset(dataset, train.seq_len, train.batch_size, train.seed, cfg.vocab_size)
     console.print(
-        f"{cfg.num_parameters():,} parameters, {steps} steps of {train.batch_size} x {train.seq_len} tokens, float32, seed 0"
+        f"{cfg.num_parameters():,} parameters, {steps} steps of {train.batch_size} x {train.seq_len} tokens, "
+        "float32, seed 0"
     )
     curves, folders = {}, {}
     for name in ("jax", "torch", "control"):

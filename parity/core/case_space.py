@@ -1,6 +1,8 @@
-"""What a drawn case can be: the values of every feature, and the config, optimizer, batches and first state that a case is.
+"""What a drawn case can be: the values of every feature, and the config, optimizer, batches and first state that a case
+is.
 
-A case of a run goes the way of a user: its features become a `ModelConfig`, an `OptimizerConfig` and fields of a `TrainConfig`.
+A case of a run goes the way of a user: its features become a `ModelConfig`, an `OptimizerConfig` and fields of a
+`TrainConfig`.
 """
 
 import dataclasses
@@ -121,7 +123,9 @@ STEPS = 3
 
 
 def fix(case: Case) -> Case:
-    """What cannot be together: a tied head has the row of the embedding that overflows in every batch. And a window is Mistral's."""
+    """What cannot be together: a tied head has the row of the embedding that overflows in every batch. And a window is
+    Mistral's.
+    """
     if case.get("tied") and case.get("overflow", "none") != "none":
         case = {**case, "overflow": "none"}
     return {**case, "window": 4} if case.get("family") != "mistral" and "window" in case else case

@@ -1,7 +1,7 @@
 """Errors, verdicts and the rows of the table.
 
-The error of a tensor a against b is ||a - b|| / max(||b||, FLOOR x global norm): relative, and not fooled by a tensor that is
-zero up to rounding. Every check has three witnesses, so a verdict names the side.
+The error of a tensor a against b is ||a - b|| / max(||b||, FLOOR x global norm): relative, and not fooled by a tensor
+that is zero up to rounding. Every check has three witnesses, so a verdict names the side.
 """
 
 import dataclasses
@@ -14,9 +14,9 @@ import numpy as np
 from llm_common.errors import first_line
 from llm_common.tensors import Tensors
 
-# A gradient that is exactly zero, as that of q behind a softmax over one key, comes out as rounding noise: in float64 up to
-# 6e-17 of the global norm (measured over random configs), which must stay below 1e-12 after the division. A bug that changes
-# a tensor as small as 1e-5 of the global norm by one part in a million still shows as 1e-8.
+# A gradient that is exactly zero, as that of q behind a softmax over one key, comes out as rounding noise: in float64
+# up to 6e-17 of the global norm (measured over random configs), which must stay below 1e-12 after the division. A bug
+# that changes a tensor as small as 1e-5 of the global norm by one part in a million still shows as 1e-8.
 FLOOR = 1e-3
 EPS = {"float64": 2.0**-52, "float32": 2.0**-23, "bfloat16": 2.0**-7, "tf32": 2.0**-10}  # spacing of numbers at 1
 JAX, TORCH, BOTH, SHARED = "JAX", "torch", "JAX and torch, differently", "both alike: shared code or the specification"
@@ -89,7 +89,9 @@ def three_way(check: str, item: str, dtype: str, results: Sequence[Tensors], all
 
 
 def worse_side(check: str, item: str, dtype: str, errors: Sequence[Mapping[str, float]], allowed: float) -> Row:
-    """A row for errors of JAX and of torch by name, each judged for itself: the worst decides, and is the place if it is too large."""
+    """A row for errors of JAX and of torch by name, each judged for itself: the worst decides, and is the place if it
+    is too large.
+    """
     (jax_name, jax_error), (torch_name, torch_error) = (worst(dict(found)) for found in errors)
     side = verdict(not jax_error <= allowed, not torch_error <= allowed, True)
     name = jax_name if jax_error >= torch_error else torch_name
@@ -103,9 +105,9 @@ def each_number(
     expected: Mapping[str, Any],
     allowed: float | Mapping[str, float],
 ) -> Row:
-    """A row for single float64 numbers of JAX, torch and the specification, whose name is the note: the first that differs, or the
-    worst. Each is compared by itself: among others it would be measured against their norm. One that is missing is no number.
-    allowed: of all, or by name.
+    """A row for single float64 numbers of JAX, torch and the specification, whose name is the note: the first that
+    differs, or the worst. Each is compared by itself: among others it would be measured against their norm. One that is
+    missing is no number. allowed: of all, or by name.
     """
     rows = []
     bounds = allowed if isinstance(allowed, Mapping) else dict.fromkeys(expected, allowed)

@@ -1,4 +1,6 @@
-"""Less time in XLA's compiler: two thirds of the ladder's time on a CPU were spent there. The mathematics is the same."""
+"""Less time in XLA's compiler: two thirds of the ladder's time on a CPU were spent there. The mathematics is
+the same.
+"""
 
 import contextlib
 import os
@@ -7,7 +9,8 @@ from collections.abc import Iterator
 
 import jax
 
-# XLA's newer way to write the loops of a fusion takes three times as long to compile; small programs run as fast without.
+# XLA's newer way to write the loops of a fusion takes three times as long to compile; small programs run as fast
+# without.
 OPTION = "xla_cpu_use_fusion_emitters"
 
 

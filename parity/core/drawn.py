@@ -1,7 +1,9 @@
-"""Cases nobody chose: a space of settings, cases drawn from it or covering every pair of its values, and the smallest that fails.
+"""Cases nobody chose: a space of settings, cases drawn from it or covering every pair of its values, and the smallest
+that fails.
 
-A space gives each feature its values, the simplest first. A case has one value of each; it is JSON, so that a line repeats it.
-Why not Hypothesis: a case takes seconds, and its shrinker runs hundreds; here each feature is tried with its simpler values, once.
+A space gives each feature its values, the simplest first. A case has one value of each; it is JSON, so that a line
+repeats it. Why not Hypothesis: a case takes seconds, and its shrinker runs hundreds; here each feature is tried with
+its simpler values, once.
 """
 
 import itertools
@@ -80,7 +82,9 @@ def to_line(case: Case) -> str:
 
 
 def from_line(text: str, space: Space, fix: Fix) -> Case:
-    """A case from JSON; features that are not given have their simplest value. Raises ValueError, naming what is wrong."""
+    """A case from JSON; features that are not given have their simplest value. Raises ValueError, naming what
+    is wrong.
+    """
     try:
         given = json.loads(text)
     except ValueError as error:

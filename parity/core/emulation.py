@@ -1,7 +1,7 @@
 """A TPU's matrix products on a CPU: factors rounded to bfloat16, products and sums in float32.
 
-That is what a TPU does with float32 unless it is asked for more. A CPU accepts the same setting and ignores it, so the program is run
-operation by operation, and the factors of every matrix product are rounded on the way.
+That is what a TPU does with float32 unless it is asked for more. A CPU accepts the same setting and ignores it, so the
+program is run operation by operation, and the factors of every matrix product are rounded on the way.
 """
 
 from collections.abc import Callable, Sequence
@@ -13,7 +13,9 @@ from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
 
 
 def with_bfloat16_operands(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The same function of arrays, forward and, if it makes them, gradients, with the factors of all matrix products rounded."""
+    """The same function of arrays, forward and, if it makes them, gradients, with the factors of all matrix products
+    rounded.
+    """
 
     def rounded(*args: Any) -> Any:
         closed, shape = jax.make_jaxpr(function, return_shape=True)(*args)

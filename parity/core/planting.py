@@ -1,7 +1,7 @@
 """Planting a bug: a syntax-tree node of a named function is replaced by another, in memory.
 
-The function keeps its identity and gets new code, so everybody who imported it runs the bug. Text and line numbers play no
-part; a node that is not there, or is there twice, is an error: a catalogue of bugs must not silently test nothing.
+The function keeps its identity and gets new code, so everybody who imported it runs the bug. Text and line numbers play
+no part; a node that is not there, or is there twice, is an error: a catalogue of bugs must not silently test nothing.
 """
 
 import ast

@@ -1,7 +1,8 @@
 """How far rounding alone moves a run: the specification's run again, from starting weights that are one ulp away.
 
-Training is unstable above some learning rate, and AdamW turns the rounding of a gradient that is all but zero into part of a
-step. What a run may differ by is therefore not one number: it is that of one step, or ten times this control where that is more.
+Training is unstable above some learning rate, and AdamW turns the rounding of a gradient that is all but zero into part
+of a step. What a run may differ by is therefore not one number: it is that of one step, or ten times this control where
+that is more.
 """
 
 from collections.abc import Callable, Mapping
@@ -15,8 +16,8 @@ from parity.core.compare import Tensors, one_ulp_noise, tensor_errors, worst
 
 Run = tuple[TrainingState, list[dict[str, float]]]  # the state after the last step, and the log of every step
 
-# The roundings of a step are many times that of its weights, and the signs of a few controls are not the worst ones: the factor
-# is the design's for trajectories that run free.
+# The roundings of a step are many times that of its weights, and the signs of a few controls are not the worst ones:
+# the factor is the design's for trajectories that run free.
 FACTOR, CONTROLS = 10.0, 3
 
 
@@ -41,6 +42,8 @@ def allowed_error(flat: float, exact: Tensors, controls: list[Tensors]) -> float
 
 
 def allowed_errors(flat: float, exact: Mapping[str, Any], controls: list[Mapping[str, Any]]) -> dict[str, float]:
-    """The same for numbers that are judged one by one. One that no control has, as a count read on the way, has no noise."""
+    """The same for numbers that are judged one by one. One that no control has, as a count read on the way, has no
+    noise.
+    """
     one = lambda numbers, key: {key: np.array(float(numbers[key]))}
     return {key: allowed_error(flat, one(exact, key), [one(x, key) for x in controls if key in x]) for key in exact}

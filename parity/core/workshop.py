@@ -1,4 +1,6 @@
-"""A folder with a tokenizer, texts and a config, and the programs of the repository called on it as from a command line."""
+"""A folder with a tokenizer, texts and a config, and the programs of the repository called on it as from a command
+line.
+"""
 
 import contextlib
 import importlib.util

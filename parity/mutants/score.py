@@ -135,7 +135,9 @@ def select(names: Sequence[str] = (), quick: bool = False) -> list[Mutant]:
 def run_mutants(
     mutants: Sequence[Mutant], jobs: int | None = None, on_outcome: Callable[[Outcome], None] | None = None
 ) -> list[Outcome]:
-    """The outcome of every mutant, and of every check without a bug, over some processes (default: one for each core)."""
+    """The outcome of every mutant, and of every check without a bug, over some processes (default: one for each
+    core).
+    """
     jobs = min(jobs or os.cpu_count() or 1, len(mutants))
     levels = sorted({(m.runs or m.check, m.dtype) for m in mutants if not m.equivalent})
     outcomes: list[Outcome] = []
@@ -206,7 +208,8 @@ def print_outcomes(console: Console, outcomes: Sequence[Outcome]) -> None:
     s = score(outcomes)
     console.print(
         f"[bold {'red' if wrong else 'green'}]{s['caught']} of {s['bugs']} planted bugs caught[/] "
-        f"({s['shared or in both sides']} of them in shared code or in both sides), {s['right side']} with the right side, "
+        f"({s['shared or in both sides']} of them in shared code or in both sides), {s['right side']} with the right "
+        "side, "
         f"{s['localised']} of {s['with a place']} at the right place; {s['false alarms']} false alarms in "
         f"{s['without a bug']} runs without a bug"
     )

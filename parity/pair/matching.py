@@ -1,8 +1,8 @@
 """Which tensor of a torch module is which leaf of a JAX pytree, and how the one becomes the other.
 
-Found by value where both already hold the same weights, else by shape and name. A leaf may be transposed (Flax's kernels are
-(in, out)), have its heads in an axis of their own, or be one layer of a stack. What is not found, or could be two things, is
-said by name instead of guessed.
+Found by value where both already hold the same weights, else by shape and name. A leaf may be transposed (Flax's
+kernels are (in, out)), have its heads in an axis of their own, or be one layer of a stack. What is not found, or could
+be two things, is said by name instead of guessed.
 """
 
 import difflib
@@ -33,7 +33,9 @@ SURE = 0.05  # by how much a name must be more alike than the second best
 
 @dataclass(frozen=True)
 class Source:
-    """How a torch tensor is made from leaves: one leaf, perhaps an index of a stack, perhaps with its axes rearranged."""
+    """How a torch tensor is made from leaves: one leaf, perhaps an index of a stack, perhaps with its axes
+    rearranged.
+    """
 
     leaf: str
     index: int | None = None
@@ -105,7 +107,9 @@ def with_leaves(params: Any, leaves: Mapping[str, np.ndarray], dtype: Any) -> An
 
 
 def match(tensors: Arrays, leaves: Arrays, names: Mapping[str, Any] | None = None) -> Matching:
-    """Find the leaf of every torch tensor. names: those already known, torch name -> path, `Source` or function of the leaves."""
+    """Find the leaf of every torch tensor. names: those already known, torch name -> path, `Source` or function of the
+    leaves.
+    """
     result = Matching()
     used: set[tuple[str, int | None]] = set()
     for name, given in (names or {}).items():

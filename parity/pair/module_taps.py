@@ -1,8 +1,9 @@
 """Module by module for a pair that is not ours: which JAX module a torch module is, and which is the first to differ.
 
-torch runs free under taps. Then JAX runs with torch's inputs, outputs and gradients put in at every module that both have, so
-each is judged alone. Linen modules are seen by `flax.linen.intercept_methods`; of NNX, Equinox and other modules the class's
-`__call__` is wrapped while the trace runs. A plain function has no modules, and then the trace has no points.
+torch runs free under taps. Then JAX runs with torch's inputs, outputs and gradients put in at every module that both
+have, so each is judged alone. Linen modules are seen by `flax.linen.intercept_methods`; of NNX, Equinox and other
+modules the class's `__call__` is wrapped while the trace runs. A plain function has no modules, and then the trace has
+no points.
 """
 
 import contextlib

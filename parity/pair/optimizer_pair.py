@@ -16,9 +16,9 @@ from parity.pair.matching import Arrays
 EITHER = "JAX or torch: give a witness to tell"
 
 
-# What is allowed is this many times what one ulp in every weight and input does within JAX, and at least FLOOR ulps: every
-# operation between rounds as well, and for a network of some depth that adds up to a few times the effect of one rounding of
-# all its inputs. Measured over the examples and 20 seeds: at most 3 times.
+# What is allowed is this many times what one ulp in every weight and input does within JAX, and at least FLOOR ulps:
+# every operation between rounds as well, and for a network of some depth that adds up to a few times the effect of one
+# rounding of all its inputs. Measured over the examples and 20 seeds: at most 3 times.
 NOISE_FACTOR = 16.0
 
 
@@ -46,7 +46,8 @@ def compare_optimizers(
 ) -> list[Row]:
     """An optax transformation against a torch optimizer: the same parameters, the same gradients, step by step.
 
-    The error is that of the update since the start. Allowed: what one ulp in every gradient and parameter does within optax.
+    The error is that of the update since the start. Allowed: what one ulp in every gradient and parameter does within
+    optax.
     """
     rows = []
     for dtype in dtypes:

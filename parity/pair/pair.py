@@ -1,14 +1,15 @@
-"""Your own pair: a JAX function or module and a torch module that are meant to be the same, compared as our two sides are.
+"""Your own pair: a JAX function or module and a torch module that are meant to be the same, compared as our two sides
+are.
 
     from parity.pair import Pair
 
     pair = Pair(jax_function, torch_module, inputs=(x,), params=params)
     pair.compare().show()
 
-Neither is changed: both are copied, given the same weights and run in float64 and float32. Outputs, the gradient of every
-parameter and of the inputs, and optimizer steps are compared; what may differ is measured by moving every weight and input by
-one ulp. Where they differ, a trace names the module. There is no third witness here, so a verdict says where, not who: give
-`witness`, a NumPy function of (weights by torch name, *inputs), and it says who.
+Neither is changed: both are copied, given the same weights and run in float64 and float32. Outputs, the gradient of
+every parameter and of the inputs, and optimizer steps are compared; what may differ is measured by moving every weight
+and input by one ulp. Where they differ, a trace names the module. There is no third witness here, so a verdict says
+where, not who: give `witness`, a NumPy function of (weights by torch name, *inputs), and it says who.
 """
 
 import copy
@@ -75,13 +76,13 @@ class Comparison:
 class Pair:
     """Two implementations to be compared.
 
-    jax: a function (params, *inputs) -> outputs; or a module: Linen (with its params), NNX, Equinox, any callable pytree.
-    torch: a module. inputs: NumPy arrays, given to both. params: a pytree; needless if `jax` holds its own.
+    jax: a function (params, *inputs) -> outputs; or a module: Linen (with its params), NNX, Equinox, any callable
+    pytree. torch: a module. inputs: NumPy arrays, given to both. params: a pytree; needless if `jax` holds its own.
     names: torch name -> path of a leaf, or a function of all leaves by path; what is not named is matched by itself.
     weights: "jax" copies JAX's weights into torch, "torch" the other way, "shared" compares them as they are.
-    optimizers: an optax transformation and a function of parameters that makes a torch optimizer.
-    modules: torch module -> JAX module, where their parameters do not tell. dtypes: what to run in; float32 alone where one of
-    the two computes in float32 whatever it is given, as transformers' norms do.
+    optimizers: an optax transformation and a function of parameters that makes a torch optimizer. modules: torch module
+    -> JAX module, where their parameters do not tell. dtypes: what to run in; float32 alone where one of the two
+    computes in float32 whatever it is given, as transformers' norms do.
     """
 
     def __init__(
@@ -118,7 +119,9 @@ class Pair:
                 source.put(self.leaves, self.tensors[key])
 
     def compare(self, dtypes: Sequence[str] | None = None, steps: Sequence[int] = STEPS) -> Comparison:
-        """Outputs, gradients and optimizer steps in each dtype (default: the pair's), and a trace if something differs."""
+        """Outputs, gradients and optimizer steps in each dtype (default: the pair's), and a trace if something
+        differs.
+        """
         dtypes = tuple(dtypes or self.dtypes)
         rows = [self._weights_row()]
         trace, gradients = None, {}
@@ -212,8 +215,9 @@ class Pair:
         return rows, errors
 
     def run_torch(self, dtype: str, module: torch.nn.Module | None = None) -> tuple[list[np.ndarray], Arrays]:
-        """Outputs, and gradients by name; those of the inputs are "input 0", ... . The function differentiated is a fixed
-        random direction of all outputs."""
+        """Outputs, and gradients by name; those of the inputs are "input 0", ... . The function differentiated is a
+        fixed random direction of all outputs.
+        """
         module = module or self.torch_module(dtype)
         inputs = self.torch_inputs(dtype)
         outputs = [x for x in _flatten(module(*inputs)) if isinstance(x, torch.Tensor)]

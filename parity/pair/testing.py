@@ -18,7 +18,8 @@ from parity.pair.pair import Comparison, Pair
 def assert_same(jax: Any, torch: torch.nn.Module, inputs: Sequence[np.ndarray], **more: Any) -> Comparison:
     """Raise AssertionError, with the figures that differ and the module where they part, unless both sides agree.
 
-    Takes what `parity.pair.Pair` takes: params, names, weights, optimizers, witness, dtypes, ... Returns the comparison.
+    Takes what `parity.pair.Pair` takes: params, names, weights, optimizers, witness, dtypes, ... Returns the
+    comparison.
     """
     __tracebackhide__ = True  # pytest then shows the line of the test
     comparison = Pair(jax, torch, inputs, **more).compare()

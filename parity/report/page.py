@@ -139,8 +139,10 @@ def _ladder(rows: list[dict]) -> str:
             f"<details{opened}><summary>{_ladder_row(nearest, scale, f'{check}: {len(found)} figures')}</summary>{inside}</details>"
         )
     return (
-        "<h2>The ladder</h2><p>Each error on a logarithmic axis, between the frameworks' own noise (compiled or not, sequences "
-        "together or alone, fused attention or not) and what is allowed. What is 0 lies at the left end. A check stands for the one of its figures that is "
+        "<h2>The ladder</h2><p>Each error on a logarithmic axis, between the frameworks' own noise (compiled or not, "
+        "sequences "
+        "together or alone, fused attention or not) and what is allowed. What is 0 lies at the left end. A check "
+        "stands for the one of its figures that is "
         "nearest to its limit; open it for all. At the right: measured / allowed.</p>"
         + key(("holds", "var(--good)"), ("fails", "var(--bad)"), ("noise", "var(--noise)"), ("allowed", "var(--soft)"))
         + scale.axis()
@@ -163,7 +165,8 @@ def _ladder_row(row: dict, scale: Scale, title: str = "") -> str:
     side = "" if row["ok"] else f'<br><span class="bad">{escaped(row["side"])}: {place}</span>'
     name = f"<b>{escaped(title)}</b>" if title else f"{escaped(row['check'])} · {escaped(row['item'])}"
     return (
-        f'<div class="row"><div>{name} <span class="soft">{row["dtype"]}</span>{side}</div><div class="track">{track}</div>'
+        f'<div class="row"><div>{name} <span class="soft">{row["dtype"]}</span>{side}</div><div '
+        f'class="track">{track}</div>'
         f'<div class="num">{number(measured)} / {number(allowed)}</div></div>'
     )
 
@@ -178,7 +181,8 @@ def _dots(title: str, text: str, values: dict[str, list[float]], names: Sequence
         )
         figure = " / ".join(number(x) for x in pair)
         lines.append(
-            f'<div class="row"><code>{escaped(name)}</code><div class="track">{dots}</div><div class="num">{figure}</div></div>'
+            f'<div class="row"><code>{escaped(name)}</code><div class="track">{dots}</div><div '
+            f'class="num">{figure}</div></div>'
         )
     return f"<h2>{title}</h2><p>{text}</p>{key(*names)}{scale.axis()}{''.join(lines)}"
 
@@ -200,7 +204,10 @@ def _matching(matching: dict) -> str:
     cells = "".join(
         f'<tr class="{c}"><td><code>{escaped(a)}</code></td><td><code>{escaped(b)}</code></td></tr>' for a, b, c in rows
     )
-    return f"<h2>Which tensor is which</h2><div class='scroll'><table><tr><th>torch</th><th>JAX</th></tr>{cells}</table></div>"
+    return (
+        "<h2>Which tensor is which</h2><div "
+        f"class='scroll'><table><tr><th>torch</th><th>JAX</th></tr>{cells}</table></div>"
+    )
 
 
 # --- lines
@@ -243,7 +250,8 @@ def _trajectory(found: dict) -> str:
         lines = [(n, c, drift[n]) for n, c in SIDES] + [("JAX moved by one ulp", CONTROL, drift["control"])]
         charts.append(chart(f"{dtype}: furthest weight from the specification's", lines, found["drift steps"]))
     return (
-        f"<h2>{len(spec)} steps of training</h2><p>From the same start on the same batches. Optimizer drift is the largest difference of any "
+        f"<h2>{len(spec)} steps of training</h2><p>From the same start on the same batches. Optimizer drift is the "
+        "largest difference of any "
         "weight; grey is what rounding alone does: JAX against JAX with every tenth weight moved by one ulp.</p>"
         f'<div class="charts">{"".join(charts)}</div>'
     )
@@ -264,7 +272,8 @@ def _training(report: dict) -> str:
     ]
     texts = "".join(f"<p><code>{escaped(line)}</code></p>" for line in report.get("texts", []))
     return (
-        f"<h2>One model, trained twice</h2><p>{len(steps)} steps on real text. Unigram entropy {report.get('unigram_entropy', math.nan):.3f} nats: "
+        f"<h2>One model, trained twice</h2><p>{len(steps)} steps on real text. Unigram entropy "
+        f"{report.get('unigram_entropy', math.nan):.3f} nats: "
         "what a model has that learned nothing but how frequent tokens are.</p>"
         f'<div class="charts">{curves}{chart("difference of the losses", pairs, steps)}</div>{texts}'
     )
@@ -284,7 +293,8 @@ def _tokens(found: dict) -> str:
     )
     smallest = min(found["margins"], default=math.nan)
     return (
-        f"<h2>Sampled tokens</h2><p>The same seed in float32 on both sides. {flip} Below each token its margin: by how much the logits would have "
+        f"<h2>Sampled tokens</h2><p>The same seed in float32 on both sides. {flip} Below each token its margin: by "
+        "how much the logits would have "
         f"to move to change the draw (smallest {smallest:.1e}).</p><div class='tokens'>{''.join(boxes)}</div>"
     )
 
@@ -308,7 +318,8 @@ def _trace(trace: dict) -> str:
         f'<th class="num">{s}, free</th><th class="num">{s}, alone</th>' for s in ("JAX", "torch")
     )
     return (
-        f'<h2>Module by module</h2><p class="{tone}">{escaped(trace["verdict"])}</p><details><summary class=more>{len(trace["points"])} points in {trace["dtype"]}: '
+        f'<h2>Module by module</h2><p class="{tone}">{escaped(trace["verdict"])}</p><details><summary '
+        f"class=more>{len(trace['points'])} points in {trace['dtype']}: "
         "the error running free, and alone, with the specification's values and gradients at its inputs</summary>"
         f'<div class="scroll"><table>{head}</tr>{"".join(rows)}</table></div></details>'
     )
@@ -324,7 +335,8 @@ def _mutants(mutants: dict) -> str:
         for area, found in areas.items()
     )
     levels = "".join(
-        f"<tr><td>{escaped(level)}</td><td class='num'>{effect if effect == 'exact' else number(effect)}</td><td>{escaped(name)}</td></tr>"
+        f"<tr><td>{escaped(level)}</td><td "
+        f"class='num'>{effect if effect == 'exact' else number(effect)}</td><td>{escaped(name)}</td></tr>"
         for level, (effect, name) in mutants["smallest effects"].items()
     )
     wrong = "".join(
@@ -333,11 +345,15 @@ def _mutants(mutants: dict) -> str:
         if not o["ok"]
     )
     return (
-        f"<h2>Does the suite see bugs?</h2><p>{s['caught']} of {s['bugs']} planted bugs are caught, {s['shared or in both sides']} of them in shared code or in "
-        f"both sides at once; {s['right side']} with the right side, {s['localised']} of {s['with a place']} at the right place. {s['false alarms']} false alarms in "
-        f"{s['without a bug']} runs without a bug.</p>{'<ul class=bad>' + wrong + '</ul>' if wrong else ''}<div class='charts'>"
+        f"<h2>Does the suite see bugs?</h2><p>{s['caught']} of {s['bugs']} planted bugs are caught, "
+        f"{s['shared or in both sides']} of them in shared code or in "
+        f"both sides at once; {s['right side']} with the right side, {s['localised']} of {s['with a place']} at the "
+        f"right place. {s['false alarms']} false alarms in "
+        f"{s['without a bug']} runs without a bug.</p>{'<ul class=bad>' + wrong + '</ul>' if wrong else ''}<div "
+        "class='charts'>"
         f"<div><table><tr><th>area</th><th class='num'>as expected</th></tr>{rows}</table></div>"
-        f"<div><table><tr><th>level</th><th class='num'>smallest effect / allowed</th><th>bug</th></tr>{levels}</table></div></div>"
+        "<div><table><tr><th>level</th><th class='num'>smallest effect / "
+        f"allowed</th><th>bug</th></tr>{levels}</table></div></div>"
     )
 
 
@@ -354,4 +370,7 @@ def _environment(report: dict) -> str:
     add("", report.get("environment", {}))
     add("", {k: report[k] for k in ("settings", "seconds") if k in report})
     rows = "".join(f"<tr><td>{escaped(k)}</td><td><code>{escaped(v)}</code></td></tr>" for k, v in flat)
-    return f"<h2>Environment, versions, flags</h2><details><summary class=more>{len(flat)} entries</summary><table>{rows}</table></details>"
+    return (
+        f"<h2>Environment, versions, flags</h2><details><summary class=more>{len(flat)} "
+        f"entries</summary><table>{rows}</table></details>"
+    )

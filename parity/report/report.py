@@ -113,7 +113,8 @@ def write_markdown(path: Path, rows: list[Row], paragraphs: list[str], device: s
         lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
     lines += [
         "",
-        f"{date.today().isoformat()}, {device}, Python {environment()['python']}, {environment()['system']}; {versions}",
+        f"{date.today().isoformat()}, {device}, Python {environment()['python']}, {environment()['system']}; "
+        f"{versions}",
         "",
     ]
     path.parent.mkdir(parents=True, exist_ok=True)

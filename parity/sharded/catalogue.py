@@ -1,4 +1,6 @@
-"""Planted bugs of training on many devices: for each the processes and the mesh that show it, and the row that must go red."""
+"""Planted bugs of training on many devices: for each the processes and the mesh that show it, and the row that must go
+red.
+"""
 
 from dataclasses import dataclass
 

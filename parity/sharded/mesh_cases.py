@@ -117,7 +117,9 @@ def _drawn_case(line: str) -> MeshCase:
 
 
 class Batches:
-    """A dataset whose rows count very different numbers of targets: a mean of the devices' means would be another loss."""
+    """A dataset whose rows count very different numbers of targets: a mean of the devices' means would be
+    another loss.
+    """
 
     def __init__(self, cfg: ModelConfig, bad: int | None) -> None:
         self.cfg, self.bad = cfg, bad

@@ -1,4 +1,5 @@
-"""Where a run on a mesh differs first from the specification: what was read, what was placed, then module by module, there and back.
+"""Where a run on a mesh differs first from the specification: what was read, what was placed, then module by module,
+there and back.
 
 Each process compares what it holds itself: of every tensor the rows and the channels or heads that are its own.
 """
@@ -23,7 +24,9 @@ FREE_ALLOWED = 16 * local_allowed("float64")
 
 
 def own_part(whole: np.ndarray, shape: tuple[int, ...], row: int, at: int) -> np.ndarray | None:
-    """Of a tensor of the whole batch the part of a process that has this shape: rows from `row` on, piece `at` of a cut axis."""
+    """Of a tensor of the whole batch the part of a process that has this shape: rows from `row` on, piece `at` of a cut
+    axis.
+    """
     if len(shape) != whole.ndim:
         return None
     cut = [slice(row, row + shape[0])]
@@ -114,7 +117,8 @@ def first_fault(found: Found) -> tuple[str, str, float] | None:
     back = {key: x for key, x in found.items() if key[1] == "gradient"}
     for (place, what), error in ({key: x for key, x in found.items() if key not in back} | back).items():
         if not error <= (0.0 if place in ("read_batch", "from_canonical") else FREE_ALLOWED):
-            # the first gradient of all is that of the logits: what is wrong there is the loss, or the factor that it has
+            # the first gradient of all is that of the logits: what is wrong there is the loss, or the factor that it
+            # has
             place = "loss_and_grads" if (place, what) == next(iter(back), None) else place
             return place, what, error
     return None

@@ -1,7 +1,7 @@
 """Training on many devices against training on one, in float64: the same logits, gradients, updates, texts and files.
 
-Each case is a mesh. The processes of a group run several cases one after the other (`parity.sharded.worker`); what comes out is
-compared here with the specification.
+Each case is a mesh. The processes of a group run several cases one after the other (`parity.sharded.worker`); what
+comes out is compared here with the specification.
 """
 
 import dataclasses
@@ -109,7 +109,9 @@ def _largest_difference(found: np.ndarray, wanted: np.ndarray) -> float:
 
 
 def compare(group: Group, shape: str, mesh: str, got: dict[str, Any]) -> Iterator[Row]:
-    """The rows of a case. Bounds are those of one device (rule 1 of the design): sums over devices are sums in another order."""
+    """The rows of a case. Bounds are those of one device (rule 1 of the design): sums over devices are sums in another
+    order.
+    """
     want, c = expected(shape), mesh_case(shape)
     parts: dict[str, dict[str, np.ndarray]] = {}
     for key, x in got.items():
@@ -159,8 +161,8 @@ def compare(group: Group, shape: str, mesh: str, got: dict[str, Any]) -> Iterato
     total, count = got["held out"]
     yield row("held-out loss", abs(total - want.held_out[0]) / want.held_out[0] + abs(count - want.held_out[1]), 1e-11)
     if "short sums" in got:
-        # The sum of two 8-bit numbers of one exponent fits in 8 bits when its last bit is 0: one in two, and fewer of other
-        # exponents or of more numbers. Summed in bfloat16 all of them do: the bound lies halfway.
+        # The sum of two 8-bit numbers of one exponent fits in 8 bits when its last bit is 0: one in two, and fewer of
+        # other exponents or of more numbers. Summed in bfloat16 all of them do: the bound lies halfway.
         short = row("gradients of 8 bits in a bfloat16 run", float(got["short sums"]), 0.75)
         yield dataclasses.replace(short, dtype="bfloat16")
     if "other products" in got:
@@ -182,9 +184,11 @@ class _Ended(Exception):
 
 
 def run_group(group: Group, bug: str | None = None, device: str = "cpu") -> list[Row]:
-    """Run a group's cases on the devices of a kind, "cpu" or "gpu". Raises UserError with a process's own words if it refuses.
+    """Run a group's cases on the devices of a kind, "cpu" or "gpu". Raises UserError with a process's own words if it
+    refuses.
 
-    A case that fails is run a second time, traced: its rows have the place that differs first, or the function they are about.
+    A case that fails is run a second time, traced: its rows have the place that differs first, or the function they are
+    about.
     """
     try:
         results = _run(group, bug, device)

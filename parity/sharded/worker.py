@@ -217,7 +217,9 @@ def _digest(x: np.ndarray) -> bytes:
 
 
 def _short_sums(cfg: ModelConfig, mesh_config: MeshConfig, device: str) -> float:
-    """The share of the gradients of a bfloat16 run that are bfloat16 numbers: all, if the devices' are summed in bfloat16."""
+    """The share of the gradients of a bfloat16 run that are bfloat16 numbers: all, if the devices' are summed in
+    bfloat16.
+    """
     import torch
 
     from torch_llm.engine.distributed import ShardedTrainer

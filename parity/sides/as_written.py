@@ -1,4 +1,6 @@
-"""Compiled forms of torch without its compiler: a run takes the ways of a compiled one, and each function runs as it is written."""
+"""Compiled forms of torch without its compiler: a run takes the ways of a compiled one, and each function runs as it is
+written.
+"""
 
 import contextlib
 from collections.abc import Iterator
@@ -12,7 +14,9 @@ from torch_llm.fast import optim
 
 @contextlib.contextmanager
 def without_compiler(device: str) -> Iterator[None]:
-    """While this is open, torch compiles nothing on a CPU. A GPU (any other device) has its programs compiled as a user does."""
+    """While this is open, torch compiles nothing on a CPU. A GPU (any other device) has its programs compiled as a user
+    does.
+    """
     if device != "cpu":
         yield
         return

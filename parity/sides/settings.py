@@ -27,7 +27,8 @@ class Settings:
     full: bool = False  # all values of every setting in them
     blamed_only: bool = False  # trace a row that fails on the side that it blames alone: twice as fast
     device: str = "cpu"  # of both frameworks; the specification is NumPy
-    attention: str = "reference"  # "auto": each framework's fastest kernel for the device, reference in float64; "fused": not in float64
+    # "auto": each framework's fastest kernel for the device, reference in float64; "fused": not in float64
+    attention: str = "reference"
 
     def __post_init__(self) -> None:
         for dtype in self.dtypes:

@@ -1,9 +1,10 @@
 """Taps on a running model: what goes in and out of every named module, forward and backward, without touching its code.
 
-A tap is the identity on an activation, and of its gradient on the way back; it writes both down. A tap that is given other
-values hands those on instead: with the specification's values at every input and output, and its gradients on the way
-back, each module is judged alone, however wrong the others are. JAX modules are tapped by `flax.linen.intercept_methods`,
-torch modules by hooks, and the functions between the modules by standing in for them in the module that calls them.
+A tap is the identity on an activation, and of its gradient on the way back; it writes both down. A tap that is given
+other values hands those on instead: with the specification's values at every input and output, and its gradients on the
+way back, each module is judged alone, however wrong the others are. JAX modules are tapped by
+`flax.linen.intercept_methods`, torch modules by hooks, and the functions between the modules by standing in for them in
+the module that calls them.
 """
 
 import contextlib
@@ -28,8 +29,9 @@ import torch_llm.model
 
 Key = tuple[str, str]  # a point, and which of its tensors: "in0", "in1", ..., "out"
 Values = dict[Key, np.ndarray]
-# The functions that count as points of their own: where they are called from, how many of their arguments are tensors of
-# interest, and the names of their calls within one module. The first two arguments after x of apply_rope are the table.
+# The functions that count as points of their own: where they are called from, how many of their arguments are tensors
+# of interest, and the names of their calls within one module. The first two arguments after x of apply_rope are the
+# table.
 FUNCTIONS = (
     ("attention", "apply_rope", 3, ("apply_rope(q)", "apply_rope(k)")),
     ("model", "cross_entropy", 1, ("loss",)),
@@ -44,7 +46,8 @@ KERNELS = (
 class Recorder:
     """What passed the taps of one run. `forward` and `backward` hold float64 copies.
 
-    given: values to hand on forward; given_back: gradients to hand on backward; a point that is in neither is observed only.
+    given: values to hand on forward; given_back: gradients to hand on backward; a point that is in neither is observed
+    only.
     """
 
     def __init__(self, given: Values | None = None, given_back: Values | None = None) -> None:

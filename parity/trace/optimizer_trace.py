@@ -1,4 +1,6 @@
-"""Where two optimizers part: one whole step of each side from a common state and given gradients, quantity by quantity."""
+"""Where two optimizers part: one whole step of each side from a common state and given gradients, quantity by
+quantity.
+"""
 
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence

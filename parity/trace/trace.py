@@ -1,8 +1,9 @@
 """Where two sides part: forward, backward and in the optimizer, at which named point, and whose fault it is.
 
-Each side runs twice under the taps of `parity.sides.taps`. Running free shows how an error grows. Running with the specification's
-values at every point judges each module alone: what reaches it, what it makes of identical inputs, what flows back to it and
-what it hands back from an identical gradient. So a late error is not blamed on an early module, nor an early one on a late.
+Each side runs twice under the taps of `parity.sides.taps`. Running free shows how an error grows. Running with the
+specification's values at every point judges each module alone: what reaches it, what it makes of identical inputs, what
+flows back to it and what it hands back from an identical gradient. So a late error is not blamed on an early module,
+nor an early one on a late.
 """
 
 import dataclasses
@@ -20,8 +21,9 @@ from parity.sides.taps import Recorder
 from parity.trace.optimizer_trace import OptimizerTrace, optimizer_fault, trace_optimizers
 from parity.trace.points import INPUT_NAMES, Fault, Point, given, piece_values, positions, specification
 
-# The error of one module given identical inputs, in units of the dtype's spacing at 1: a few roundings, and in float64 and
-# float32 those inside a matrix product (some sqrt(n) / 3 for n terms). Measured over 20 seeds of 5 shapes, see docs/tolerances.md.
+# The error of one module given identical inputs, in units of the dtype's spacing at 1: a few roundings, and in float64
+# and float32 those inside a matrix product (some sqrt(n) / 3 for n terms). Measured over 20 seeds of 5 shapes, see
+# docs/tolerances.md.
 LOCAL_UNITS = {"float64": 256.0, "float32": 16.0, "bfloat16": 4.0}
 EPS = {"float64": 2.0**-52, "float32": 2.0**-23, "bfloat16": 2.0**-8}
 WAYS = ("received", "output", "arriving", "leaving")
@@ -31,8 +33,8 @@ WAYS = ("received", "output", "arriving", "leaving")
 class PointErrors:
     """The errors of one side at a point given identical inputs and gradients, and that of its output running free.
 
-    Of the inputs it received, of its output, of the gradient arriving at its output and of the one leaving its inputs. NaN
-    where the specification has none.
+    Of the inputs it received, of its output, of the gradient arriving at its output and of the one leaving its inputs.
+    NaN where the specification has none.
     """
 
     name: str
@@ -216,7 +218,9 @@ def own_errors(side: SideTrace) -> list[float]:
 
 
 def located(row: Row, s: Settings, cfg: ModelConfig | None = None, separator: Any = None) -> Row:
-    """A row that fails, with the place where its side differs first, found by a trace on the same weights and tokens."""
+    """A row that fails, with the place where its side differs first, found by a trace on the same weights and
+    tokens.
+    """
     if row.ok:
         return row
     only = row.side if s.blamed_only and row.side in (JAX, TORCH) else ""
@@ -253,7 +257,8 @@ def trace(
 ) -> Trace:
     """Both sides of a config, traced on random weights and tokens of the settings. alone: see `trace_side`.
 
-    only: the one side to trace, the other's points then stay empty. separator: of documents that must not see each other.
+    only: the one side to trace, the other's points then stay empty. separator: of documents that must not see each
+    other.
     """
     cfg = cfg or s.cfg
     weights = random_weights(cfg, s.seed, dtype)
@@ -277,8 +282,9 @@ def trace(
 def trace_cache(row: Row, s: Settings) -> Row:
     """A row of cached decoding that fails, with the first point at which a piece of the sequence differs.
 
-    The sequence is fed as `cached_logits` feeds it; a point's values are the specification's at the piece's positions. Inputs
-    and outputs are those of the specification, but for the keys and values that attention reads, which are the cache's.
+    The sequence is fed as `cached_logits` feeds it; a point's values are the specification's at the piece's positions.
+    Inputs and outputs are those of the specification, but for the keys and values that attention reads, which are the
+    cache's.
     """
     weights = random_weights(s.cfg, s.seed)
     ids, targets = random_batch(s.cfg, s.seed, s.batch, s.length)

@@ -1,4 +1,6 @@
-"""The trainer: the definition as its oracle, whatever the rule for ties, the way of merging and the number of processes."""
+"""The trainer: the definition as its oracle, whatever the rule for ties, the way of merging and the number of
+processes.
+"""
 
 import pytest
 from hypothesis import given

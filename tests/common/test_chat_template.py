@@ -19,8 +19,10 @@ MESSAGES = [
 SPECIAL = {"bos_token": "<s>", "eos_token": "</s>"}
 HONEST = [
     "{{ strftime_now('%Y') }}",
-    "{% for m in messages %}{% if loop.index == 2 %}{% continue %}{% endif %}{{ m.role }}{% if loop.last %}{% break %}{% endif %}{% endfor %}",
-    "{% for m in messages %}{% generation %}{{ m.content }}{% set x = 1 %}{% endgeneration %}{{ x is defined }}{% endfor %}",
+    "{% for m in messages %}{% if loop.index == 2 %}{% continue %}{% endif %}{{ m.role }}{% if loop.last %}{% break "
+    "%}{% endif %}{% endfor %}",
+    "{% for m in messages %}{% generation %}{{ m.content }}{% set x = 1 %}{% endgeneration %}{{ x is defined }}{% "
+    "endfor %}",
     "{{ messages | tojson }}",
     "{{ messages | tojson(indent=2) }}",
     "{{ messages | tojson(separators=(',', ':'), sort_keys=true, ensure_ascii=true) }}",
@@ -28,9 +30,11 @@ HONEST = [
     "{{ unk_token is defined }} {{ unk_token }} {{ bos_token }}",
     "{% set ns = namespace(found=false, n=0) %}{% for m in messages %}{% set ns.n = ns.n + 1 %}{% endfor %}{{ ns.n }}",
     "{{ dict(a=1) }} {{ dict.fromkeys(['a']) }} {{ range(3) | list }} {{ cycler is defined }} {{ joiner is defined }}",
-    "{% macro f(x) %}[{{ x }}]{% endmacro %}{{ f('a') }}{% macro g() %}{{ caller() }}{% endmacro %}{% call g() %}b{% endcall %}",
+    "{% macro f(x) %}[{{ x }}]{% endmacro %}{{ f('a') }}{% macro g() %}{{ caller() }}{% endmacro %}{% call g() %}b{% "
+    "endcall %}",
     "{{ messages[0]['content'] | trim | upper | replace('BE', 'be') | length }}",
-    "{{ messages | selectattr('role', 'equalto', 'user') | list | length }} {{ messages | map(attribute='role') | join(',') }}",
+    "{{ messages | selectattr('role', 'equalto', 'user') | list | length }} {{ messages | map(attribute='role') | "
+    "join(',') }}",
     "{{ messages[2].reasoning_content }} {{ messages[2].thinking }} {{ 'name' in messages[1] }}",
     "{{ messages[1].content is string }} {{ messages is iterable }} {{ (1, 2) is sequence }}",
     "  {%- if true %}\n  a\n  {% endif %}\n b",

@@ -1,4 +1,6 @@
-"""Checkpoint folders: whatever happens while one is written, the previous one loads; a damaged one is refused by name."""
+"""Checkpoint folders: whatever happens while one is written, the previous one loads; a damaged one is refused
+by name.
+"""
 
 import json
 import shutil

@@ -1,4 +1,6 @@
-"""Tokenizers of other people's kinds, read without their library: the same ids as the library gives, or refused by name."""
+"""Tokenizers of other people's kinds, read without their library: the same ids as the library gives, or refused by
+name.
+"""
 
 import json
 import unicodedata

@@ -20,7 +20,9 @@ def imported(path: Path) -> set[str]:
 
 
 def modules(path: Path) -> set[str]:
-    """The modules that a file imports, anywhere in it; what is imported from one of ours is a module if it is a file."""
+    """The modules that a file imports, anywhere in it; what is imported from one of ours is a module if it is a
+    file.
+    """
     found = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):

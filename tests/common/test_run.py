@@ -1,4 +1,6 @@
-"""A run in its folder: one at a time, stopped and killed at any moment, on a full disk; nothing that was saved is lost."""
+"""A run in its folder: one at a time, stopped and killed at any moment, on a full disk; nothing that was saved
+is lost.
+"""
 
 import json
 import os
@@ -232,7 +234,9 @@ def test_a_save_killed_before_the_old_folder_was_deleted_leaves_nothing_after_pr
 
 @pytest.mark.parametrize("kills", [12, pytest.param(200, marks=pytest.mark.slow)])
 def test_killed_while_saving(kills, tmp_path):
-    """At random moments of saving and deleting: the newest checkpoint is complete, and never an older one than before."""
+    """At random moments of saving and deleting: the newest checkpoint is complete, and never an older one than
+    before.
+    """
     save_checkpoint(tmp_path, CFG, make_state(1), {})
     rng, last, leftovers = random.Random(0), 1, 0
     for _ in range(kills):
@@ -325,7 +329,9 @@ def test_a_state_file_that_lies_is_refused(tmp_path):
 
 
 def test_a_stop_saves_before_anything_else(tmp_path):
-    """No held-out loss is computed once somebody waits for the end; what is not known is never a best one, and stays."""
+    """No held-out loss is computed once somebody waits for the end; what is not known is never a best one, and
+    stays.
+    """
     losses = [3.0, 2.0]
     run, rows = make_run(tmp_path, losses=losses, config=RunConfig(save_every=2, keep_last=1, keep_best=1))
     drive(run, losses=losses, at=lambda step: os.kill(os.getpid(), signal.SIGTERM) if step == 5 else None)

@@ -1,4 +1,6 @@
-"""How documents and answers become ids: what stands before a text, what ends a document, a turn and a generated text."""
+"""How documents and answers become ids: what stands before a text, what ends a document, a turn and a generated
+text.
+"""
 
 import json
 

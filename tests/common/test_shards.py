@@ -1,4 +1,6 @@
-"""Shards: the same tokens however they are cut and by how many processes, whole or not there, and which one is damaged."""
+"""Shards: the same tokens however they are cut and by how many processes, whole or not there, and which one is
+damaged.
+"""
 
 import json
 import os

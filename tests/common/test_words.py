@@ -21,7 +21,10 @@ from llm_common.text.words import (
     write_out,
 )
 
-SAMPLE = "It's 1234 o'clock\u00a0— «Привет,\r\n\r\n  мир»!!\n\n你好，世界。 नमस्ते e\u0301 ½ ² Ⅷ 𝔘nicode 😀👩‍👩‍👧 'LL 'ſ  \t x  7  "
+SAMPLE = (
+    "It's 1234 o'clock\u00a0— «Привет,\r\n\r\n  мир»!!\n\n你好，世界。 नमस्ते e\u0301 ½ ² Ⅷ 𝔘nicode 😀👩‍👩‍👧 'LL 'ſ  \t "
+    "x  7  "
+)
 ALPHABET = st.sampled_from("ab é你😀'7½²!\n\t𝔘\u0301 ")
 
 

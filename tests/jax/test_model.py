@@ -187,7 +187,9 @@ def test_initial_weights_do_not_come_from_the_module():
 
 
 def test_equal_models_are_one_compiled_program():
-    """Kernels that a run makes anew, as every call of its functions does, must be equal: a closure would compile again."""
+    """Kernels that a run makes anew, as every call of its functions does, must be equal: a closure would
+    compile again.
+    """
     traces = []
 
     @partial(jax.jit, static_argnames="model")

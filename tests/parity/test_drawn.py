@@ -1,4 +1,6 @@
-"""Cases nobody chose: pairs that are covered, cases that shrink, lines that repeat them, bugs that they find and name."""
+"""Cases nobody chose: pairs that are covered, cases that shrink, lines that repeat them, bugs that they find
+and name.
+"""
 
 import numpy as np
 import pytest

@@ -1,4 +1,6 @@
-"""A TPU's matrix products emulated on a CPU: exactly the rounding that is said, and a check that notices if there is none."""
+"""A TPU's matrix products emulated on a CPU: exactly the rounding that is said, and a check that notices if there is
+none.
+"""
 
 import jax
 import jax.numpy as jnp

@@ -1,7 +1,7 @@
 """Every field of every config is declared: what it decides, and what shows it when it is dropped on the way.
 
-numbers: the case of `parity run` in which another value on one side alone is red, on that side. execution: a structural witness
-that differs with the field. bookkeeping: the unit test that is about it. A field that is not declared fails.
+numbers: the case of `parity run` in which another value on one side alone is red, on that side. execution: a structural
+witness that differs with the field. bookkeeping: the unit test that is about it. A field that is not declared fails.
 """
 
 import dataclasses
@@ -338,7 +338,9 @@ def test_bookkeeping_has_its_tests():
 
 
 def test_every_kernel_of_the_fast_packages_has_a_row():
-    """Each field of `Kernels` is declared, and each replacement that `fast/` offers is judged against the plain function."""
+    """Each field of `Kernels` is declared, and each replacement that `fast/` offers is judged against the plain
+    function.
+    """
     judged = {JAX: set(), TORCH: set()}
     for one in kernel_checks.replacements(13):
         judged[one.side] |= {

@@ -1,4 +1,6 @@
-"""What only a GPU can show: float32 without TF32, float64, fused attention in bfloat16, both frameworks' training there."""
+"""What only a GPU can show: float32 without TF32, float64, fused attention in bfloat16, both frameworks' training
+there.
+"""
 
 import dataclasses
 

@@ -1,4 +1,6 @@
-"""The suite sees planted bugs: the quick ones of the catalogue here, all of them in the slow test and in `parity mutants`."""
+"""The suite sees planted bugs: the quick ones of the catalogue here, all of them in the slow test and in `parity
+mutants`.
+"""
 
 import ast
 

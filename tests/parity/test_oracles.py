@@ -1,6 +1,7 @@
 """transformers' own models agree with all three witnesses: our folders read by it, and its folders read by us.
 
-Built from tiny random configs with every parameter random, and sequences longer than the window and the original length.
+Built from tiny random configs with every parameter random, and sequences longer than the window and the original
+length.
 """
 
 import dataclasses
@@ -109,7 +110,9 @@ def test_our_folder_in_transformers(name, tmp_path):
 
 @pytest.mark.parametrize("name", THEIRS)
 def test_their_folder_in_both_sides(name, tmp_path):
-    """A model that transformers made and saved, in one file and in shards, with the config keys of its versions 4 and 5."""
+    """A model that transformers made and saved, in one file and in shards, with the config keys of its versions 4 and
+    5.
+    """
     family, settings = THEIRS[name]
     config = getattr(transformers, f"{family}Config")(**COMMON, **settings)
     torch.manual_seed(0)

@@ -1,4 +1,6 @@
-"""The peers of `benchmark.py` that are not on the package index, or not whole: what is missing is said, with what to do."""
+"""The peers of `benchmark.py` that are not on the package index, or not whole: what is missing is said, with what to
+do.
+"""
 
 from pathlib import Path
 

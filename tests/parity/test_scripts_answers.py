@@ -1,4 +1,6 @@
-"""What the scripts answer is right: evaluation is the run's, text stops where it ends, nothing that is no number passes."""
+"""What the scripts answer is right: evaluation is the run's, text stops where it ends, nothing that is no number
+passes.
+"""
 
 import dataclasses
 import json
@@ -180,7 +182,9 @@ def test_text_stops_at_what_any_file_names(folder, run, tmp_path):
 
 
 def test_numbers_that_are_none(folder, run, tmp_path):
-    """NaN weights, and weights so large that an activation overflows: every program says which tensor, and exits with 2."""
+    """NaN weights, and weights so large that an activation overflows: every program says which tensor, and exits with
+    2.
+    """
     cfg = dataclasses.replace(preset("tiny"), vocab_size=257)
     good = random_weights(cfg, 0, "float32")
     export(tmp_path / "nan", cfg, good, Tokenizer([]))

@@ -1,4 +1,6 @@
-"""Training on many devices: the meshes, the planted bugs, and runs that change their mesh, on processes of this machine."""
+"""Training on many devices: the meshes, the planted bugs, and runs that change their mesh, on processes of this
+machine.
+"""
 
 import numpy as np
 import pytest
@@ -47,8 +49,8 @@ def test_every_planted_sharding_bug(bug):
 
 @pytest.mark.parametrize("window", [None, 100])
 def test_the_tpu_kernel_equals_the_reference_in_value_and_gradient(window):
-    """In interpret mode, float32: both sum over 256 keys in float32 in other orders. Bound: 16 times the rounding of 256 terms,
-    16 sqrt(256) 2^-24 = 1.5e-5; the largest figure seen is 5.7e-7, of dk.
+    """In interpret mode, float32: both sum over 256 keys in float32 in other orders. Bound: 16 times the rounding of
+    256 terms, 16 sqrt(256) 2^-24 = 1.5e-5; the largest figure seen is 5.7e-7, of dk.
     """
     import jax
     import jax.numpy as jnp

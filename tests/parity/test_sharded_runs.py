@@ -1,4 +1,6 @@
-"""Whole runs on many devices through `scripts/train.py`: they change mesh and framework, lose a process, and refuse what cannot be."""
+"""Whole runs on many devices through `scripts/train.py`: they change mesh and framework, lose a process, and refuse
+what cannot be.
+"""
 
 import io
 import os
@@ -128,7 +130,9 @@ def test_what_a_mesh_is_refused_for(folder):
 
 
 def test_processes_end_well_right_after_their_last_collective():
-    """Without the pause at the end some abort, so that a run of this in two or three goes red: the long switch interval keeps gloo's threads from the interpreter's lock."""
+    """Without the pause at the end some abort, so that a run of this in two or three goes red: the long switch interval
+    keeps gloo's threads from the interpreter's lock.
+    """
     code = """
 import sys
 import torch, torch.distributed as dist
@@ -152,7 +156,9 @@ hosts.gather(None)
 
 
 def test_hosts_that_begin_their_own_processes(folder):
-    """Two hosts of two devices each, which are one machine: the losses of one process; one mistake is one line on each host."""
+    """Two hosts of two devices each, which are one machine: the losses of one process; one mistake is one line on each
+    host.
+    """
     words = [sys.executable, str(ROOT / "scripts" / "train.py"), "--framework", "torch", "--device", "cpu"]
     words += ["--compute-dtype", "float64", "--batch-size", "8", "--seq-len", "16", "--total-steps", "3"]
     words += ["--model-config", str(folder / "config.json"), "--data", str(folder / "tokens.npy")]
@@ -191,8 +197,13 @@ def _runs(process: int) -> bool:
 
 
 def test_no_process_outlives_the_one_that_began_it(tmp_path):
-    """A killed parent cannot tell its children; they notice. A process of which the variable came without the pipe goes on."""
-    child = "import time; from llm_common.processes import end_with_launcher; end_with_launcher(); print('up\\n', end='', flush=True); time.sleep(60)"
+    """A killed parent cannot tell its children; they notice. A process of which the variable came without the pipe goes
+    on.
+    """
+    child = (
+        "import time; from llm_common.processes import end_with_launcher; end_with_launcher(); print('up\\n', "
+        "end='', flush=True); time.sleep(60)"
+    )
     parent = f"""
 import os, subprocess, sys
 from llm_common.processes import lifeline

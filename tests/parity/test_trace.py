@@ -1,4 +1,6 @@
-"""The trace: clean models have no fault at any point, and a bug is placed where it is, not where it shows first or last."""
+"""The trace: clean models have no fault at any point, and a bug is placed where it is, not where it shows first or
+last.
+"""
 
 import dataclasses
 

@@ -40,7 +40,9 @@ def copy(p: torch.Tensor, array: np.ndarray) -> None:
 
 
 def to_canonical(model: CausalLM) -> dict[str, np.ndarray]:
-    """Canonical tensors, each a NumPy array of its own, from a model's parameters. A trainer's masters: `to_training_state`."""
+    """Canonical tensors, each a NumPy array of its own, from a model's parameters. A trainer's masters:
+    `to_training_state`.
+    """
     parameters = dict(model.named_parameters())
     return {name: _array(parameters[name]) for name in tensor_shapes(model.cfg)}
 

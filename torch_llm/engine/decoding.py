@@ -57,7 +57,8 @@ def decode_step(
     sampling: SamplingConfig,
     lengths: Tensor | None = None,
 ) -> Tensor:
-    """Feed tokens (B, T) at the cache's next positions and draw the token that follows: ids (B,), -1 where the logits are not finite.
+    """Feed tokens (B, T) at the cache's next positions and draw the token that follows: ids (B,), -1 where the logits
+    are not finite.
 
     lengths (B,): how many of the T tokens are each text's own, if they are padded.
     """
@@ -71,7 +72,8 @@ def decode_step(
 
 
 class CapturedSteps:
-    """`decode_step` as CUDA graphs, one for each number of tokens, which are played with nothing asked of the host between.
+    """`decode_step` as CUDA graphs, one for each number of tokens, which are played with nothing asked of the host
+    between.
 
     They read and write at fixed places: the cache, the key and the numbers of the texts, and each its tokens.
     """
@@ -93,8 +95,8 @@ class CapturedSteps:
             return
         tokens = torch.zeros(len(self.numbers), t, dtype=torch.int64, device=self.device)
         lengths = torch.full_like(self.numbers, t)
-        # the search for the fastest matrix-vector products takes a minute or two, and pays where there is no matrix of texts; where
-        # there is one, small kernels that do not depend on each other are joined
+        # the search for the fastest matrix-vector products takes a minute or two, and pays where there is no matrix of
+        # texts; where there is one, small kernels that do not depend on each other are joined
         search = {"coordinate_descent_tuning": True, "coordinate_descent_search_radius": 2}
         options: dict[str, Any] = search if tokens.numel() == 1 else {"combo_kernels": True}
         step = torch.compile(decode_step, dynamic=False, options=options) if self.compile else decode_step
@@ -121,7 +123,9 @@ class CapturedSteps:
         self.cache.set_length(torch.zeros_like(self.numbers))
 
     def __call__(self, tokens: Tensor, lengths: Tensor | None = None) -> Tensor:
-        """The ids (B,) that follow tokens (B, T), of which `lengths` (B,) are each text's own, as they were before if not given."""
+        """The ids (B,) that follow tokens (B, T), of which `lengths` (B,) are each text's own, as they were before if
+        not given.
+        """
         graph, own_tokens, own_lengths = self.graphs[tokens.shape[1]]
         own_tokens.copy_(tokens)
         if lengths is not None:
@@ -131,7 +135,9 @@ class CapturedSteps:
 
 
 class Programs(dict[tuple[int, int, SamplingConfig], CapturedSteps]):
-    """Captured steps by batch size, slots and settings of the sampler, to be used again. compile: with torch.compile."""
+    """Captured steps by batch size, slots and settings of the sampler, to be used again. compile: with
+    torch.compile.
+    """
 
     def __init__(self, compile: bool) -> None:
         super().__init__()

@@ -82,7 +82,9 @@ def to_device(x: np.ndarray, device: torch.device) -> Tensor:
 
 
 def to_host_later(x: Tensor) -> Callable[[], Tensor]:
-    """A function that gives x on the host and waits until it is there, but for nothing that the device begins afterwards."""
+    """A function that gives x on the host and waits until it is there, but for nothing that the device begins
+    afterwards.
+    """
     if not x.is_cuda:
         return lambda: x
     copy, there = x.to("cpu", non_blocking=True), torch.cuda.Event()

@@ -17,8 +17,9 @@ from torch_llm.model import CausalLM
 
 @torch.no_grad()
 def first_not_finite(model: CausalLM, inputs: Tensor, targets: Tensor) -> str:
-    """Which tensor is the first that is not finite: a weight, else a module's output in the order in which they are computed,
-    else the loss, else a gradient in the order of the backward pass. For people; runs the model once more, uncompiled.
+    """Which tensor is the first that is not finite: a weight, else a module's output in the order in which they are
+    computed, else the loss, else a gradient in the order of the backward pass. For people; runs the model once more,
+    uncompiled.
     """
     parameters, names = dict(model.named_parameters()), list(tensor_shapes(model.cfg))
     for name in names:
@@ -43,7 +44,9 @@ def finite(x: Tensor) -> bool:
 
 
 def watch_outputs(model: CausalLM, forward: Callable[[], Tensor]) -> tuple[Tensor, str]:
-    """What a forward pass gives, and which module's output is the first in it that is not finite, for people ("": none)."""
+    """What a forward pass gives, and which module's output is the first in it that is not finite, for people ("":
+    none).
+    """
     found: list[str] = []
 
     def look(name: str):

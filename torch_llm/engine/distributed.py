@@ -6,8 +6,9 @@
     and tensor-parallel hooks                  mesh: the compiler adds collectives
     one process for each device                one process for the devices of a host
 
-FSDP2 runs over the axes data and fsdp: it gathers a layer's weights in the compute dtype before the layer and sums gradients in
-float32. The axis tensor is hooks at the modules' borders: inside, activations are local tensors of this device's heads and channels.
+FSDP2 runs over the axes data and fsdp: it gathers a layer's weights in the compute dtype before the layer and sums
+gradients in float32. The axis tensor is hooks at the modules' borders: inside, activations are local tensors of this
+device's heads and channels.
 
 B batch, T positions, D hidden_size, V vocab_size.
 """
@@ -103,7 +104,8 @@ def whole_vocabulary(logits: Any) -> Tensor:
 def parallelize(model: CausalLM, mesh: DeviceMesh) -> None:
     """Cut a model over the axis tensor: its parameters become DTensors, and hooks at its modules' borders talk.
 
-    The logits come out cut over the vocabulary, as `loss_parallel` takes them. `model.cfg` is then that of a device's own heads.
+    The logits come out cut over the vocabulary, as `loss_parallel` takes them. `model.cfg` is then that of a device's
+    own heads.
     """
     for name, p in list(model.named_parameters()):
         axis = axis_cut_by("tensor", name)
@@ -170,7 +172,9 @@ def cut_model(
     compute_dtype: torch.dtype,
     device: torch.device | str,
 ) -> tuple[CausalLM, dict[str, nn.Parameter]]:
-    """A model cut over a mesh, its weights in `dtype` still to be filled in, and this device's parts of them by canonical name."""
+    """A model cut over a mesh, its weights in `dtype` still to be filled in, and this device's parts of them by
+    canonical name.
+    """
     with torch.device("meta"):
         model = CausalLM(cfg, kernels).to(dtype)
     if mesh["tensor"].size() > 1:
@@ -192,7 +196,8 @@ def copy_parts(
 
 
 class ShardedTrainer(Trainer):
-    """A training run on the devices of a mesh. Every process has one of these and calls the same methods in the same order.
+    """A training run on the devices of a mesh. Every process has one of these and calls the same methods in the same
+    order.
 
     The optimizer works on the local parts, `parameters` by canonical name: an update needs nothing of other devices.
     """
@@ -381,7 +386,9 @@ def evaluator(
 def generator(
     cfg: ModelConfig, weights: Tensors, config: MeshConfig, device: torch.device | str, compute_dtype: str = "float32"
 ) -> Iterator[Callable[..., Iterator[list[list[int]]]]]:
-    """`torch_llm.engine.generate.generator` on a mesh: weights, cache and logits are cut, and every process is given all texts."""
+    """`torch_llm.engine.generate.generator` on a mesh: weights, cache and logits are cut, and every process is given
+    all texts.
+    """
     check_mesh(config, cfg)
     target, dtype = torch.device(device), getattr(torch, compute_dtype)
     model, parts = cut_model(cfg, make_mesh(config, target.type), decoding_kernels(compute_dtype), dtype, dtype, target)

@@ -24,7 +24,9 @@ from torch_llm.model import CausalLM, empty_model
 
 
 def batch_loss(model: CausalLM, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Of each row: sum of the losses in nats and number of counted targets, (B,) each, for inputs and targets (B, T)."""
+    """Of each row: sum of the losses in nats and number of counted targets, (B,) each, for inputs and targets
+    (B, T).
+    """
     logits = model(inputs)
     losses, counts = zip(*(cross_entropy_sum(*row) for row in zip(logits, targets, strict=True)), strict=True)
     return torch.stack(losses), torch.stack(counts)

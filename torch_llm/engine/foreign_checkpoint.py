@@ -26,7 +26,9 @@ def write(path: Path, tree: dict[str, np.ndarray]) -> None:
 
 
 def read(path: Path, like: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """The arrays of a folder, which must have the names, shapes and dtypes of `like`. Raises UserError, naming what is wrong."""
+    """The arrays of a folder, which must have the names, shapes and dtypes of `like`. Raises UserError, naming what is
+    wrong.
+    """
     found = read_metadata(path)
     check_like(
         path,
@@ -37,7 +39,9 @@ def read(path: Path, like: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 
 def _read_stored(path: Path, name: str, stored: StoredTensor) -> np.ndarray:
-    """A tensor out of the files of a DCP folder. Every piece is a zip archive, whose CRCs torch itself does not compare."""
+    """A tensor out of the files of a DCP folder. Every piece is a zip archive, whose CRCs torch itself does not
+    compare.
+    """
     out, there = np.zeros(stored.shape, stored.dtype), np.zeros(stored.shape, bool)
     for chunk in stored.chunks:
         try:

@@ -5,8 +5,8 @@
     they change                                a cache, which they return
     generate_stream(model, ...)                generate_stream(model, params, ...)
 
-B batch, P longest prompt, V vocab_size. Prompts may have different lengths: they are padded on the right. A text is decided by
-its prompt, its number in `numbers` and the seed, never by the texts beside it.
+B batch, P longest prompt, V vocab_size. Prompts may have different lengths: they are padded on the right. A text is
+decided by its prompt, its number in `numbers` and the seed, never by the texts beside it.
 """
 
 import contextlib
@@ -46,10 +46,11 @@ def generate_stream(
 ) -> Iterator[list[list[int]]]:
     """Continue prompts by up to max_new_tokens each; yields the new ids of every text, some at a time.
 
-    A text ends before an id in eos_ids, or once `finished(row, its ids)` says so. numbers: the number of each text, folded
-    into its random bits; default: its row. chunk: ids between two looks of the host. An accelerator is given the next chunk
-    before the host looks at the last one. programs: to capture the steps of a GPU in, None to run them one by one.
-    Raises UserError for an empty prompt, an id outside the vocabulary or a text longer than the model's positions.
+    A text ends before an id in eos_ids, or once `finished(row, its ids)` says so. numbers: the number of each text,
+    folded into its random bits; default: its row. chunk: ids between two looks of the host. An accelerator is given the
+    next chunk before the host looks at the last one. programs: to capture the steps of a GPU in, None to run them one
+    by one. Raises UserError for an empty prompt, an id outside the vocabulary or a text longer than the model's
+    positions.
     """
     padded, lengths = check_prompts(prompts, model.cfg, max_new_tokens)
     b, weight, slots = len(padded), model.model.embed_tokens.weight, padded.shape[1] + max_new_tokens
@@ -109,7 +110,10 @@ def why_not_finite(model: CausalLM, ids: Sequence[int]) -> str:
     """Which module's output is the first that is not finite for the ids of a text; for people."""
     inputs = torch.tensor([[int(i) for i in ids]], device=model.model.norm.weight.device)
     _, found = watch_outputs(model, lambda: model(inputs))
-    return f"the logits after {len(ids)} tokens are not finite: {found or 'only with a cache'}; try another --compute-dtype"
+    return (
+        f"the logits after {len(ids)} tokens are not finite: {found or 'only with a cache'}; try another "
+        "--compute-dtype"
+    )
 
 
 def generate(
@@ -135,7 +139,8 @@ def generator(
 ) -> Iterator[Callable[..., Iterator[list[list[int]]]]]:
     """Inside `with`: `generate_stream` of canonical weights on a device by name, its first argument filled in.
 
-    compile: on a GPU steps are captured; "on" compiles them before, which takes one to three minutes and pays for long texts.
+    compile: on a GPU steps are captured; "on" compiles them before, which takes one to three minutes and pays for long
+    texts.
     """
     target = select_device(device)
     model = empty_model(cfg, getattr(torch, compute_dtype), target, decoding_kernels(compute_dtype))

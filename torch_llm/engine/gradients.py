@@ -30,10 +30,12 @@ def loss_and_grads(
     accumulation_steps: int = 1,
     batch_loss: Callable[..., Tensor] = batch_loss,
 ) -> Tensor:
-    """Mean loss of a batch; its gradients are left in the parameters, where `optim.gradient` finds them. inputs, targets: (B, T).
+    """Mean loss of a batch; its gradients are left in the parameters, where `optim.gradient` finds them. inputs,
+    targets: (B, T).
 
-    With accumulation the batch is cut into `accumulation_steps` micro-batches, one after the other; the gradients are added up in
-    float32, and the mean is over all counted tokens of the batch. batch_loss: that function, or a compiled form of it.
+    With accumulation the batch is cut into `accumulation_steps` micro-batches, one after the other; the gradients are
+    added up in float32, and the mean is over all counted tokens of the batch. batch_loss: that function, or a compiled
+    form of it.
     """
     count = (targets != IGNORE_INDEX).sum()
     model.zero_grad()

@@ -29,7 +29,8 @@ class TorchHosts(Hosts):
 
 
 def join_hosts(device: str = "auto", timeout: float = 300) -> Hosts:
-    """Join the other processes of this run, as torchrun's environment describes them, or SLURM's; a process alone is a group of one.
+    """Join the other processes of this run, as torchrun's environment describes them, or SLURM's; a process alone is a
+    group of one.
 
     Raises UserError, naming the processes, if not all come within `timeout` seconds.
     """
@@ -76,8 +77,8 @@ def join_hosts(device: str = "auto", timeout: float = 300) -> Hosts:
     dist.init_process_group(
         "cpu:gloo,cuda:nccl" if cuda else "gloo", store=PrefixStore("group", store), rank=rank, world_size=count
     )
-    # gloo's threads let go of the last tensors with the interpreter's lock; one that waits for it as the interpreter ends aborts the
-    # process, so the lock is let go of before
+    # gloo's threads let go of the last tensors with the interpreter's lock; one that waits for it as the interpreter
+    # ends aborts the process, so the lock is let go of before
     atexit.register(time.sleep, 0.1)
     return TorchHosts(str(target))
 

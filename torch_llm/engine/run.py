@@ -23,10 +23,11 @@ from torch_llm.engine.train import Trainer
 
 
 def fit_and_save(run: Run, device: str = "auto") -> Path:
-    """Train as `run` says: from its newest checkpoint, from its initial weights or from the seed, to the end or until it is
-    asked to stop. Returns the newest checkpoint.
+    """Train as `run` says: from its newest checkpoint, from its initial weights or from the seed, to the end or until
+    it is asked to stop. Returns the newest checkpoint.
 
-    Raises UserError if the device is absent, the folder is in use, or the checkpoint there is damaged or of another run.
+    Raises UserError if the device is absent, the folder is in use, or the checkpoint there is damaged or of another
+    run.
     """
     target = select_device(device)
     with run:
@@ -65,7 +66,9 @@ def fit_and_save_on_mesh(run: Run, config: MeshConfig, device: torch.device | st
 def cost_of_determinism(
     cfg: ModelConfig, train: TrainConfig, opt: OptimizerConfig, dataset: Dataset, device: str = "auto"
 ) -> str:
-    """What `deterministic` costs on a device (by name), measured on a few steps of a run that is thrown away: for people."""
+    """What `deterministic` costs on a device (by name), measured on a few steps of a run that is thrown away: for
+    people.
+    """
     target = select_device(device)
     if target.type == "cpu":
         return "deterministic: a CPU gives the same bits anyway, at no cost"

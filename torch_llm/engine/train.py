@@ -31,7 +31,8 @@ from torch_llm.optim import AdamW, clip_factor, global_norm, gradient, make_opti
 
 
 class Trainer:
-    """A training run. `model` is in the compute dtype, and `optimizer` owns the masters of its parameters and their moments.
+    """A training run. `model` is in the compute dtype, and `optimizer` owns the masters of its parameters and their
+    moments.
 
     `step` counts steps and `optimizer.count` the updates made.
     """
@@ -59,7 +60,8 @@ class Trainer:
         if init_weights:
             self.init_weights()
         if self.compiled:
-            # the table must be on the device before the program is traced, which would be traced again after the first step
+            # the table must be on the device before the program is traced, which would be traced again after the first
+            # step
             self.model.model.places.rotary_table(torch.zeros(1, dtype=torch.long, device=self.device), upcast_dtype)
             self._compile()
 
@@ -94,7 +96,9 @@ class Trainer:
         return global_norm([*map(gradient, self.model.parameters())], sums_of_squares)
 
     def read_batch(self, dataset: Dataset) -> tuple[Tensor, Tensor]:
-        """Inputs and targets of this step, each (B, T), on the device. Raises UserError for an id outside the vocabulary."""
+        """Inputs and targets of this step, each (B, T), on the device. Raises UserError for an id outside the
+        vocabulary.
+        """
         batch = dataset.batch(self.step)
         check_batch(*batch, self.cfg.vocab_size, f"step {self.step}")
         inputs, targets = (to_device(x, self.device) for x in batch)
@@ -109,8 +113,8 @@ class Trainer:
     def train_step(self, inputs: Tensor, targets: Tensor) -> StepMetrics:
         """One step: gradients, global norm, clip, AdamW.
 
-        Compiled, it does not wait for the device: whether the norm is finite is asked there, and here only before the next
-        update, whose bias corrections depend on it.
+        Compiled, it does not wait for the device: whether the norm is finite is asked there, and here only before the
+        next update, whose bias corrections depend on it.
         """
         with matmul_precision(self.train.compute_dtype), deterministic_algorithms(self.train):
             loss = self.loss_and_grads(inputs, targets)
@@ -142,10 +146,10 @@ class Trainer:
     ) -> None:
         """Train from `self.step` to `until_step` (default: opt.total_steps).
 
-        `on_step(step, trainer, metrics)` is called after each step is begun; if it returns True, training ends there. A step
-        is waited for only when its metrics are read, and at the latest when the next one has been begun, so that the device
-        always has work. Raises UserError if too many updates in a row were skipped, naming the tensor that is the first to be
-        not finite.
+        `on_step(step, trainer, metrics)` is called after each step is begun; if it returns True, training ends there. A
+        step is waited for only when its metrics are read, and at the latest when the next one has been begun, so that
+        the device always has work. Raises UserError if too many updates in a row were skipped, naming the tensor that
+        is the first to be not finite.
         """
         skipped_in_row = 0
         before: tuple[int, StepMetrics, Tensor, Tensor] | None = None  # the step before, which is not waited for

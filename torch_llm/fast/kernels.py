@@ -21,8 +21,8 @@ def make_kernels(
 ) -> Kernels:
     """`PLAIN` with the functions that these settings ask for.
 
-    attention: a resolved backend. separator: the id that ends a document, if none may see another. block_masks: whether a compiled
-    program takes its masks in blocks.
+    attention: a resolved backend. separator: the id that ends a document, if none may see another. block_masks: whether
+    a compiled program takes its masks in blocks.
     """
     kernels = dataclasses.replace(PLAIN, embedding=lean_embedding, attention=attention_kernel(attention))
     if remat != "none":

@@ -25,8 +25,8 @@ REMAT_OPTIONS = {
 class Remat:
     """`run_layer` for training; without gradients, that function itself.
 
-    policy: what a layer's backward pass computes again instead of keeping it from the forward pass. "dots": all but the matrix
-    products; "full": everything but the layer's input.
+    policy: what a layer's backward pass computes again instead of keeping it from the forward pass. "dots": all but the
+    matrix products; "full": everything but the layer's input.
     """
 
     policy: str

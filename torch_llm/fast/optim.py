@@ -59,8 +59,8 @@ class CompiledAdamW(AdamW):
     ) -> None:
         """An update with the gradients times `factor`.
 
-        finite: bool tensor on the device. If False, the update changes nothing; `count` has been raised already, so the caller
-        must lower it.
+        finite: bool tensor on the device. If False, the update changes nothing; `count` has been raised already, so the
+        caller must lower it.
         """
         update, device = compiled_update(), group["params"][0].device
         dtype = wide_dtype(group["params"])  # a wider one would make the whole update as wide

@@ -180,12 +180,14 @@ both(
     (
         "rope:apply_rope",
         "cos, sin = cos[..., None, :], sin[..., None, :]",
-        "x1, x2, cos, sin = x1.astype(x.dtype), x2.astype(x.dtype), cos[..., None, :].astype(x.dtype), sin[..., None, :].astype(x.dtype)",
+        "x1, x2, cos, sin = x1.astype(x.dtype), x2.astype(x.dtype), cos[..., None, :].astype(x.dtype), sin[..., "
+        "None, :].astype(x.dtype)",
     ),
     (
         "rope:apply_rope",
         "cos, sin = cos[..., None, :], sin[..., None, :]",
-        "x1, x2, cos, sin = x1.to(x.dtype), x2.to(x.dtype), cos[..., None, :].to(x.dtype), sin[..., None, :].to(x.dtype)",
+        "x1, x2, cos, sin = x1.to(x.dtype), x2.to(x.dtype), cos[..., None, :].to(x.dtype), sin[..., None, "
+        ":].to(x.dtype)",
     ),
     "precision",
     "apply_rope",
@@ -239,7 +241,8 @@ alike(
     "probabilities not over the keys seen",
     REF,
     "mask = xp.broadcast_to(mask, (b, n, t, s)).reshape(scores.shape)",
-    "mask = xp.broadcast_to(mask, (b, n, t, s)).reshape(scores.shape)\nscores = scores - xp.log(xp.ones_like(scores) * 1.5) * (scores > 0)",
+    "mask = xp.broadcast_to(mask, (b, n, t, s)).reshape(scores.shape)\nscores = scores - xp.log(xp.ones_like(scores) "
+    "* 1.5) * (scores > 0)",
     place=CORE,
 )
 jax(
@@ -313,7 +316,8 @@ torch(
     "norm over all heads",
     "attention:Attention.forward",
     "q, k = self.q_norm(q), self.k_norm(k)",
-    "q = q * torch.rsqrt(q.flatten(-2).square().mean(-1)[..., None, None] + 1e-5) * self.q_norm.weight\nk = self.k_norm(k)",
+    "q = q * torch.rsqrt(q.flatten(-2).square().mean(-1)[..., None, None] + 1e-5) * self.q_norm.weight\nk = "
+    "self.k_norm(k)",
     place=ATTENTION,
 )
 both(

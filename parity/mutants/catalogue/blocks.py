@@ -124,7 +124,8 @@ torch(
     "model:DecoderLayer.forward",
     "x = x + self.self_attn(self.input_layernorm(x), place, cache, layer)\n"
     "return x + self.mlp(self.post_attention_layernorm(x))",
-    "return x + self.self_attn(self.input_layernorm(x), place, cache, layer) + self.mlp(self.post_attention_layernorm(x))",
+    "return x + self.self_attn(self.input_layernorm(x), place, cache, layer) + "
+    "self.mlp(self.post_attention_layernorm(x))",
     place=LAYER,
 )
 jax(
@@ -159,7 +160,8 @@ both(
     (
         "model:CausalLM.forward",
         "return self.model.embed_tokens.attend(x) if self.lm_head is None else self.lm_head(x)",
-        "x = self.model.embed_tokens.attend(x) if self.lm_head is None else self.lm_head(x)\nreturn 30 * torch.tanh(x / 30)",
+        "x = self.model.embed_tokens.attend(x) if self.lm_head is None else self.lm_head(x)\nreturn 30 * "
+        "torch.tanh(x / 30)",
     ),
     place="the model",
 )

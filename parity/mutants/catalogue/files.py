@@ -108,7 +108,8 @@ jax(
     "schedule starts again on resuming",
     "engine.train:fit",
     "step, known_count, skipped_in_row = int(state.step), int(state.adam_count), 0",
-    "step, known_count, skipped_in_row = 0 * int(state.step), int(state.adam_count), 0\nuntil_step = until_step and until_step - int(state.step)",
+    "step, known_count, skipped_in_row = 0 * int(state.step), int(state.adam_count), 0\nuntil_step = until_step and "
+    "until_step - int(state.step)",
     "resume",
 )
 torch(

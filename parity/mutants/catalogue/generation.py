@@ -144,7 +144,8 @@ torch(
     "fused values for keys",
     "fast.products:fused_qkv",
     "return qkv.split([cfg.num_attention_heads, cfg.num_key_value_heads, cfg.num_key_value_heads], dim=2)",
-    "q, v, k = qkv.split([cfg.num_attention_heads, cfg.num_key_value_heads, cfg.num_key_value_heads], dim=2)\nreturn q, k, v",
+    "q, v, k = qkv.split([cfg.num_attention_heads, cfg.num_key_value_heads, cfg.num_key_value_heads], dim=2)\nreturn "
+    "q, k, v",
     **FUSED,
 )
 torch(
@@ -172,13 +173,15 @@ both(
     (
         "engine.generate:generate_stream",
         "done[row] = done[row] or token in eos_ids\nif not done[row]:\n"
-        "    new[row].append(token)\n    texts[row].append(token)\n    done[row] = finished is not None and finished(row, texts[row])",
+        "    new[row].append(token)\n    texts[row].append(token)\n    done[row] = finished is not None and "
+        "finished(row, texts[row])",
         "if not done[row]:\n    new[row].append(token)\n    texts[row].append(token)\n    done[row] = token in eos_ids",
     ),
     (
         "engine.generate:generate_stream",
         "done[row] = done[row] or token in eos_ids\nif not done[row]:\n"
-        "    new[row].append(token)\n    texts[row].append(token)\n    done[row] = finished is not None and finished(row, texts[row])",
+        "    new[row].append(token)\n    texts[row].append(token)\n    done[row] = finished is not None and "
+        "finished(row, texts[row])",
         "if not done[row]:\n    new[row].append(token)\n    texts[row].append(token)\n    done[row] = token in eos_ids",
     ),
     **GENERATE,
