@@ -189,7 +189,7 @@ def run_in(root: Path, *command: object) -> None:
     flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_cpu_multi_thread_eigen=false"
     environment = {
         **os.environ,
-        "PYTHONPATH": str(root),
+        "PYTHONPATH": f"{root}{os.pathsep}{root / 'scripts'}",  # where programs had their libraries before llm_tools
         "JAX_PLATFORMS": "cpu",
         "XLA_FLAGS": flags,
         "OMP_NUM_THREADS": "1",
