@@ -107,7 +107,7 @@ def weight_axes(name: str) -> tuple[tuple[str, ...], ...]:
     raise KeyError(f"no sharding rule for {name!r}")
 
 
-def axis_cut_by(axis: str, name: str) -> int | None:
+def sharded_axis(axis: str, name: str) -> int | None:
     """Which axis of a canonical tensor a mesh axis cuts, or None."""
     return next((i for i, cut in enumerate(weight_axes(name)) if axis in cut), None)
 

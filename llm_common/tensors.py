@@ -16,7 +16,8 @@ from llm_common.errors import UserError
 
 Tensors = Mapping[str, np.ndarray]
 INIT_STD = 0.02
-# Of a layer's blocks: the projections of one input that decoding makes as one product, by the name of that.
+# For each block: the fused name, then the projections it replaces. They read the same input, so decoding does them in
+# one matmul.
 FUSED = {"self_attn": ("qkv_proj", "q_proj", "k_proj", "v_proj"), "mlp": ("gate_up_proj", "gate_proj", "up_proj")}
 
 

@@ -98,7 +98,7 @@ def decode(
 ) -> tuple[KVCache, Array, Array]:
     """Feed tokens (B,) and draw n more of each text: the new cache, the last ids (B,) and all n (B, n).
 
-    What does not fit into the cache is drawn from nonsense: it is for the caller to leave it away.
+    Tokens drawn after the cache is full are meaningless; the caller must drop them.
     """
     key = random_bits.key(seed)
 

@@ -170,7 +170,7 @@ def compiled_train_step(cfg: ModelConfig, train: TrainConfig, opt: OptimizerConf
     comes out.
     """
     model, steps = mesh_model(cfg, train, mesh), train.gradient_accumulation_steps
-    step = single.one_step_behind(make_train_step(model, make_optimizer(opt, cfg), train.compute_dtype, steps))
+    step = single.with_deferred_count(make_train_step(model, make_optimizer(opt, cfg), train.compute_dtype, steps))
     state = state_shardings(cfg, opt, mesh, jnp.dtype(train.master_dtype))
     rows, whole = NamedSharding(mesh, BATCH), NamedSharding(mesh, PartitionSpec())
     return jax.jit(

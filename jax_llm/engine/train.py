@@ -81,7 +81,7 @@ def make_train_step(
     return train_step
 
 
-def one_step_behind(train_step: Callable) -> Callable[..., tuple[TrainState, Metrics]]:
+def with_deferred_count(train_step: Callable) -> Callable[..., tuple[TrainState, Metrics]]:
     """The step as `fit` calls it, before it knows whether the step before made an update.
 
     either: the scalars for both cases. known_count: the updates made until the step before.
@@ -113,7 +113,7 @@ def compiled_train_step(cfg: ModelConfig, train: TrainConfig, opt: OptimizerConf
     """The jitted step of a run, its state donated; the same settings give the same function, compiled once."""
     model, steps = make_model(cfg, train, platform), train.gradient_accumulation_steps
     step = make_train_step(model, make_optimizer(opt, cfg), train.compute_dtype, steps)
-    step = one_step_behind(step)
+    step = with_deferred_count(step)
     if train.compile == "off":
         return step
     options = {"xla_gpu_deterministic_ops": True} if train.deterministic and platform == "gpu" else None
@@ -156,7 +156,7 @@ def fit(
     dataset = Prefetch(dataset)
     before: tuple[int, StepMetrics, Array, Array] | None = None  # the step before, which is not waited for
 
-    def look_back() -> int:
+    def check_previous_step() -> int:
         """Wait for the step before; returns the number of updates made until then."""
         nonlocal skipped_in_row
         if before is None:
@@ -176,11 +176,11 @@ def fit(
         inputs, targets = read_batch(dataset, step, cfg)
         either = tuple(step_scalars(opt, step, known_count + updated) for updated in (0, 1))
         state, metrics = train_step(state, inputs, targets, either, known_count)
-        known_count, step = look_back(), step + 1
+        known_count, step = check_previous_step(), step + 1
         before = step, StepMetrics(functools.partial(read_metrics, metrics, either[0].lr)), inputs, targets
         if on_step is not None and on_step(step, state, before[1]):
             break
-    look_back()
+    check_previous_step()
     return state
 
 

@@ -31,11 +31,10 @@ class ChunkedLoss:
 
 @partial(jax.custom_vjp, nondiff_argnums=(4,))
 def chunked_cross_entropy(x: Array, weight: Array, targets: Array, count: Array, chunks: int) -> Array:
-    """`cross_entropy` of the logits flat_linear(x, weight), which are made for T / chunks positions at a time and are
-    never all there.
+    """`cross_entropy` of the logits flat_linear(x, weight), T / chunks positions at a time: all logits never exist.
 
-    x (B, T, D), weight (V, D) of the head, targets (B, T). The gradients are made with the logits, which are so made
-    once; that of weight is summed over the chunks in float32.
+    x (B, T, D), weight (V, D) of the head, targets (B, T). Gradients are computed in the same pass, so each logit is
+    computed once. The gradient of weight is summed over the chunks in float32.
     """
     return _chunks_forward(x, weight, targets, count, chunks)[0]
 

@@ -66,10 +66,11 @@ def memory_per_step(
 ) -> dict[str, int]:
     """About how many bytes a step needs on each device: exact for what is kept, an estimate for activations.
 
-    Keys: weights, moments, gradients (master dtype, and the cast copies of both), activations (of one micro-batch).
-    Gradients come as activations go, so where all of these are kept only the larger of the two counts. Measured on an
-    H100 at 124m, bfloat16, 32,768 tokens: the sum is 1.0 to 1.25 times the peak of both frameworks; at 1b and 8b, by
-    the TPU's compiler and on one or two H100s and H200s: within 10 % (docs/tpu_compiled.md, docs/scaling.md).
+    Keys: weights, moments, gradients (master dtype, and the cast copies of both), activations (of one micro-batch). The
+    backward pass frees activations while it allocates gradients, so without rematerialisation only the larger of the
+    two adds to the peak. Measured on an H100 at 124m, bfloat16, 32,768 tokens: the sum is 1.0 to 1.25 times the peak of
+    both frameworks; at 1b and 8b, by the TPU's compiler and on one or two H100s and H200s: within 10 %
+    (docs/tpu_compiled.md, docs/scaling.md).
     """
     parts, tensor = mesh.fsdp * mesh.tensor, mesh.tensor
     p, master = cfg.num_parameters(), 8 if train.compute_dtype == "float64" else 4

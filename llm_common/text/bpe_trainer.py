@@ -5,10 +5,9 @@ The distinct words lie one after the other in one flat array of ids, a gap befor
 bytes keeps its id in the first and in the last of its bytes' places, so that both neighbours of a token are found
 without links.
 
-Only pairs that occur at least `floor` times are kept in the books: where they are, how often, and a heap that gives the
-most frequent. A pair that is rarer cannot be the next one. When no pair is left, the floor falls and the array is
-looked through again. Within one floor a pair's count only falls, once the merge that made it is done; so a heap entry
-may be out of date, but never too small, and is put right when it comes up.
+We index only pairs with count >= floor: where they are, how often they occur, and a heap for the most frequent. Counts
+only fall until the floor is lowered, so a heap entry can be too high but never too low; it is corrected when popped.
+When no pair is left, the floor is lowered and the array is read again.
 """
 
 import heapq
@@ -29,8 +28,8 @@ from llm_common.text.tokenizer_json import is_letter_of_a_byte
 from llm_common.text.words import PATTERNS, Words, clean, special_finder, stream_blocks
 
 TIE_RULES = ("greater-bytes", "smaller-ids")
-MANY = 200  # positions from which NumPy is faster than a loop
-FALL = 8  # by which the floor falls
+NUMPY_FROM_POSITIONS = 200  # positions from which NumPy is faster than a loop
+FLOOR_DIVISOR = 8  # by which the floor falls
 GAP = -1
 
 Merge = tuple[bytes, bytes]
@@ -170,7 +169,7 @@ class _Pairs:
         borders = np.flatnonzero(np.r_[True, keys[1:] != keys[:-1]]) if len(keys) else np.zeros(0, np.int64)
         sums = np.add.reduceat(self._weights[at], borders) if len(keys) else np.zeros(0, np.int64)
         top = int(sums.max(initial=0))
-        self.floor = max(1, min(top, self.floor or top) // FALL)
+        self.floor = max(1, min(top, self.floor or top) // FLOOR_DIVISOR)
         ends = np.r_[borders[1:], len(keys)]
         for i in np.flatnonzero(sums >= self.floor).tolist():
             key = int(keys[borders[i]])
@@ -275,7 +274,7 @@ def learn_merges(
     n_merges: int,
     tie_rule: str = TIE_RULES[0],
     on_merge: Callable[[int], None] | None = None,
-    many: int = MANY,
+    many: int = NUMPY_FROM_POSITIONS,
 ) -> list[Merge]:
     """Up to n_merges merges, in order; fewer if no pair is left. words: how often each occurs.
 

@@ -11,10 +11,10 @@ from typing import Any
 from llm_common.errors import UserError
 from llm_common.text.words import PATTERNS, Words, without_possessive, write_out
 
-NEVER = 1 << 60  # the rank of a pair that is not merged
+NOT_MERGED = 1 << 60  # the rank of a pair that is not merged
 LONG = 256  # bytes of a word from which looking for the smallest rank in all of it takes too long
 REMEMBERED = 1 << 17  # words, of at most 64 characters
-GONE = -1
+REMOVED = -1
 
 
 class WordEncoder:
@@ -49,21 +49,21 @@ class WordEncoder:
             return [self._plain[token]]
         ids = list(map(self._byte_ids.__getitem__, token))
         if self._lacks_bytes:
-            ids = [i for i in ids if i != GONE]
+            ids = [i for i in ids if i != REMOVED]
         return self._merge_short(ids) if len(ids) < LONG else self._merge_long(ids)
 
     def _merge_short(self, ids: list[int]) -> list[int]:
         """Replay the merges: the pair of the smallest rank, the leftmost of several, until there is none."""
         rank_of, merged = self._rank.get, self._merged
-        ranks = list(map(rank_of, itertools.pairwise(ids), itertools.repeat(NEVER)))
-        while ranks and (rank := min(ranks)) != NEVER:
+        ranks = list(map(rank_of, itertools.pairwise(ids), itertools.repeat(NOT_MERGED)))
+        while ranks and (rank := min(ranks)) != NOT_MERGED:
             i = ranks.index(rank)
             ids[i] = joined = merged[rank]
             del ids[i + 1], ranks[i]
             if i < len(ranks):
-                ranks[i] = rank_of((joined, ids[i + 1]), NEVER)
+                ranks[i] = rank_of((joined, ids[i + 1]), NOT_MERGED)
             if i:
-                ranks[i - 1] = rank_of((ids[i - 1], joined), NEVER)
+                ranks[i - 1] = rank_of((ids[i - 1], joined), NOT_MERGED)
         return ids
 
     def _merge_long(self, ids: list[int]) -> list[int]:
@@ -72,32 +72,32 @@ class WordEncoder:
         """
         rank_of, merged, n = self._rank.get, self._merged, len(ids)
         following, previous = list(range(1, n + 1)), list(range(-1, n - 1))
-        ranks = [*map(rank_of, itertools.pairwise(ids), itertools.repeat(NEVER)), NEVER]
+        ranks = [*map(rank_of, itertools.pairwise(ids), itertools.repeat(NOT_MERGED)), NOT_MERGED]
         places: defaultdict[int, list[int]] = defaultdict(list)
         for i, rank in enumerate(ranks):
             places[rank].append(i)
-        places.pop(NEVER)
+        places.pop(NOT_MERGED)
         waiting = sorted(places)  # a heap
         while waiting:
             rank = heapq.heappop(waiting)
-            todo, joined, smallest = sorted(places.pop(rank)), merged[rank], NEVER
+            todo, joined, smallest = sorted(places.pop(rank)), merged[rank], NOT_MERGED
             for at, i in enumerate(todo):
                 if ranks[i] != rank:
                     continue  # one of the two was merged with another neighbour meanwhile
                 j = following[i]
                 k, p = following[j], previous[i]
-                ids[i], ids[j], following[i], ranks[j] = joined, GONE, k, NEVER
-                ranks[i] = new = rank_of((joined, ids[k]), NEVER) if k < n else NEVER
+                ids[i], ids[j], following[i], ranks[j] = joined, REMOVED, k, NOT_MERGED
+                ranks[i] = new = rank_of((joined, ids[k]), NOT_MERGED) if k < n else NOT_MERGED
                 if k < n:
                     previous[k] = i
-                if new != NEVER:
+                if new != NOT_MERGED:
                     if new not in places:
                         heapq.heappush(waiting, new)
                     places[new].append(i)
                     smallest = min(smallest, new)
                 if p >= 0:
-                    ranks[p] = new = rank_of((ids[p], joined), NEVER)
-                    if new != NEVER:
+                    ranks[p] = new = rank_of((ids[p], joined), NOT_MERGED)
+                    if new != NOT_MERGED:
                         if new not in places:
                             heapq.heappush(waiting, new)
                         places[new].append(p)
@@ -107,7 +107,7 @@ class WordEncoder:
                         heapq.heappush(waiting, rank)
                     places[rank] += todo[at + 1 :]
                     break
-        return [i for i in ids if i != GONE]
+        return [i for i in ids if i != REMOVED]
 
     @functools.cached_property
     def _tiktoken(self) -> Any:

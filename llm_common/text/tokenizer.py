@@ -22,14 +22,14 @@ from typing import Any, Protocol
 import numpy as np
 
 from llm_common.errors import UserError, notice, parse_json, read_small, write_whole
-from llm_common.text.bpe_words import GONE, WordEncoder
+from llm_common.text.bpe_words import REMOVED, WordEncoder
 from llm_common.text.tokenizer_folder import TokenizerFolder
 from llm_common.text.words import BLOCK, PATTERNS, blocks, clean, special_finder, stream_blocks
 
 END_OF_TEXT = "<|endoftext|>"
 FORMAT = 1
 FILE_NAME = "bpe.json"
-WORTHWHILE = 1 << 20  # characters that a tokenizer has encoded before tiktoken is made ready for more
+TIKTOKEN_FROM_CHARACTERS = 1 << 20  # characters that a tokenizer has encoded before tiktoken is made ready for more
 
 
 class Tokenizer(WordEncoder):
@@ -76,10 +76,10 @@ class Tokenizer(WordEncoder):
         apart = set(self.added.values())
         self._plain = {token: i for i, token in self.vocab.items() if i not in apart}
         self._id = {self.vocab[i]: i for i in apart} | self._plain
-        self._byte_ids = [self._id.get(bytes([b]), GONE) for b in range(256)]
-        self._lacks_bytes = GONE in self._byte_ids
+        self._byte_ids = [self._id.get(bytes([b]), REMOVED) for b in range(256)]
+        self._lacks_bytes = REMOVED in self._byte_ids
         if self._lacks_bytes and folder is None:
-            missing = self._byte_ids.index(GONE)
+            missing = self._byte_ids.index(REMOVED)
             raise UserError(f"vocabulary lacks the single byte {missing:#04x}: some text could not be encoded")
         self._prepare_words()
         self._finders = {True: special_finder(self.added), False: special_finder(self.added_tokens)}
@@ -185,9 +185,9 @@ class Tokenizer(WordEncoder):
     def encode_batch(self, texts: Iterable[str]) -> list[list[int]]:
         """The ids of several texts; through tiktoken on all cores."""
         texts = list(texts)
-        if not self.fast or sum(map(len, texts)) < WORTHWHILE or self._tiktoken is None:
+        if not self.fast or sum(map(len, texts)) < TIKTOKEN_FROM_CHARACTERS or self._tiktoken is None:
             return [self.encode(text) for text in texts]
-        self._encoded = WORTHWHILE + 1
+        self._encoded = TIKTOKEN_FROM_CHARACTERS + 1
         with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
             return list(pool.map(self.encode, texts))
 
@@ -205,7 +205,7 @@ class Tokenizer(WordEncoder):
         text = clean(text)
         ids, normal = self.encode(text, parse_special), self._normalized(text)
         # where each byte that has a token belongs: to a character, of which the last byte ends it
-        places = [i + 1 for i, c in enumerate(normal) for b in c.encode("utf-8") if self._byte_ids[b] != GONE]
+        places = [i + 1 for i, c in enumerate(normal) for b in c.encode("utf-8") if self._byte_ids[b] != REMOVED]
         ends, at = [], 0
         for i in ids:
             at += len(self.vocab[i])
@@ -219,7 +219,7 @@ class Tokenizer(WordEncoder):
         """Ids of a text without special tokens."""
         text = self._normalized(text)
         self._encoded += len(text)
-        if not self.fast or self._encoded <= WORTHWHILE or self._tiktoken is None:
+        if not self.fast or self._encoded <= TIKTOKEN_FROM_CHARACTERS or self._tiktoken is None:
             return self._encode_plain(text)
         if len(text) <= BLOCK:
             return self._tiktoken.encode_ordinary(text)

@@ -17,7 +17,7 @@ from llm_common.data.datasets import Prefetch, TokenDataset
 from llm_common.data.evaluation import Evaluation, ExampleEvaluation
 from llm_common.data.sequences import DocumentEncoder, answer_encoder
 from llm_common.text import bpe_reference
-from llm_common.text.bpe_trainer import MANY, count_words, learn_merges, train_bpe
+from llm_common.text.bpe_trainer import NUMPY_FROM_POSITIONS, count_words, learn_merges, train_bpe
 from llm_common.text.tokenizer import Tokenizer
 from parity import spec_run
 from parity.checks.model import FLOAT64_ALLOWED
@@ -42,7 +42,7 @@ def check_tokenizer(s: Settings) -> Iterator[Row]:
     by_ids = bpe_reference.train(TEXTS, 120, END, smaller_ids=True)
     words = count_words(TEXTS, [END], "gpt2")
     for tie_rule, expected in (("greater-bytes", merges), ("smaller-ids", by_ids)):
-        for many in (MANY, 3, 0):  # in a loop, in NumPy, and in both
+        for many in (NUMPY_FROM_POSITIONS, 3, 0):  # in a loop, in NumPy, and in both
             found = learn_merges(words, 120, tie_rule, many=many)
             differing += sum(a != b for a, b in itertools.zip_longest(found, expected))
     differing += train_bpe(TEXTS, 256 + 120 + 1).merges != merges

@@ -32,7 +32,7 @@ def jax(name, function, old, new, mesh, item, shape="llama", processes=1, device
 SHARDING_BUGS = (
     torch(
         "documents together on a mesh",
-        "cut_model",
+        "shard_model",
         "CausalLM(cfg, kernels)",
         "CausalLM(cfg, replace(kernels, places=make_kernels().places))",
         "data=2",
@@ -131,7 +131,7 @@ SHARDING_BUGS = (
     ),
     torch(
         "replicas are not brought together",
-        "cut_model",
+        "shard_model",
         "mesh['data', 'fsdp']",
         "mesh['fsdp']",
         "data=2,fsdp=2",
@@ -166,7 +166,7 @@ SHARDING_BUGS = (
     ),
     torch(
         "devices' partial sums averaged",
-        "added_up",
+        "all_reduce_sum",
         "x.redistribute(placements=[Replicate()]).to_local()",
         "x.redistribute(placements=[Replicate()]).to_local() / x.device_mesh.size()",
         "tensor=2",
@@ -175,7 +175,7 @@ SHARDING_BUGS = (
     ),
     torch(
         "gradient of the heads' norm of own heads only",
-        "whole_over_heads",
+        "replicated_over_heads",
         "[Shard(2)]",
         "[Replicate()]",
         "tensor=2",
@@ -194,7 +194,7 @@ SHARDING_BUGS = (
     ),
     torch(
         "every process restores the first one's part",
-        "copy_parts",
+        "copy_shards",
         "config.coordinates(dist.get_rank())",
         "config.coordinates(0)",
         "fsdp=2",

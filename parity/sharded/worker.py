@@ -109,7 +109,7 @@ def run_torch(shape: str, mesh_config: MeshConfig, hosts: Hosts, folder: Path) -
     trainer.from_training_state(start)
     inputs, targets = trainer.read_batch(data)
     with torch.no_grad():
-        rows = distributed.whole_vocabulary(trainer.model(inputs))
+        rows = distributed.full_vocabulary(trainer.model(inputs))
     blocks = [torch.empty_like(rows) for _ in range(hosts.count)]
     dist.all_gather(blocks, rows.contiguous())
     logits = torch.cat(blocks[:: mesh_config.tensor]).cpu().numpy()

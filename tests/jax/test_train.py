@@ -17,7 +17,7 @@ from jax_llm.engine.evaluate import evaluator
 from jax_llm.engine.gradients import loss_and_grads
 from jax_llm.engine.plan import make_model
 from jax_llm.engine.run import fit_and_save
-from jax_llm.engine.train import Metrics, fit, init_state, make_train_step, one_step_behind
+from jax_llm.engine.train import Metrics, fit, init_state, make_train_step, with_deferred_count
 from jax_llm.loss import cross_entropy
 from jax_llm.model import CausalLM
 from llm_common.config import OptimizerConfig, RunConfig, TrainConfig, preset
@@ -136,7 +136,7 @@ def test_bias_corrections_follow_the_updates_made_though_a_step_is_begun_before_
         new = state._replace(step=state.step + 1, adam_count=state.adam_count + (not skip))
         return new, Metrics(jnp.zeros(()), jnp.zeros(()), jnp.array(skip))
 
-    fit(init_state(CFG, TRAIN, OPT), CFG, TRAIN, OPT, Batches(CFG, 0), 9, train_step=one_step_behind(step))
+    fit(init_state(CFG, TRAIN, OPT), CFG, TRAIN, OPT, Batches(CFG, 0), 9, train_step=with_deferred_count(step))
     assert [count for count, _ in seen] == [0, 1, 2, 2, 2, 3, 4, 4, 5]
     np.testing.assert_allclose([c for _, c in seen], [1 - OPT.beta1 ** (n + 1) for n, _ in seen], rtol=1e-6)
 

@@ -162,7 +162,7 @@ def test_fast_attention_with_a_mask_errs_no_more_than_the_reference(hidden, rema
     from parity.sides.torch_side import TorchSide
     from torch_llm.engine.checkpoint import from_canonical
     from torch_llm.engine.gradients import batch_loss
-    from torch_llm.fast.attention import in_blocks
+    from torch_llm.fast.attention import block_mask
     from torch_llm.fast.kernels import make_kernels
     from torch_llm.model import empty_model
 
@@ -179,7 +179,7 @@ def test_fast_attention_with_a_mask_errs_no_more_than_the_reference(hidden, rema
         model = from_canonical(empty_model(cfg, torch.bfloat16, "cuda", kernels), weights)
         inputs, labels = (torch.tensor(x, device="cuda") for x in (ids, targets))
         masters, given = dict(model.named_parameters()), []
-        monkeypatch.setattr("torch_llm.fast.attention.in_blocks", lambda mask: given.append(1) or in_blocks(mask))
+        monkeypatch.setattr("torch_llm.fast.attention.block_mask", lambda mask: given.append(1) or block_mask(mask))
         count = torch.tensor(labels.numel(), device="cuda")
         loss = torch.compile(batch_loss, dynamic=False)(model, inputs, labels, count)
         grads = torch.autograd.grad(loss, list(masters.values()))

@@ -11,7 +11,7 @@ from llm_common.config import preset
 from parity.core.inputs import random_weights
 from parity.sides.torch_side import TorchSide
 from torch_llm.documents import inside_documents
-from torch_llm.fast.attention import in_blocks
+from torch_llm.fast.attention import block_mask
 from torch_llm.fast.kernels import make_kernels
 from torch_llm.model import empty_model
 
@@ -48,7 +48,7 @@ def test_a_mask_in_blocks_hides_the_same(window, separator, monkeypatch):
     ids = torch.tensor(np.random.default_rng(0).integers(1, 30, (2, 200)))  # more than a block of 128
     expected, seen = model(ids), []
     monkeypatch.setattr("torch.compiler.is_compiling", lambda: True)
-    monkeypatch.setattr("torch_llm.fast.attention.in_blocks", lambda mask: seen.append(in_blocks(mask)) or seen[-1])
+    monkeypatch.setattr("torch_llm.fast.attention.block_mask", lambda mask: seen.append(block_mask(mask)) or seen[-1])
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "flex_attention called without torch.compile")
         torch.testing.assert_close(model(ids), expected, atol=1e-12, rtol=0)

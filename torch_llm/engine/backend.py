@@ -15,7 +15,7 @@ from llm_common.run.folder import Run
 from llm_common.sharding import MeshConfig
 from llm_common.tensors import Tensors
 from torch_llm.engine import device, distributed, evaluate, foreign_checkpoint, generate, run
-from torch_llm.engine.decoding import Programs, fuse_projections
+from torch_llm.engine.decoding import GraphCache, fuse_projections
 from torch_llm.engine.hosts import join_hosts
 from torch_llm.engine.plan import decoding_kernels, plan_run
 from torch_llm.engine.train import Trainer
@@ -79,7 +79,7 @@ def seeded_generator(cfg: ModelConfig, dtype: str, name: str, compile: str) -> I
     target = device.select_device(name)
     with device.matmul_precision(dtype):
         model = init_model(cfg, 0, getattr(torch, dtype), target, decoding_kernels(dtype)).requires_grad_(False)
-        programs = Programs(compile == "on") if target.type == "cuda" else None
+        programs = GraphCache(compile == "on") if target.type == "cuda" else None
         yield partial(generate.generate_stream, fuse_projections(model), programs=programs)
 
 

@@ -49,7 +49,7 @@ def to_canonical(model: CausalLM) -> dict[str, np.ndarray]:
 
 def to_training_state(trainer: Trainer) -> TrainingState:
     """The framework-free form of a trainer's state."""
-    trainer.settle()
+    trainer.resolve_last_step()
     parameters = dict(trainer.model.named_parameters())
     moments = {name: trainer.optimizer.moments(parameters[name]) for name in tensor_shapes(trainer.cfg)}
     mu, nu = ({name: _array(pair[i]) for name, pair in moments.items()} for i in (0, 1))

@@ -134,7 +134,7 @@ class CapturedSteps:
         return own_tokens[:, 0].clone()
 
 
-class Programs(dict[tuple[int, int, SamplingConfig], CapturedSteps]):
+class GraphCache(dict[tuple[int, int, SamplingConfig], CapturedSteps]):
     """Captured steps by batch size, slots and settings of the sampler, to be used again. compile: with
     torch.compile.
     """

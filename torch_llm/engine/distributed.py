@@ -32,7 +32,7 @@ from llm_common.config import ModelConfig, OptimizerConfig, TrainConfig
 from llm_common.data.datasets import Dataset
 from llm_common.data.evaluation import EvaluateLoss, Evaluation
 from llm_common.run.checkpoint import TrainingState
-from llm_common.sharding import AXES, MeshConfig, axis_cut_by, check_devices, check_mesh, check_sharded, shard_of
+from llm_common.sharding import AXES, MeshConfig, check_devices, check_mesh, check_sharded, shard_of, sharded_axis
 from llm_common.tensors import (
     ReadOnDemand,
     Tensors,
@@ -66,9 +66,9 @@ def make_mesh(config: MeshConfig, device_type: str) -> DeviceMesh:
 
 NORMS = ("input_layernorm", "post_attention_layernorm", "norm")
 HEADS_NORMS = ("q_norm", "k_norm")
-TAKE_WHOLE = ("self_attn", "mlp", "lm_head", "embed_tokens", *NORMS)
-GIVE_OWN = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")
-ADD_UP = ("o_proj", "down_proj")
+REPLICATED_INPUT = ("self_attn", "mlp", "lm_head", "embed_tokens", *NORMS)
+COLUMN_PARALLEL = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")
+ROW_PARALLEL = ("o_proj", "down_proj")
 
 
 def whole(x: Tensor, mesh: DeviceMesh) -> DTensor:
@@ -76,12 +76,12 @@ def whole(x: Tensor, mesh: DeviceMesh) -> DTensor:
     return DTensor.from_local(x, mesh, [Replicate()], run_check=False)
 
 
-def whole_over_heads(x: Tensor, mesh: DeviceMesh) -> DTensor:
+def replicated_over_heads(x: Tensor, mesh: DeviceMesh) -> DTensor:
     """x (B, T, heads, H), of which every device has some heads."""
     return DTensor.from_local(x, mesh, [Shard(2)], run_check=False)
 
 
-def own_channels(x: Tensor, mesh: DeviceMesh) -> DTensor:
+def sharded_channels(x: Tensor, mesh: DeviceMesh) -> DTensor:
     """x (B, T, channels), of which every device has some channels."""
     return DTensor.from_local(x, mesh, [Shard(-1)], run_check=False)
 
@@ -91,14 +91,14 @@ def local(x: Any) -> Any:
     return x.to_local() if isinstance(x, DTensor) else x
 
 
-def added_up(x: DTensor) -> Tensor:
+def all_reduce_sum(x: DTensor) -> Tensor:
     """The sum of the devices' partial results."""
     return x.redistribute(placements=[Replicate()]).to_local()
 
 
-def whole_vocabulary(logits: Any) -> Tensor:
+def full_vocabulary(logits: Any) -> Tensor:
     """Logits of all token ids on every device."""
-    return added_up(logits) if isinstance(logits, DTensor) else logits
+    return all_reduce_sum(logits) if isinstance(logits, DTensor) else logits
 
 
 def parallelize(model: CausalLM, mesh: DeviceMesh) -> None:
@@ -108,7 +108,7 @@ def parallelize(model: CausalLM, mesh: DeviceMesh) -> None:
     own heads.
     """
     for name, p in list(model.named_parameters()):
-        axis = axis_cut_by("tensor", name)
+        axis = sharded_axis("tensor", name)
         placement: Placement = Replicate() if axis is None else Shard(axis)
         *path, last = name.split(".")
         module = model.get_submodule(".".join(path))
@@ -121,16 +121,16 @@ def parallelize(model: CausalLM, mesh: DeviceMesh) -> None:
 
     for name, module in model.named_modules():
         kind = name.rpartition(".")[2]
-        if kind in TAKE_WHOLE:
+        if kind in REPLICATED_INPUT:
             module.register_forward_pre_hook(before(whole))
         if kind in HEADS_NORMS:
-            module.register_forward_pre_hook(before(whole_over_heads))
-        if kind in ADD_UP:
-            module.register_forward_pre_hook(before(own_channels))
-        if kind in GIVE_OWN + NORMS + HEADS_NORMS:
+            module.register_forward_pre_hook(before(replicated_over_heads))
+        if kind in ROW_PARALLEL:
+            module.register_forward_pre_hook(before(sharded_channels))
+        if kind in COLUMN_PARALLEL + NORMS + HEADS_NORMS:
             module.register_forward_hook(lambda module, args, out: local(out))
-        if kind in (*ADD_UP, "embed_tokens"):
-            module.register_forward_hook(lambda module, args, out: added_up(out))
+        if kind in (*ROW_PARALLEL, "embed_tokens"):
+            module.register_forward_hook(lambda module, args, out: all_reduce_sum(out))
     heads, kv_heads = model.cfg.num_attention_heads // mesh.size(), model.cfg.num_key_value_heads // mesh.size()
     model.cfg = replace(model.cfg, num_attention_heads=heads, num_key_value_heads=kv_heads)
     if model.lm_head is None:
@@ -154,7 +154,7 @@ def shard(model: CausalLM, mesh: DeviceMesh, compute_dtype: torch.dtype) -> None
     )
 
     def placement(p: nn.Parameter) -> Shard:
-        axis = axis_cut_by("fsdp", names[id(p)])
+        axis = sharded_axis("fsdp", names[id(p)])
         assert axis is not None, "every weight is cut by fsdp"
         return Shard(axis)
 
@@ -164,7 +164,7 @@ def shard(model: CausalLM, mesh: DeviceMesh, compute_dtype: torch.dtype) -> None
     fully_shard(model, mesh=mesh, mp_policy=policy, shard_placement_fn=placement, reshard_after_forward=False)
 
 
-def cut_model(
+def shard_model(
     cfg: ModelConfig,
     mesh: DeviceMesh,
     kernels: Kernels,
@@ -185,7 +185,7 @@ def cut_model(
     return model, {name: nn.Parameter(local(named[name].detach())) for name in tensor_shapes(cfg)}
 
 
-def copy_parts(
+def copy_shards(
     cfg: ModelConfig, config: MeshConfig, parts: Mapping[str, Tensor], tensors: Tensors, what: str = "weights"
 ) -> None:
     """Copy a process's part of canonical tensors into its local ones; nothing else of a file is read."""
@@ -219,7 +219,7 @@ class ShardedTrainer(Trainer):
 
     def _make_model(self, kernels: Kernels) -> None:
         dtype = getattr(torch, self.train.master_dtype)
-        self.model, self.parameters = cut_model(self.cfg, self.mesh, kernels, dtype, self.compute_dtype, self.device)
+        self.model, self.parameters = shard_model(self.cfg, self.mesh, kernels, dtype, self.compute_dtype, self.device)
         parameters = nn.ParameterList(self.parameters.values())
         self.optimizer = make_optimizer(self.opt, parameters, self.optimizer_class)
 
@@ -242,7 +242,7 @@ class ShardedTrainer(Trainer):
 
     def from_canonical(self, weights: Tensors) -> None:
         """Copy this process's part of canonical weights into the model; nothing else of a file is read."""
-        copy_parts(self.cfg, self.config, self.parameters, weights)
+        copy_shards(self.cfg, self.config, self.parameters, weights)
 
     def _compile(self) -> None:
         for module in (*self.model.model.layers, self.model.model.norm):
@@ -275,7 +275,7 @@ class ShardedTrainer(Trainer):
         """The global norm of the gradients, that of all parts."""
         squares = torch.zeros(2, dtype=torch.promote_types(self.compute_dtype, torch.float32), device=self.device)
         for cut in (False, True):  # what the axis tensor does not cut is whole on each of its devices, and counts once
-            parts = [p for name, p in self.parameters.items() if (axis_cut_by("tensor", name) is not None) == cut]
+            parts = [p for name, p in self.parameters.items() if (sharded_axis("tensor", name) is not None) == cut]
             grads = [p.grad for p in parts if p.grad is not None]
             if grads:
                 squares[int(cut)] = sums_of_squares(grads).sum()
@@ -355,7 +355,7 @@ class ShardedTrainer(Trainer):
 
     def to_training_state(self) -> TrainingState:
         """The framework-free form of this state, whose tensors are put together one by one."""
-        self.settle()
+        self.resolve_last_step()
         weights = self.read(lambda p: p.detach())
         mu, nu = (self.read(lambda p, i=i: self.optimizer.moments(p)[i]) for i in (0, 1))
         return TrainingState(weights, mu, nu, self.step, self.optimizer.count)
@@ -365,7 +365,7 @@ class ShardedTrainer(Trainer):
         self.from_canonical(saved.weights)
         for i, (label, tensors) in enumerate((("mu", saved.mu), ("nu", saved.nu))):
             moments = {name: self.optimizer.moments(p)[i] for name, p in self.parameters.items()}
-            copy_parts(self.cfg, self.config, moments, tensors, label)
+            copy_shards(self.cfg, self.config, moments, tensors, label)
         self.step, self.optimizer.count = saved.step, saved.adam_count
 
     def _loss_parallel(self) -> contextlib.AbstractContextManager[None]:
@@ -391,8 +391,10 @@ def generator(
     """
     check_mesh(config, cfg)
     target, dtype = torch.device(device), getattr(torch, compute_dtype)
-    model, parts = cut_model(cfg, make_mesh(config, target.type), decoding_kernels(compute_dtype), dtype, dtype, target)
-    copy_parts(cfg, config, parts, weights)
-    model.register_forward_hook(lambda module, args, logits: whole_vocabulary(logits))
+    model, parts = shard_model(
+        cfg, make_mesh(config, target.type), decoding_kernels(compute_dtype), dtype, dtype, target
+    )
+    copy_shards(cfg, config, parts, weights)
+    model.register_forward_hook(lambda module, args, logits: full_vocabulary(logits))
     with matmul_precision(compute_dtype):
         yield partial(generate_stream, model)

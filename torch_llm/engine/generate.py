@@ -23,7 +23,7 @@ from llm_common.errors import UserError
 from llm_common.tensors import Tensors, bucket, check_prompts
 from torch_llm import random_bits
 from torch_llm.engine.checkpoint import from_canonical
-from torch_llm.engine.decoding import CAPTURED_PROMPTS, CapturedSteps, Programs, decode_step, fuse_projections
+from torch_llm.engine.decoding import CAPTURED_PROMPTS, CapturedSteps, GraphCache, decode_step, fuse_projections
 from torch_llm.engine.device import matmul_precision, select_device, to_host_later
 from torch_llm.engine.diagnose import watch_outputs
 from torch_llm.engine.plan import decoding_kernels
@@ -42,7 +42,7 @@ def generate_stream(
     numbers: Sequence[int] | None = None,
     finished: Callable[[int, list[int]], bool] | None = None,
     chunk: int = CHUNK,
-    programs: Programs | None = None,
+    programs: GraphCache | None = None,
 ) -> Iterator[list[list[int]]]:
     """Continue prompts by up to max_new_tokens each; yields the new ids of every text, some at a time.
 
@@ -145,6 +145,6 @@ def generator(
     target = select_device(device)
     model = empty_model(cfg, getattr(torch, compute_dtype), target, decoding_kernels(compute_dtype))
     model = fuse_projections(from_canonical(model, weights))
-    programs = Programs(compile == "on") if target.type == "cuda" and compile != "off" else None
+    programs = GraphCache(compile == "on") if target.type == "cuda" and compile != "off" else None
     with matmul_precision(compute_dtype):
         yield partial(generate_stream, model.requires_grad_(False), programs=programs)

@@ -77,8 +77,8 @@ def join_hosts(device: str = "auto", timeout: float = 300) -> Hosts:
     dist.init_process_group(
         "cpu:gloo,cuda:nccl" if cuda else "gloo", store=PrefixStore("group", store), rank=rank, world_size=count
     )
-    # gloo's threads let go of the last tensors with the interpreter's lock; one that waits for it as the interpreter
-    # ends aborts the process, so the lock is let go of before
+    # Gloo's threads need the GIL to free their last tensors, and abort the process if the interpreter is shutting down
+    # by then. Sleeping releases the GIL first.
     atexit.register(time.sleep, 0.1)
     return TorchHosts(str(target))
 

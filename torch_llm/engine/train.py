@@ -51,7 +51,7 @@ class Trainer:
         self.compute_dtype = getattr(torch, train.compute_dtype)
         upcast_dtype = torch.promote_types(self.compute_dtype, torch.float32)
         self._batch_loss = batch_loss
-        self._unsettled: StepMetrics | None = None  # of a step whose update was counted before it was known to be one
+        self._pending: StepMetrics | None = None  # the last step, until it is known whether it made an update
         self.step = 0
         plan = make_plan(cfg, train, self.device)
         self.compiled = plan.compiled
@@ -83,7 +83,8 @@ class Trainer:
         return {name: self.optimizer.master(parameters[name]).detach() for name in tensor_shapes(self.cfg)}
 
     def _compile(self) -> None:
-        # a program for each shape: of one for any shape, which a second shape brings, the compiler fails on a GPU
+        # dynamic=False compiles once per shape. By default the second shape triggers a dynamic-shape program, which
+        # fails to compile on a GPU.
         self._batch_loss = torch.compile(batch_loss, dynamic=False)
 
     def loss_and_grads(self, inputs: Tensor, targets: Tensor) -> Tensor:
@@ -120,7 +121,7 @@ class Trainer:
             loss = self.loss_and_grads(inputs, targets)
         norm, lr = self.grad_norm(), learning_rate(self.opt, self.step)
         factor, finite = clip_factor(norm, self.opt.max_grad_norm), torch.isfinite(norm)
-        self.settle()
+        self.resolve_last_step()
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         if isinstance(self.optimizer, CompiledAdamW):
@@ -129,14 +130,14 @@ class Trainer:
             self.optimizer.step(factor=factor)
         self.step += 1
         metrics = StepMetrics(read_later(loss, norm, ~finite, lr))
-        self._unsettled = metrics if self.compiled else None
+        self._pending = metrics if self.compiled else None
         return metrics
 
-    def settle(self) -> None:
+    def resolve_last_step(self) -> None:
         """Wait for the last step, and count its update only if there was one."""
-        if self._unsettled is not None and self._unsettled["skipped"]:
+        if self._pending is not None and self._pending["skipped"]:
             self.optimizer.count -= 1
-        self._unsettled = None
+        self._pending = None
 
     def fit(
         self,
@@ -154,7 +155,7 @@ class Trainer:
         skipped_in_row = 0
         before: tuple[int, StepMetrics, Tensor, Tensor] | None = None  # the step before, which is not waited for
 
-        def look_back() -> None:
+        def check_previous_step() -> None:
             """Wait for the step before."""
             nonlocal skipped_in_row
             if before is None:
@@ -172,11 +173,11 @@ class Trainer:
         while self.step < (self.opt.total_steps if until_step is None else until_step):
             inputs, targets = self.read_batch(dataset)
             metrics = self.train_step(inputs, targets)
-            look_back()
+            check_previous_step()
             before = self.step, metrics, inputs, targets
             if on_step is not None and on_step(self.step, self, metrics):
                 break
-        look_back()
+        check_previous_step()
 
 
 def read_later(

@@ -68,8 +68,8 @@ def takes_blocks(backend: str, platform: str, dtype: torch.dtype, head_dim: int)
     return backend == "sdpa" and platform == "cuda" and dtype == torch.bfloat16 and head_dim in (16, 32, 64, 128)
 
 
-def in_blocks(mask: Tensor) -> BlockMask:
-    """A mask (B, 1, T, S), True where a query may look, in blocks: those of which nothing is seen, all or a part."""
+def block_mask(mask: Tensor) -> BlockMask:
+    """FlexAttention's BlockMask of a mask (B, 1, T, S), True where a query may look."""
     b, _, t, s = mask.shape
     return create_block_mask(lambda b, h, i, j: mask[b, 0, i, j], b, None, t, s, device=mask.device)
 
@@ -106,4 +106,4 @@ def with_blocks(place: Place, b: int, t: int) -> Place:
     if mask is None and window is not None and window < t:
         positions = torch.arange(t, device=place.cos.device)
         mask = causal_mask(positions, positions, window).expand(b, 1, t, t)
-    return place if mask is None else place._replace(mask=in_blocks(mask))
+    return place if mask is None else place._replace(mask=block_mask(mask))

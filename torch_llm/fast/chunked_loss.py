@@ -26,11 +26,10 @@ class ChunkedLoss:
 
 
 def chunked_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, count: Tensor, chunks: int) -> Tensor:
-    """`cross_entropy` of the logits linear(x, weight), which are made for T / chunks positions at a time and are never
-    all there.
+    """`cross_entropy` of the logits linear(x, weight), T / chunks positions at a time: all logits never exist.
 
-    x (B, T, D), weight (V, D) of the head, targets (B, T). The gradients are made with the logits, which are so made
-    once; that of weight is summed over the chunks in float32.
+    x (B, T, D), weight (V, D) of the head, targets (B, T). Gradients are computed in the same pass, so each logit is
+    computed once. The gradient of weight is summed over the chunks in float32.
     """
     total = _Chunks.apply(x, weight, targets, count, chunks)
     assert isinstance(total, Tensor)

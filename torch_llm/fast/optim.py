@@ -29,7 +29,7 @@ def clipped_update(
     scalars: list[Tensor],
     *settings: float,
 ) -> None:
-    """Clip and update in one pass over memory, if `finite`, a bool on the device; otherwise nothing changes."""
+    """Clip and update in one pass over memory. If `finite`, a bool tensor on the device, is False, nothing changes."""
     new = [x.clone() for x in (p, mu, nu)]
     g = g.to(p.dtype) * factor
     adamw_update(*new, g, scalars, *settings)  # pyright: ignore[reportArgumentType, reportCallIssue]

@@ -307,8 +307,8 @@ shared("learned from special tokens", "text.bpe_trainer:_count", "i % 2 == 0", "
 shared(
     "the pair before a merge forgotten",
     "text.bpe_words:WordEncoder._merge_short",
-    "rank_of((ids[i - 1], joined), NEVER)",
-    "NEVER",
+    "rank_of((ids[i - 1], joined), NOT_MERGED)",
+    "NOT_MERGED",
     **ENCODING,
 )
 shared(

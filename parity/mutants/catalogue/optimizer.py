@@ -141,7 +141,7 @@ torch(
 torch("Adam's count advances by two", "optim:AdamW.step", "self.count += 1", "self.count += 2", place=UP, **STEP)
 jax(
     "bias corrections of the steps, not the updates",
-    "engine.train:one_step_behind",
+    "engine.train:with_deferred_count",
     "jnp.where(updated, yes, no)",
     "yes",
     place="",
