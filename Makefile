@@ -1,6 +1,6 @@
 # Two commands for a fresh machine with Python 3.11 or newer:
 #   make parity   train a small model in both frameworks and check that they agree
-#   make test     lint, types and tests (make check: the minute's part)
+#   make test     lint, types and tests (make check: the quick part)
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -16,8 +16,9 @@ test: $(VENV)/.installed lint
 
 # the lesson and what neither framework is, for every save
 check: $(VENV)/.installed lint
-	$(BIN)/python -m pytest -n 2 --dist loadfile tests/jax tests/torch tests/common/test_layout.py tests/common/test_config.py \
-		tests/common/test_data.py tests/common/test_schedule.py tests/common/test_tensors.py tests/common/test_tokenizer.py
+	$(BIN)/python -m pytest -n 2 --dist loadfile tests/jax/test_model.py tests/torch/test_model.py tests/jax/test_sampling.py \
+		tests/torch/test_sampling.py tests/common/test_layout.py tests/common/test_config.py tests/common/test_data.py \
+		tests/common/test_schedule.py tests/common/test_tensors.py
 
 lint: $(VENV)/.installed
 	@echo "== lint and types"
