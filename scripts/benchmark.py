@@ -27,11 +27,11 @@ from llm_common.processes import end_with_launcher
 from llm_common.run.estimates import GIB
 from llm_common.text.words import PATTERNS
 from llm_tools.bench import tokenizer_cases
-from llm_tools.bench.cases import OURS, WORK, model_config
+from llm_tools.bench.cases import WORK, model_config
 from llm_tools.bench.measure import run_worker
 from llm_tools.bench.peers import find_peer
 from llm_tools.flags import add_flags, at_least_one, from_flags, make_parser, prepare_environment
-from llm_tools.frameworks import open_backend
+from llm_tools.frameworks import FRAMEWORKS, open_backend
 
 WHAT = tuple(name for name in WORK if name != "ceilings")
 PEERS_RECIPE = "A peer trains by its own recipe: of the flags it takes the batch, the length and the dtype."
@@ -47,7 +47,7 @@ HEADERS = {
 def main() -> None:
     parser = make_parser(__doc__)
     parser.add_argument("what", choices=WHAT)
-    parser.add_argument("--framework", choices=[*OURS, "both", "none"], default="both")
+    parser.add_argument("--framework", choices=[*FRAMEWORKS, "both", "none"], default="both")
     parser.add_argument("--peer", action="append", default=[], help="transformers, transformers+liger, or a file")
     parser.add_argument("--preset", default="demo", help=f"one of {', '.join(PRESETS)}")
     parser.add_argument("--model-config", type=Path, metavar="FILE", help="a config.json instead of a preset")
@@ -182,7 +182,7 @@ def check_prefix(prefix: Path) -> None:
 
 
 def frameworks(args: argparse.Namespace) -> list[str]:
-    return {"both": list(OURS), "none": []}.get(args.framework, [args.framework])
+    return {"both": list(FRAMEWORKS), "none": []}.get(args.framework, [args.framework])
 
 
 def list_cases(args: argparse.Namespace) -> list[dict[str, Any]]:
@@ -290,7 +290,9 @@ def draw(path: Path, content: dict[str, Any]) -> None:
     labels = [" ".join(parts(r)) for r in good]
     figure = Figure(figsize=(7, 0.8 + 0.45 * len(good)), layout="constrained")
     axes = figure.subplots()
-    bars = axes.barh(range(len(good)), shares, color=["#4477aa" if r["side"] in OURS else "#bbbbbb" for r in good])
+    bars = axes.barh(
+        range(len(good)), shares, color=["#4477aa" if r["side"] in FRAMEWORKS else "#bbbbbb" for r in good]
+    )
     axes.bar_label(bars, [f"{x:.2f}" for x in shares], padding=3)
     axes.set(yticks=range(len(good)), yticklabels=labels, xlim=(0, max(1.0, 1.1 * max(shares))))
     axes.set_xlabel("of the matrix product's rate" if name == "flops" else "of the copy's rate")

@@ -3,7 +3,6 @@
 import contextlib
 from collections.abc import Callable, Iterator
 from functools import partial
-from pathlib import Path
 
 import jax
 
@@ -15,11 +14,9 @@ from jax_llm.engine.plan import decoding_kernels, make_model, plan_run
 from jax_llm.model import CausalLM, init_params
 from llm_common.config import ModelConfig, OptimizerConfig, TrainConfig
 from llm_common.data.datasets import Dataset
-from llm_common.data.evaluation import EvaluateLoss, Evaluation
+from llm_common.data.evaluation import Evaluation
 from llm_common.run.backend import Backend, Session, Stream
-from llm_common.run.folder import Run
 from llm_common.sharding import MeshConfig
-from llm_common.tensors import Tensors
 
 
 class JaxSession:
@@ -58,31 +55,9 @@ def open_session(
             yield JaxSession(train.init_state(cfg, settings, opt), partial(train.fit, **recipe), held_out)
 
 
-def fit_and_save(job: Run, name: str, mesh: MeshConfig | None) -> Path:
-    return run.fit_and_save(job, name) if mesh is None else run.fit_and_save_on_mesh(job, mesh, name)
-
-
-def evaluator(
-    cfg: ModelConfig, weights: Tensors, settings: TrainConfig, name: str, mesh: MeshConfig | None
-) -> contextlib.AbstractContextManager[EvaluateLoss]:
-    if mesh is None:
-        return evaluate.evaluator(cfg, weights, settings, name)
-    return distributed.evaluator(cfg, weights, settings, mesh, name)
-
-
-def generator(
-    cfg: ModelConfig, weights: Tensors | None, dtype: str, name: str, mesh: MeshConfig | None, compile: str
-) -> contextlib.AbstractContextManager[Stream]:
-    if weights is None:
-        return seeded_generator(cfg, dtype, name)
-    if mesh is None:
-        return generate.generator(cfg, weights, name, dtype)
-    return distributed.generator(cfg, weights, mesh, name, dtype)
-
-
 @contextlib.contextmanager
-def seeded_generator(cfg: ModelConfig, dtype: str, name: str) -> Iterator[Stream]:
-    """With initial weights made on the device: those of a file would take a minute to come there."""
+def seeded_generator(cfg: ModelConfig, name: str, dtype: str, compile: str) -> Iterator[Stream]:
+    """With initial weights made on the device: those of a file would take a minute to come there. compile: of torch."""
     target = device.select_device(name)
     with jax.default_device(target), device.matmul_precision(dtype):
         params = jax.jit(lambda: decoding_params(cast(init_params(cfg, 0), dtype)))()
@@ -96,11 +71,14 @@ BACKEND = Backend(
     memory_limit=device.memory_limit,
     memory_used=device.memory_used,
     join_hosts=join_hosts,
-    fit_and_save=fit_and_save,
-    cost_of_determinism=run.cost_of_determinism,
     open_session=open_session,
-    evaluator=evaluator,
-    generator=generator,
+    fit_on_device=run.fit_and_save,
+    fit_on_mesh=run.fit_and_save_on_mesh,
+    evaluate_on_device=evaluate.evaluator,
+    evaluate_on_mesh=distributed.evaluator,
+    generate_on_device=lambda cfg, weights, name, dtype, compile: generate.generator(cfg, weights, name, dtype),
+    generate_on_mesh=distributed.generator,
+    generate_from_seed=seeded_generator,
     read_checkpoint=foreign_checkpoint.read,
     write_checkpoint=foreign_checkpoint.write,
 )

@@ -4,13 +4,10 @@ here                                          torch_llm.engine.run
 a state goes into `fit` and comes out         a trainer, which `fit` changes
 """
 
-import dataclasses
-import time
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from jax_llm.engine import distributed
 from jax_llm.engine.checkpoint import from_canonical, from_training_state, to_training_state
@@ -18,8 +15,6 @@ from jax_llm.engine.device import select_device, x64
 from jax_llm.engine.evaluate import evaluate
 from jax_llm.engine.plan import make_model
 from jax_llm.engine.train import TrainState, fit, init_state
-from llm_common.config import ModelConfig, OptimizerConfig, TrainConfig
-from llm_common.data.datasets import Dataset
 from llm_common.run.folder import Run
 from llm_common.sharding import MeshConfig, check_sharded
 
@@ -79,29 +74,3 @@ def fit_and_save_on_mesh(run: Run, config: MeshConfig, device: str = "auto") -> 
         after_step = lambda step, state, metrics: run.after_step(step, metrics, *readers(state))
         state = distributed.fit(state, cfg, train, opt, run.dataset, mesh, on_step=after_step)
         return run.finish(int(state.step), *readers(state))
-
-
-def cost_of_determinism(
-    cfg: ModelConfig, train: TrainConfig, opt: OptimizerConfig, dataset: Dataset, device: str = "auto"
-) -> str:
-    """What `deterministic` costs on a device (by name), measured on a few steps of a run that is thrown away: for
-    people.
-    """
-    target = select_device(device)
-    if target.platform == "cpu":
-        return "deterministic: a CPU gives the same bits anyway, at no cost"
-    slow, fast = (
-        seconds_per_step(cfg, dataclasses.replace(train, deterministic=x), opt, dataset, device) for x in (True, False)
-    )
-    return f"deterministic: {slow / fast:.2f} times the time of a step ({1e3 * slow:.1f} ms for {1e3 * fast:.1f} ms)"
-
-
-def seconds_per_step(
-    cfg: ModelConfig, train: TrainConfig, opt: OptimizerConfig, dataset: Dataset, device: str = "auto", steps: int = 5
-) -> float:
-    """The median time of `steps` steps after three to warm up, from initial weights."""
-    times: list[float] = []
-    with jax.default_device(select_device(device)), x64(train.master_dtype):
-        state = init_state(cfg, train, opt)
-        fit(state, cfg, train, opt, dataset, steps + 3, lambda *_: times.append(time.perf_counter()))
-    return float(np.median(np.diff(times)[2:]))

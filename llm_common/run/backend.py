@@ -2,11 +2,14 @@
 `torch_llm.engine.backend`.
 """
 
+import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
+
+import numpy as np
 
 from llm_common.config import ModelConfig, OptimizerConfig, TrainConfig
 from llm_common.data.datasets import Dataset
@@ -47,7 +50,7 @@ class Session(Protocol):
 
 @dataclass(frozen=True)
 class Backend:
-    """Devices are named "auto", "cpu", "gpu" or "tpu". A mesh of None is one device. All of it raises UserError."""
+    """Devices are named "auto", "cpu", "gpu" or "tpu". All of it raises UserError."""
 
     name: str  # "jax" or "torch"
     plan_run: Callable[[ModelConfig, TrainConfig, str], Plan[Any]]
@@ -55,16 +58,61 @@ class Backend:
     memory_limit: Callable[[str], int | None]  # bytes that a device can give
     memory_used: Callable[[str], int]  # the most bytes in use so far
     join_hosts: Callable[[str, float], Hosts]  # device, seconds to wait
-    fit_and_save: Callable[[Run, str, MeshConfig | None], Path]
-    cost_of_determinism: Callable[[ModelConfig, TrainConfig, OptimizerConfig, Dataset, str], str]
     open_session: Callable[
         [ModelConfig, TrainConfig, OptimizerConfig, str, MeshConfig | None], AbstractContextManager[Session]
     ]
-    # cfg, weights, train, device, mesh
-    evaluator: Callable[
-        [ModelConfig, Tensors, TrainConfig, str, MeshConfig | None], AbstractContextManager[EvaluateLoss]
+    # on one device, and on a mesh: that stands before the device
+    fit_on_device: Callable[[Run, str], Path]
+    fit_on_mesh: Callable[[Run, MeshConfig, str], Path]
+    evaluate_on_device: Callable[[ModelConfig, Tensors, TrainConfig, str], AbstractContextManager[EvaluateLoss]]
+    evaluate_on_mesh: Callable[
+        [ModelConfig, Tensors, TrainConfig, MeshConfig, str], AbstractContextManager[EvaluateLoss]
     ]
-    # cfg, weights or None for those of seed 0, compute dtype, device, mesh, compile
-    generator: Callable[[ModelConfig, Tensors | None, str, str, MeshConfig | None, str], AbstractContextManager[Stream]]
+    # device, compute dtype, and, on one device, `compile`
+    generate_on_device: Callable[[ModelConfig, Tensors, str, str, str], AbstractContextManager[Stream]]
+    generate_on_mesh: Callable[[ModelConfig, Tensors, MeshConfig, str, str], AbstractContextManager[Stream]]
+    generate_from_seed: Callable[[ModelConfig, str, str, str], AbstractContextManager[Stream]]  # weights of seed 0
     read_checkpoint: Callable[[Path, dict[str, Any]], dict[str, Any]]  # Orbax or DCP, of the shapes of a tree like it
     write_checkpoint: Callable[[Path, dict[str, Any]], None]
+
+    def fit_and_save(self, run: Run, device: str, mesh: MeshConfig | None) -> Path:
+        """Train as `run` says, on one device or on a mesh; the newest checkpoint."""
+        return self.fit_on_device(run, device) if mesh is None else self.fit_on_mesh(run, mesh, device)
+
+    def evaluator(
+        self, cfg: ModelConfig, weights: Tensors, train: TrainConfig, device: str, mesh: MeshConfig | None
+    ) -> AbstractContextManager[EvaluateLoss]:
+        """Inside `with`: the held-out loss of weights, a function of the data."""
+        if mesh is None:
+            return self.evaluate_on_device(cfg, weights, train, device)
+        return self.evaluate_on_mesh(cfg, weights, train, mesh, device)
+
+    def generator(
+        self, cfg: ModelConfig, weights: Tensors, dtype: str, device: str, mesh: MeshConfig | None, compile: str
+    ) -> AbstractContextManager[Stream]:
+        """Inside `with`: `generate_stream` of weights. compile: of `torch_llm.engine.generate.generator`."""
+        if mesh is None:
+            return self.generate_on_device(cfg, weights, device, dtype, compile)
+        return self.generate_on_mesh(cfg, weights, mesh, device, dtype)
+
+    def cost_of_determinism(
+        self, cfg: ModelConfig, train: TrainConfig, opt: OptimizerConfig, dataset: Dataset, device: str
+    ) -> str:
+        """What `deterministic` costs on a device, measured on a few steps of a run that is thrown away: for people."""
+        if self.plan_run(cfg, train, device).platform == "cpu":
+            return "deterministic: a CPU gives the same bits anyway, at no cost"
+        slow, fast = (
+            self._seconds_per_step(cfg, replace(train, deterministic=x), opt, dataset, device) for x in (True, False)
+        )
+        return (
+            f"deterministic: {slow / fast:.2f} times the time of a step ({1e3 * slow:.1f} ms for {1e3 * fast:.1f} ms)"
+        )
+
+    def _seconds_per_step(
+        self, cfg: ModelConfig, train: TrainConfig, opt: OptimizerConfig, dataset: Dataset, device: str, steps: int = 5
+    ) -> float:
+        """The median time of `steps` steps after three to warm up, from initial weights."""
+        times: list[float] = []
+        with self.open_session(cfg, train, opt, device, None) as session:
+            session.fit(dataset, steps + 3, lambda *_: times.append(time.perf_counter()))
+        return float(np.median(np.diff(times)[2:]))

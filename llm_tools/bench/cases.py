@@ -21,9 +21,7 @@ from llm_tools.bench.measure import RandomTokens, ceilings, profiled, quartiles,
 from llm_tools.bench.peers import find_peer
 from llm_tools.bench.tokenizer_cases import measure_tokenizer
 from llm_tools.flags import from_flags, keep_memory_of_a_small_step
-from llm_tools.frameworks import open_backend
-
-OURS = ("jax", "torch")
+from llm_tools.frameworks import FRAMEWORKS, open_backend
 
 
 def model_config(args: argparse.Namespace) -> ModelConfig:
@@ -42,7 +40,7 @@ def measure_ceilings(args: argparse.Namespace, task: dict[str, Any]) -> dict[str
 
 def packages(name: str) -> list[str]:
     """What a side or a peer runs on, for the table."""
-    needed = name if name in OURS else getattr(find_peer(name), "packages", ("torch",))
+    needed = name if name in FRAMEWORKS else getattr(find_peer(name), "packages", ("torch",))
     return [needed] if isinstance(needed, str) else list(needed)
 
 
@@ -76,11 +74,11 @@ def measure_train(args: argparse.Namespace, task: dict[str, Any]) -> dict[str, A
     opt = OptimizerConfig(lr_max=1e-4, lr_min=1e-5, total_steps=clock.total)  # stable without a warm-up
     data, name = RandomTokens(cfg, train), task["side"]
     keep_memory_of_a_small_step(args.device, cfg, train)
-    backend = open_backend(name if name in OURS else "torch")
+    backend = open_backend(name if name in FRAMEWORKS else "torch")
     folder = None if args.profile is None else args.profile / Path(name).stem
     note = lambda step, _, metrics: clock(step, lambda: metrics["loss"])
     with contextlib.ExitStack() as stack:
-        if name in OURS:
+        if name in FRAMEWORKS:
             session = stack.enter_context(backend.open_session(cfg, train, opt, args.device, None))
             steps = lambda n: session.fit(data, session.step + n, note)
         else:
@@ -99,7 +97,7 @@ def measure_train(args: argparse.Namespace, task: dict[str, Any]) -> dict[str, A
         "memory": memory,
         "kernels": [] if folder is None else top_kernels(folder, 3),
         "settings": asdict(train),
-        "uses": str(backend.plan_run(cfg, train, args.device)) if name in OURS else name,
+        "uses": str(backend.plan_run(cfg, train, args.device)) if name in FRAMEWORKS else name,
         "versions": versions(*packages(name)),
     }
 
@@ -128,7 +126,7 @@ def peer_steps(
 
 def measure_decode(args: argparse.Namespace, task: dict[str, Any]) -> dict[str, Any]:
     cfg, name, b, n = model_config(args), task["side"], task["batch"], args.new_tokens
-    backend = open_backend(name if name in OURS else "torch")
+    backend = open_backend(name if name in FRAMEWORKS else "torch")
     prompts = np.random.default_rng(0).integers(0, cfg.vocab_size, (b, args.prompt_length))
     sampling, started = SamplingConfig(args.temperature), time.perf_counter()
     folder = None if args.profile is None else args.profile / f"{Path(name).stem}-{b}"
@@ -140,8 +138,8 @@ def measure_decode(args: argparse.Namespace, task: dict[str, Any]) -> dict[str, 
             times.append(time.perf_counter() - start)
         return times
 
-    if name in OURS:
-        with backend.generator(cfg, None, args.compute_dtype, args.device, None, args.compile) as generate:
+    if name in FRAMEWORKS:
+        with backend.generate_from_seed(cfg, args.device, args.compute_dtype, args.compile) as generate:
             stream = lambda n=n: generate(prompts.tolist(), n, sampling)
             timing = run(stream, measure, args, n, started)
             if folder is not None:

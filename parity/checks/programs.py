@@ -21,12 +21,11 @@ from parity.checks.text_programs import mismatches, text_rows
 from parity.checks.training import UPDATE_ALLOWED
 from parity.core.compare import Raised, Row, Tensors, each_number, on_both, shared, three_way, verdict
 from parity.core.inputs import random_weights, start_state
-from parity.core.workshop import CONFIG, END, SCRIPTS, Workshop, call, flat, log_numbers, recorded_losses
+from parity.core.workshop import CONFIG, END, FRAMEWORKS, SCRIPTS, Workshop, call, flat, log_numbers, recorded_losses
 from parity.sides.settings import Settings
 from parity.spec_config import architecture
 
 ALLOWED = 1e-12  # numbers of a log, float64
-FRAMEWORKS = ("jax", "torch")
 LENGTH, BATCH, STEPS, EVERY, EVAL_EVERY, SEED, EVAL_BATCHES = 8, 6, 6, 2, 3, 11, 2
 OPT = SimpleNamespace(
     lr_max=2e-2, lr_min=3e-3, warmup_steps=2, total_steps=STEPS, beta1=0.8, beta2=0.9, eps=1e-6, weight_decay=0.3,

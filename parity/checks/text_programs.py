@@ -15,9 +15,8 @@ import safetensors.numpy
 from llm_common.data import shards
 from parity import spec, spec_run
 from parity.core.compare import Row, on_both, shared, verdict
-from parity.core.workshop import CONFIG, END, Workshop, call, flat
+from parity.core.workshop import CONFIG, END, FRAMEWORKS, Workshop, call, flat
 
-FRAMEWORKS = ("jax", "torch")
 PROMPT, SEED, NEW = "The low", 11, 20
 DRAW = SimpleNamespace(temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, seed=18)
 

@@ -19,6 +19,7 @@ import numpy as np
 from llm_common.text import bpe_reference
 from llm_common.text.tokenizer import Tokenizer
 
+FRAMEWORKS = ("jax", "torch")
 SCRIPTS = Path(__file__).parents[2] / "scripts"
 END = "<|endoftext|>"
 CONFIG: dict[str, Any] = {

@@ -59,10 +59,13 @@ def test_a_forbidden_import_would_be_seen(tmp_path):
     assert imported(file) & FORBIDDEN["jax_llm"] == {"torch"}
 
 
+KNOWN = {"llm_common", "jax_llm", "torch_llm", "parity", "llm_tools"}
+
+
 def folders_imported() -> dict[str, set[str]]:
     """Of each folder of the packages: the folders that its files import from."""
     found: dict[str, set[str]] = {}
-    for package in ("llm_common", "jax_llm", "torch_llm", "parity", "llm_tools"):
+    for package in KNOWN:
         for path in (ROOT / package).rglob("*.py"):
             if path.name in ("__init__.py", "__main__.py"):  # faces: they hand names on
                 continue
@@ -73,9 +76,6 @@ def folders_imported() -> dict[str, set[str]]:
                 if folder != own and (ROOT / folder.replace(".", "/")).is_dir() and folder.split(".")[0] in KNOWN:
                     found.setdefault(own, set()).add(folder)
     return found
-
-
-KNOWN = {"llm_common", "jax_llm", "torch_llm", "parity", "llm_tools"}
 
 
 def circles(arrows: dict[str, set[str]]) -> list[str]:

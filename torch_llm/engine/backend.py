@@ -3,17 +3,14 @@
 import contextlib
 from collections.abc import Callable, Iterator
 from functools import partial
-from pathlib import Path
 
 import torch
 
 from llm_common.config import ModelConfig, OptimizerConfig, TrainConfig
 from llm_common.data.datasets import Dataset
-from llm_common.data.evaluation import EvaluateLoss, Evaluation
+from llm_common.data.evaluation import Evaluation
 from llm_common.run.backend import Backend, Session, Stream
-from llm_common.run.folder import Run
 from llm_common.sharding import MeshConfig
-from llm_common.tensors import Tensors
 from torch_llm.engine import device, distributed, evaluate, foreign_checkpoint, generate, run
 from torch_llm.engine.decoding import GraphCache, fuse_projections
 from torch_llm.engine.hosts import join_hosts
@@ -51,30 +48,8 @@ def open_session(
     yield TorchSession(trainer, partial(evaluate.evaluate, trainer.model))
 
 
-def fit_and_save(job: Run, name: str, mesh: MeshConfig | None) -> Path:
-    return run.fit_and_save(job, name) if mesh is None else run.fit_and_save_on_mesh(job, mesh, name)
-
-
-def evaluator(
-    cfg: ModelConfig, weights: Tensors, settings: TrainConfig, name: str, mesh: MeshConfig | None
-) -> contextlib.AbstractContextManager[EvaluateLoss]:
-    if mesh is None:
-        return evaluate.evaluator(cfg, weights, settings, name)
-    return distributed.evaluator(cfg, weights, settings, mesh, name)
-
-
-def generator(
-    cfg: ModelConfig, weights: Tensors | None, dtype: str, name: str, mesh: MeshConfig | None, compile: str
-) -> contextlib.AbstractContextManager[Stream]:
-    if weights is None:
-        return seeded_generator(cfg, dtype, name, compile)
-    if mesh is None:
-        return generate.generator(cfg, weights, name, dtype, compile)
-    return distributed.generator(cfg, weights, mesh, name, dtype)
-
-
 @contextlib.contextmanager
-def seeded_generator(cfg: ModelConfig, dtype: str, name: str, compile: str) -> Iterator[Stream]:
+def seeded_generator(cfg: ModelConfig, name: str, dtype: str, compile: str) -> Iterator[Stream]:
     """With initial weights made on the device: those of a file would take a minute to come there."""
     target = device.select_device(name)
     with device.matmul_precision(dtype):
@@ -90,11 +65,14 @@ BACKEND = Backend(
     memory_limit=device.memory_limit,
     memory_used=device.memory_used,
     join_hosts=join_hosts,
-    fit_and_save=fit_and_save,
-    cost_of_determinism=run.cost_of_determinism,
     open_session=open_session,
-    evaluator=evaluator,
-    generator=generator,
+    fit_on_device=run.fit_and_save,
+    fit_on_mesh=run.fit_and_save_on_mesh,
+    evaluate_on_device=evaluate.evaluator,
+    evaluate_on_mesh=distributed.evaluator,
+    generate_on_device=generate.generator,
+    generate_on_mesh=distributed.generator,
+    generate_from_seed=seeded_generator,
     read_checkpoint=foreign_checkpoint.read,
     write_checkpoint=foreign_checkpoint.write,
 )

@@ -4,15 +4,10 @@ here                                          jax_llm.engine.run
 a trainer, which `fit` changes                a state goes into `fit` and comes out
 """
 
-import dataclasses
-import time
 from pathlib import Path
 
-import numpy as np
 import torch
 
-from llm_common.config import ModelConfig, OptimizerConfig, TrainConfig
-from llm_common.data.datasets import Dataset
 from llm_common.run.folder import Run
 from llm_common.sharding import MeshConfig
 from torch_llm.engine import distributed
@@ -61,28 +56,3 @@ def fit_and_save_on_mesh(run: Run, config: MeshConfig, device: torch.device | st
         readers = trainer.to_training_state, trainer.evaluate
         trainer.fit(run.dataset, on_step=lambda step, _, metrics: run.after_step(step, metrics, *readers))
         return run.finish(trainer.step, *readers)
-
-
-def cost_of_determinism(
-    cfg: ModelConfig, train: TrainConfig, opt: OptimizerConfig, dataset: Dataset, device: str = "auto"
-) -> str:
-    """What `deterministic` costs on a device (by name), measured on a few steps of a run that is thrown away: for
-    people.
-    """
-    target = select_device(device)
-    if target.type == "cpu":
-        return "deterministic: a CPU gives the same bits anyway, at no cost"
-    slow, fast = (
-        seconds_per_step(cfg, dataclasses.replace(train, deterministic=x), opt, dataset, device) for x in (True, False)
-    )
-    return f"deterministic: {slow / fast:.2f} times the time of a step ({1e3 * slow:.1f} ms for {1e3 * fast:.1f} ms)"
-
-
-def seconds_per_step(
-    cfg: ModelConfig, train: TrainConfig, opt: OptimizerConfig, dataset: Dataset, device: str = "auto", steps: int = 5
-) -> float:
-    """The median time of `steps` steps after three to warm up, from initial weights."""
-    times: list[float] = []
-    trainer = Trainer(cfg, train, opt, select_device(device))
-    trainer.fit(dataset, steps + 3, lambda *_: times.append(time.perf_counter()))
-    return float(np.median(np.diff(times)[2:]))
