@@ -27,8 +27,8 @@ from jax_llm.engine.plan import decoding_kernels
 from jax_llm.model import CausalLM
 from jax_llm.params import Params
 from llm_common.config import ModelConfig, SamplingConfig
-from llm_common.errors import UserError
 from llm_common.tensors import Tensors, bucket, check_prompts
+from llm_common.text.drawn_texts import DrawnTexts, join
 
 CHUNK = 16  # tokens drawn by one call of the compiled loop, after which the host looks at the texts
 
@@ -61,8 +61,8 @@ def generate_stream(
     ahead = 0 if next(iter(params["model"]["norm"]["weight"].devices())).platform == "cpu" else 1
     cache, tokens = prefill(params, padded, lengths, row_numbers, seed, slots=slots, **settings)
     begun, total, pieces = 1, 0, deque([tokens[:, None]])
-    texts: list[list[int]] = [[] for _ in range(b)]
-    done = [False] * b
+    explain = lambda row, ids: why_not_finite(model, params, [*padded[row, : lengths[row]], *ids])
+    texts = DrawnTexts(b, eos_ids, finished, explain)
     while True:
         while len(pieces) <= ahead and begun < max_new_tokens:
             cache, tokens, piece = decode(params, cache, tokens, row_numbers, seed, n=chunk, **settings)
@@ -70,18 +70,8 @@ def generate_stream(
             begun += chunk
         drawn = to_host(pieces.popleft())[:, : max_new_tokens - total]
         total += drawn.shape[1]
-        new: list[list[int]] = [[] for _ in range(b)]
-        for row, ids in enumerate(drawn.tolist()):
-            for token in ids:
-                if token < 0 and not done[row]:
-                    raise UserError(why_not_finite(model, params, [*padded[row, : lengths[row]], *texts[row]]))
-                done[row] = done[row] or token in eos_ids
-                if not done[row]:
-                    new[row].append(token)
-                    texts[row].append(token)
-                    done[row] = finished is not None and finished(row, texts[row])
-        yield new
-        if all(done) or total == max_new_tokens:
+        yield texts.add(drawn.tolist())
+        if texts.ended or total == max_new_tokens:
             return
 
 
@@ -90,7 +80,7 @@ def why_not_finite(model: CausalLM, params: Params, ids: Sequence[int]) -> str:
     _, found = watch_outputs(model, params, jnp.array([[int(i) for i in ids]]))
     return (
         f"the logits after {len(ids)} tokens are not finite: {found or 'only with a cache'}; try another "
-        "--compute-dtype"
+        "`compute_dtype`"
     )
 
 
@@ -105,11 +95,8 @@ def generate(
     finished: Callable[[int, list[int]], bool] | None = None,
 ) -> list[list[int]]:
     """The whole of `generate_stream`: the new ids of each text, without the id that ended it."""
-    texts: list[list[int]] = [[] for _ in prompts]
-    for new in generate_stream(model, params, prompts, max_new_tokens, sampling, eos_ids, numbers, finished):
-        for text, ids in zip(texts, new, strict=True):
-            text += ids
-    return texts
+    stream = generate_stream(model, params, prompts, max_new_tokens, sampling, eos_ids, numbers, finished)
+    return join(stream, len(prompts))
 
 
 @contextlib.contextmanager

@@ -30,6 +30,7 @@ from llm_common.config import ModelConfig, OptimizerConfig, TrainConfig, check_l
 from llm_common.data.datasets import Dataset, Prefetch
 from llm_common.errors import UserError
 from llm_common.run.metrics import StepMetrics
+from llm_common.run.previous_step import PreviousStep
 from llm_common.schedule import StepScalars, step_scalars
 from llm_common.tensors import check_batch
 
@@ -152,35 +153,23 @@ def fit(
     check_length(cfg, train.seq_len, "seq_len")
     (platform,) = {d.platform for d in state.step.devices()}
     train_step = train_step or compiled_train_step(cfg, train, opt, platform)
-    step, known_count, skipped_in_row = int(state.step), int(state.adam_count), 0
+    step, previous = int(state.step), PreviousStep(int(state.adam_count), train.max_skipped_steps)
     dataset = Prefetch(dataset)
-    before: tuple[int, StepMetrics, Array, Array] | None = None  # the step before, which is not waited for
 
-    def check_previous_step() -> int:
-        """Wait for the step before; returns the number of updates made until then."""
-        nonlocal skipped_in_row
-        if before is None:
-            return known_count
-        number, metrics, *batch = before
-        skipped_in_row = skipped_in_row + 1 if metrics["skipped"] else 0
-        if skipped_in_row >= train.max_skipped_steps:
-            params = cast(state.params, train.compute_dtype)
-            raise UserError(
-                f"the gradient norm was not finite in {skipped_in_row} steps in a row (to step {number}): "
-                f"{first_not_finite(make_model(cfg, train, platform), params, *batch)}; "
-                "lower lr_max, lengthen warmup_steps, or look for bad tokens in the data"
-            )
-        return known_count + (not metrics["skipped"])
+    def explain(inputs: Array, targets: Array) -> str:
+        params = cast(state.params, train.compute_dtype)
+        return first_not_finite(make_model(cfg, train, platform), params, inputs, targets)
 
     while step < (opt.total_steps if until_step is None else until_step):
         inputs, targets = read_batch(dataset, step, cfg)
-        either = tuple(step_scalars(opt, step, known_count + updated) for updated in (0, 1))
-        state, metrics = train_step(state, inputs, targets, either, known_count)
-        known_count, step = check_previous_step(), step + 1
-        before = step, StepMetrics(functools.partial(read_metrics, metrics, either[0].lr)), inputs, targets
-        if on_step is not None and on_step(step, state, before[1]):
+        either = tuple(step_scalars(opt, step, previous.count + updated) for updated in (0, 1))
+        state, metrics = train_step(state, inputs, targets, either, previous.count)
+        previous.resolve(explain)
+        step, metrics = step + 1, StepMetrics(functools.partial(read_metrics, metrics, either[0].lr))
+        previous.begin(step, metrics, inputs, targets)
+        if on_step is not None and on_step(step, state, metrics):
             break
-    check_previous_step()
+    previous.resolve(explain)
     return state
 
 

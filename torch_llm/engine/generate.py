@@ -19,8 +19,8 @@ import numpy as np
 import torch
 
 from llm_common.config import ModelConfig, SamplingConfig
-from llm_common.errors import UserError
 from llm_common.tensors import Tensors, bucket, check_prompts
+from llm_common.text.drawn_texts import DrawnTexts, join
 from torch_llm import random_bits
 from torch_llm.engine.checkpoint import from_canonical
 from torch_llm.engine.decoding import CAPTURED_PROMPTS, CapturedSteps, GraphCache, decode_step, fuse_projections
@@ -78,8 +78,8 @@ def generate_stream(
     tokens = prefill(ids, lengths=own)
     ahead = 1 if device.type == "cuda" else 0
     begun, total, pieces = 1, 0, deque([to_host_later(tokens[:, None])])
-    texts: list[list[int]] = [[] for _ in range(b)]
-    done = [False] * b
+    explain = lambda row, ids: why_not_finite(model, [*padded[row, : lengths[row]], *ids])
+    texts = DrawnTexts(b, eos_ids, finished, explain)
     while True:
         while len(pieces) <= ahead and begun < max_new_tokens:
             columns = []
@@ -90,18 +90,8 @@ def generate_stream(
             begun += len(columns)
         drawn = pieces.popleft()()
         total += drawn.shape[1]
-        new: list[list[int]] = [[] for _ in range(b)]
-        for row, ids in enumerate(drawn.tolist()):
-            for token in ids:
-                if token < 0 and not done[row]:
-                    raise UserError(why_not_finite(model, [*padded[row, : lengths[row]], *texts[row]]))
-                done[row] = done[row] or token in eos_ids
-                if not done[row]:
-                    new[row].append(token)
-                    texts[row].append(token)
-                    done[row] = finished is not None and finished(row, texts[row])
-        yield new
-        if all(done) or total == max_new_tokens:
+        yield texts.add(drawn.tolist())
+        if texts.ended or total == max_new_tokens:
             return
 
 
@@ -112,7 +102,7 @@ def why_not_finite(model: CausalLM, ids: Sequence[int]) -> str:
     _, found = watch_outputs(model, lambda: model(inputs))
     return (
         f"the logits after {len(ids)} tokens are not finite: {found or 'only with a cache'}; try another "
-        "--compute-dtype"
+        "`compute_dtype`"
     )
 
 
@@ -126,11 +116,8 @@ def generate(
     finished: Callable[[int, list[int]], bool] | None = None,
 ) -> list[list[int]]:
     """The whole of `generate_stream`: the new ids of each text, without the id that ended it."""
-    texts: list[list[int]] = [[] for _ in prompts]
-    for new in generate_stream(model, prompts, max_new_tokens, sampling, eos_ids, numbers, finished):
-        for text, ids in zip(texts, new, strict=True):
-            text += ids
-    return texts
+    stream = generate_stream(model, prompts, max_new_tokens, sampling, eos_ids, numbers, finished)
+    return join(stream, len(prompts))
 
 
 @contextlib.contextmanager

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from llm_common.config import ModelConfig, OptimizerConfig, TrainConfig, check_length
 from llm_common.data.datasets import Dataset, Prefetch
-from llm_common.errors import UserError
 from llm_common.run.metrics import StepMetrics
+from llm_common.run.previous_step import PreviousStep
 from llm_common.schedule import learning_rate
 from llm_common.tensors import check_batch, tensor_shapes
 from torch_llm.engine.device import deterministic_algorithms, matmul_precision, to_device, to_host_later
@@ -152,32 +152,16 @@ class Trainer:
         the device always has work. Raises UserError if too many updates in a row were skipped, naming the tensor that
         is the first to be not finite.
         """
-        skipped_in_row = 0
-        before: tuple[int, StepMetrics, Tensor, Tensor] | None = None  # the step before, which is not waited for
-
-        def check_previous_step() -> None:
-            """Wait for the step before."""
-            nonlocal skipped_in_row
-            if before is None:
-                return
-            number, metrics, *batch = before
-            skipped_in_row = skipped_in_row + 1 if metrics["skipped"] else 0
-            if skipped_in_row >= self.train.max_skipped_steps:
-                raise UserError(
-                    f"the gradient norm was not finite in {skipped_in_row} steps in a row (to step {number}): "
-                    f"{self.first_not_finite(*batch)}; "
-                    "lower lr_max, lengthen warmup_steps, or look for bad tokens in the data"
-                )
-
+        previous = PreviousStep(self.optimizer.count, self.train.max_skipped_steps)
         dataset = Prefetch(dataset)
         while self.step < (self.opt.total_steps if until_step is None else until_step):
             inputs, targets = self.read_batch(dataset)
             metrics = self.train_step(inputs, targets)
-            check_previous_step()
-            before = self.step, metrics, inputs, targets
+            previous.resolve(self.first_not_finite)
+            previous.begin(self.step, metrics, inputs, targets)
             if on_step is not None and on_step(self.step, self, metrics):
                 break
-        check_previous_step()
+        previous.resolve(self.first_not_finite)
 
 
 def read_later(

@@ -107,10 +107,24 @@ jax(
 jax(
     "schedule starts again on resuming",
     "engine.train:fit",
-    "step, known_count, skipped_in_row = int(state.step), int(state.adam_count), 0",
-    "step, known_count, skipped_in_row = 0 * int(state.step), int(state.adam_count), 0\nuntil_step = until_step and "
+    "step, previous = int(state.step), PreviousStep(int(state.adam_count), train.max_skipped_steps)",
+    "step, previous = 0, PreviousStep(int(state.adam_count), train.max_skipped_steps)\nuntil_step = until_step and "
     "until_step - int(state.step)",
     "resume",
+)
+shared(
+    "skipped updates are counted",
+    "run.previous_step:PreviousStep.resolve",
+    'self.count += not metrics["skipped"]',
+    "self.count += 1",
+    "runs",
+)
+shared(
+    "one skipped update too many",
+    "run.previous_step:PreviousStep.resolve",
+    "self._skipped_in_row >= self.max_skipped_steps",
+    "self._skipped_in_row > self.max_skipped_steps",
+    "runs",
 )
 torch(
     "bias correction starts again on resuming",

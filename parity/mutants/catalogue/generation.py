@@ -1,6 +1,6 @@
 """Planted bugs of cache, fused projections and generation."""
 
-from parity.mutants.catalogue.mutant import ATTENTION, area, both, jax, torch
+from parity.mutants.catalogue.mutant import ATTENTION, area, both, jax, shared, torch
 
 CORE = f"{ATTENTION}.attention"
 area("KV cache")
@@ -167,23 +167,25 @@ jax(
     **GENERATE,
 )
 torch("logits of the padding", "engine.decoding:decode_step", "lengths is None", "True", **GENERATE)
-jax("end of text ignored", "engine.generate:generate_stream", "token in eos_ids", "False", **GENERATE)
-both(
+shared(
+    "end of text ignored",
+    "text.drawn_texts:DrawnTexts.add",
+    "token in self._eos_ids",
+    "False",
+    **GENERATE,
+)
+shared(
     "end of text kept",
-    (
-        "engine.generate:generate_stream",
-        "done[row] = done[row] or token in eos_ids\nif not done[row]:\n"
-        "    new[row].append(token)\n    texts[row].append(token)\n    done[row] = finished is not None and "
-        "finished(row, texts[row])",
-        "if not done[row]:\n    new[row].append(token)\n    texts[row].append(token)\n    done[row] = token in eos_ids",
-    ),
-    (
-        "engine.generate:generate_stream",
-        "done[row] = done[row] or token in eos_ids\nif not done[row]:\n"
-        "    new[row].append(token)\n    texts[row].append(token)\n    done[row] = finished is not None and "
-        "finished(row, texts[row])",
-        "if not done[row]:\n    new[row].append(token)\n    texts[row].append(token)\n    done[row] = token in eos_ids",
-    ),
+    "text.drawn_texts:DrawnTexts.add",
+    "self._ended[row] = self._ended[row] or token in self._eos_ids\n"
+    "if not self._ended[row]:\n"
+    "    new[row].append(token)\n"
+    "    self.texts[row].append(token)\n"
+    "    self._ended[row] = self._finished is not None and self._finished(row, self.texts[row])",
+    "if not self._ended[row]:\n"
+    "    new[row].append(token)\n"
+    "    self.texts[row].append(token)\n"
+    "    self._ended[row] = token in self._eos_ids",
     **GENERATE,
 )
 both(
