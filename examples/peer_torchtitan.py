@@ -19,7 +19,7 @@ from unittest.mock import MagicMock
 import numpy as np
 import torch
 
-from llm_common.config import ModelConfig, OptimizerConfig, TrainConfig
+from llm_common.config import Recipe
 from llm_common.errors import UserError
 from llm_tools.bench.peers import autocast_step
 
@@ -55,10 +55,9 @@ class StandIns(importlib.abc.MetaPathFinder, importlib.abc.Loader):
         pass
 
 
-def train(
-    cfg: ModelConfig, train: TrainConfig, opt: OptimizerConfig, device: torch.device
-) -> Callable[[np.ndarray, np.ndarray], torch.Tensor]:
+def train(recipe: Recipe, device: torch.device) -> Callable[[np.ndarray, np.ndarray], torch.Tensor]:
     """A step that returns the loss, not waited for."""
+    cfg = recipe.model
     if importlib.util.find_spec("torchtitan") is None:
         raise UserError("torchtitan is not installed: pip install --no-deps torchtitan==0.2.2")
     if (
@@ -84,7 +83,7 @@ def train(
         norm_eps=cfg.rms_norm_eps,
         rope_theta=cfg.rope_theta,
         rope_scaling_args=RoPEScalingArgs(scaling_factor=1.0),
-        max_seq_len=train.seq_len,
+        max_seq_len=recipe.train.seq_len,
     )
     torch.manual_seed(0)
     with torch.device(device), torch.no_grad():
@@ -98,4 +97,4 @@ def train(
             model.layers.register_module(name, torch.compile(block, fullgraph=True))
         loss_function = torch.compile(cross_entropy_loss)
     mean = lambda ids, labels: loss_function(model(ids), labels) / labels.numel()
-    return autocast_step(model.parameters(), mean, train, opt, device)
+    return autocast_step(model.parameters(), mean, recipe, device)

@@ -212,33 +212,21 @@ class OptimizerConfig:
 
 @dataclasses.dataclass(frozen=True)
 class TrainConfig:
-    """One training run: what is not the model's shape and not the optimizer's."""
+    """What decides the numbers of a training run, beside the model's shape and the optimizer."""
 
     seed: int = 0
     batch_size: int = 16  # sequences in the global batch
     seq_len: int = 128  # T: input tokens in a window
     compute_dtype: str = "float32"  # activations and the cast weights; the masters are float32 (float64 for float64)
-    attention_backend: str = "auto"  # resolved once: fused, but for float64 and for JAX on a CPU
-    max_skipped_steps: int = 10  # updates skipped in a row, for a non-finite gradient norm, that stop the run
-    gradient_accumulation_steps: int = 1  # micro-batches that a batch is cut into: the same gradient in less memory
-    loss_chunks: int = 1  # parts that the logits are made in, never all at once: less memory for about 1 % of the time
     # the id, or one of several, after which attention and positions begin anew; None: they do not
     document_separator: Separator = None
-    remat: str = (
-        "none"  # what the backward pass computes again: nothing, all but matrix products ("dots"), or all ("full")
-    )
-    compile: str = "auto"  # torch.compile and jax.jit: "on", "off", or what is faster on the device
-    scan_layers: bool = False  # JAX: all layers as one scan, which compiles faster and runs slower
-    deterministic: bool = False  # on a GPU: the same bits in every run, slower; a CPU gives them anyway
+    max_skipped_steps: int = 10  # updates skipped in a row, for a non-finite gradient norm, that stop the run
 
     def __post_init__(self) -> None:
         check(is_int(self.seed, 0) and self.seed < 2**32, self, "seed", "must be an integer in [0, 2^32)")
-        for field in ("batch_size", "seq_len", "max_skipped_steps", "gradient_accumulation_steps", "loss_chunks"):
+        for field in ("batch_size", "seq_len", "max_skipped_steps"):
             check(is_int(getattr(self, field), 1), self, field, "must be an integer of at least 1")
             check(getattr(self, field) < 2**31, self, field, "must be less than 2^31")
-        batch, steps = self.batch_size, self.gradient_accumulation_steps
-        check(batch % steps == 0, self, "gradient_accumulation_steps", f"must divide batch_size = {batch}")
-        check(self.seq_len % self.loss_chunks == 0, self, "loss_chunks", f"must divide seq_len = {self.seq_len}")
         separators = self.document_separator
         if isinstance(separators, (list, tuple)):  # JSON and TOML have lists; one id has one form
             separators = tuple(dict.fromkeys(separators))
@@ -247,17 +235,7 @@ class TrainConfig:
             known = separator is None and separators is None
             check(known or is_int(separator, 0), self, "document_separator", "must be token ids or None")
         check(separators != (), self, "document_separator", "must be token ids or None")
-        for field, known in (("remat", REMAT), ("compile", COMPILE)):
-            check(getattr(self, field) in known, self, field, f"must be one of {', '.join(known)}")
-        for field in ("scan_layers", "deterministic"):
-            check(isinstance(getattr(self, field), bool), self, field, "must be true or false")
         check(self.compute_dtype in DTYPES, self, "compute_dtype", f"must be one of {', '.join(DTYPES)}")
-        check(
-            self.attention_backend in ATTENTION_BACKENDS,
-            self,
-            "attention_backend",
-            f"must be one of {', '.join(ATTENTION_BACKENDS)}",
-        )
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "TrainConfig":
@@ -267,6 +245,32 @@ class TrainConfig:
     def master_dtype(self) -> str:
         """dtype of the weights and moments that the optimizer keeps."""
         return "float64" if self.compute_dtype == "float64" else "float32"
+
+
+@dataclasses.dataclass(frozen=True)
+class ExecutionConfig:
+    """How the numbers of a training run are computed: with other values the results differ by rounding alone."""
+
+    attention_backend: str = "auto"  # resolved once: fused, but for float64 and for JAX on a CPU
+    gradient_accumulation_steps: int = 1  # micro-batches that a batch is cut into: the same gradient in less memory
+    loss_chunks: int = 1  # parts that the logits are made in, never all at once: less memory for about 1 % of the time
+    remat: str = "none"  # what the backward pass computes again: nothing, all but matrix products (dots), or all (full)
+    compile: str = "auto"  # torch.compile and jax.jit: "on", "off", or what is faster on the device
+    scan_layers: bool = False  # JAX: all layers as one scan, which compiles faster and runs slower
+    deterministic: bool = False  # on a GPU: the same bits in every run, slower; a CPU gives them anyway
+
+    def __post_init__(self) -> None:
+        for field in ("gradient_accumulation_steps", "loss_chunks"):
+            check(is_int(getattr(self, field), 1), self, field, "must be an integer of at least 1")
+            check(getattr(self, field) < 2**31, self, field, "must be less than 2^31")
+        for field, known in (("attention_backend", ATTENTION_BACKENDS), ("remat", REMAT), ("compile", COMPILE)):
+            check(getattr(self, field) in known, self, field, f"must be one of {', '.join(known)}")
+        for field in ("scan_layers", "deterministic"):
+            check(isinstance(getattr(self, field), bool), self, field, "must be true or false")
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "ExecutionConfig":
+        return from_dict(cls, values)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -329,6 +333,38 @@ def check_length(cfg: ModelConfig, length: int, what: str) -> None:
         raise UserError(
             f"{what} needs {length} positions but max_position_embeddings = {limit}; shorten it or raise that"
         )
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """All that a training run is made from, but for its data and its first weights."""
+
+    model: ModelConfig
+    train: TrainConfig = TrainConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    execution: ExecutionConfig = ExecutionConfig()
+
+    def __post_init__(self) -> None:
+        check_length(self.model, self.train.seq_len, "seq_len")
+        batch, length = self.train.batch_size, self.train.seq_len
+        steps, chunks = self.execution.gradient_accumulation_steps, self.execution.loss_chunks
+        rule = f"must divide batch_size = {batch}"
+        check(batch % steps == 0, self.execution, "gradient_accumulation_steps", rule)
+        check(length % chunks == 0, self.execution, "loss_chunks", f"must divide seq_len = {length}")
+
+    @classmethod
+    def from_settings(
+        cls, model: ModelConfig, settings: dict[str, Any], optimizer: OptimizerConfig | None = None
+    ) -> "Recipe":
+        """A recipe from the fields of TrainConfig and ExecutionConfig in one dictionary, as a checkpoint keeps them."""
+        known = {field.name for field in dataclasses.fields(ExecutionConfig)}
+        train = TrainConfig.from_dict({name: x for name, x in settings.items() if name not in known})
+        execution = ExecutionConfig.from_dict({name: x for name, x in settings.items() if name in known})
+        return cls(model, train, optimizer or OptimizerConfig(), execution)
+
+    def settings(self) -> dict[str, Any]:
+        """Of `from_settings`, the dictionary."""
+        return dataclasses.asdict(self.train) | dataclasses.asdict(self.execution)
 
 
 PRESETS: dict[str, ModelConfig] = {

@@ -14,7 +14,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 
-from llm_common.config import ModelConfig, TrainConfig
+from llm_common.config import ModelConfig, Recipe
 from llm_common.errors import UserError
 from llm_common.tensors import tensor_shapes
 
@@ -156,12 +156,15 @@ def check_devices(mesh: MeshConfig, present: int, kind: str, hint: str) -> None:
         raise UserError(f"--mesh {mesh} takes {mesh.size} {kind}s, present: {present}; {hint}")
 
 
-def check_sharded(mesh: MeshConfig, cfg: ModelConfig, train: TrainConfig) -> None:
+def check_sharded(mesh: MeshConfig, recipe: Recipe) -> None:
     """`check_mesh` for a training run."""
-    if train.document_separator is not None and train.attention_backend == "splash":
+    train, execution = recipe.train, recipe.execution
+    if train.document_separator is not None and execution.attention_backend == "splash":
         raise UserError(
             "attention_backend = 'splash' hides no documents from each other; use 'auto' with document_separator"
         )
-    if train.loss_chunks > 1:
-        raise UserError(f"loss_chunks = {train.loss_chunks} is for one device: with a mesh use 1, and remat or tensor")
-    check_mesh(mesh, cfg, train.batch_size, train.gradient_accumulation_steps)
+    if execution.loss_chunks > 1:
+        raise UserError(
+            f"loss_chunks = {execution.loss_chunks} is for one device: with a mesh use 1, and remat or tensor"
+        )
+    check_mesh(mesh, recipe.model, train.batch_size, execution.gradient_accumulation_steps)

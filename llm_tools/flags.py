@@ -13,7 +13,7 @@ import typing
 from pathlib import Path
 from typing import Any
 
-from llm_common.config import ModelConfig, TrainConfig
+from llm_common.config import Recipe
 from llm_common.errors import UserError, read_small
 from llm_common.processes import end_with_launcher
 from llm_common.run.backend import Backend
@@ -148,13 +148,13 @@ def prepare_environment(cache_dir: Path | None) -> None:
     os.environ.setdefault("TORCHINDUCTOR_USE_EXPERIMENTAL_BENCHMARKER", "0")
 
 
-def keep_memory_of_a_small_step(device: str, cfg: ModelConfig, train: TrainConfig) -> None:
+def keep_memory_of_a_small_step(device: str, recipe: Recipe) -> None:
     """`keep_freed_memory` where it pays. To be called before a framework starts its threads, so before one can be asked
     for devices.
     """
     accelerators = ("nvidia[0-9]*", "accel*", "vfio", "kfd", "dxg")  # what drivers put into /dev
     alone = device == "auto" and not any(any(Path("/dev").glob(name)) for name in accelerators)
-    if (device == "cpu" or alone) and sum(memory_per_step(cfg, train, False, False).values()) < GIB / 2:
+    if (device == "cpu" or alone) and sum(memory_per_step(recipe, False, False).values()) < GIB / 2:
         keep_freed_memory()
 
 

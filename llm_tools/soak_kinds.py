@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from llm_common.config import OptimizerConfig, RunConfig, TrainConfig, preset
+from llm_common.config import OptimizerConfig, Recipe, RunConfig, TrainConfig, preset
 from llm_common.data.answers import load_examples, write_examples
 from llm_common.data.datasets import check_data, open_tokens, write_tokens
 from llm_common.data.evaluation import Evaluation
@@ -68,8 +68,8 @@ def work_run(folder: Path) -> None:
     """Train from the newest checkpoint on, saving every second step; evaluate, prune and log as a run does."""
     evaluation = Evaluation(np.arange(9), 4, 2)
     config = RunConfig(save_every=2, keep_last=2, keep_best=1)
-    opt = OptimizerConfig(total_steps=10**6)
-    run = Run(folder / "run", CFG, TrainConfig(), opt, Numbers(), "jax", evaluation=evaluation, config=config)
+    recipe = Recipe(CFG, TrainConfig(seq_len=4), OptimizerConfig(total_steps=10**6))
+    run = Run(folder / "run", recipe, Numbers(), "jax", evaluation=evaluation, config=config)
     with run:
         saved = run.resume()
         step = 0 if saved is None else saved.step

@@ -21,7 +21,7 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
-from llm_common.config import PRESETS, ModelConfig, SamplingConfig, TrainConfig, check_length
+from llm_common.config import PRESETS, ExecutionConfig, ModelConfig, Recipe, SamplingConfig, TrainConfig, check_length
 from llm_common.errors import UserError, run_main
 from llm_common.processes import end_with_launcher
 from llm_common.run.estimates import GIB
@@ -67,6 +67,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, metavar="PREFIX", help="of a .md, a .json and a .png file")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     add_flags(parser, TrainConfig, "training; left out, compute-dtype is bfloat16 on a GPU or TPU")
+    add_flags(parser, ExecutionConfig, "execution")
     parser.set_defaults(compute_dtype=None, batch_size=None)
     args = parser.parse_args()
     if args.what == "decode" and args.batch_size is not None:
@@ -123,6 +124,7 @@ def check(args: argparse.Namespace) -> None:
         args.compute_dtype = args.compute_dtype or "bfloat16"
         args.compile = "on" if args.what == "decode" and args.compile == "auto" else args.compile
     cfg, train = model_config(args), from_flags(TrainConfig, args)
+    execution = from_flags(ExecutionConfig, args)
     for name in ("peer", "profile"):
         if getattr(args, name) and args.what not in ("train", "decode"):
             raise UserError(f"{args.what} takes no --{name}")
@@ -146,7 +148,7 @@ def check(args: argparse.Namespace) -> None:
                 "decode needs --new-tokens of at least 2, as the first is timed apart, and --batch of at least 1"
             )
     for side in frameworks(args):
-        open_backend(side).plan_run(cfg, train, args.device)  # is the device there?
+        open_backend(side).plan_run(Recipe(cfg, train, execution=execution), args.device)  # is the device there?
     kinds = {side: open_backend(side).device_kind(args.device) for side in {*frameworks(args), "torch"}}
     if len({kind.lower() == "cpu" for kind in kinds.values()}) > 1:
         raise UserError(f"{kinds}: install torch for this device too, as the ceilings are measured with it")

@@ -19,7 +19,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from llm_common.config import ModelConfig, OptimizerConfig, TrainConfig, preset
+from llm_common.config import ExecutionConfig, OptimizerConfig, Recipe, TrainConfig, preset
 from llm_common.data.datasets import TokenDataset
 from llm_common.data.evaluation import Evaluation
 from llm_common.errors import UserError, require_framework, require_package, run_main
@@ -41,6 +41,7 @@ def main() -> int:
     parser.add_argument("--device", default="cpu", help="cpu or gpu")
     parser.add_argument("--out", type=Path, default=Path("runs/quality.json"))
     add_flags(parser, TrainConfig, "training")
+    add_flags(parser, ExecutionConfig, "execution")
     args = parser.parse_args()
     if args.steps < 20 or args.noise_runs < 1:
         raise UserError("--steps must be at least 20 and --noise-runs at least 1")
@@ -48,8 +49,9 @@ def main() -> int:
     require_package("transformers", "dev")
     for framework in ("jax", "torch"):
         require_framework(framework)
-    cfg, train = preset(args.preset), from_flags(TrainConfig, args)
     opt = OptimizerConfig(lr_max=2e-3, lr_min=2e-4, warmup_steps=args.steps // 10, total_steps=args.steps)
+    recipe = Recipe(preset(args.preset), from_flags(TrainConfig, args), opt, from_flags(ExecutionConfig, args))
+    cfg, train = recipe.model, recipe.train
     data = TokenDataset(args.data, train.seq_len, train.batch_size, train.seed, cfg.vocab_size)
     held_out = Evaluation(data.tokens[-min(len(data.tokens) // 10, 20_000) :], train.seq_len, train.batch_size)
     console, results = Console(highlight=False, soft_wrap=True), {}
@@ -61,7 +63,7 @@ def main() -> int:
     ]
     for i, name in enumerate(runs):
         start = time.perf_counter()
-        settings = (cfg, train, opt, data, held_out, args)
+        settings = (recipe, data, held_out, args)
         losses, evaluated = ours(("jax", "torch")[i], *settings) if i < 2 else theirs(i - 2, *settings)
         tail = float(np.mean(losses[-max(1, len(losses) // 10) :]))
         results[name] = {"last_tenth": tail, "held_out": evaluated, "losses": losses}
@@ -75,18 +77,18 @@ def main() -> int:
     return 0 if ok else 1
 
 
-def ours(framework: str, cfg: ModelConfig, train: TrainConfig, opt: OptimizerConfig, data, held_out: Evaluation, args):
+def ours(framework: str, recipe: Recipe, data, held_out: Evaluation, args):
     """A run of one of our sides: the loss of each step, and the held-out loss at the end."""
 
     losses: list[float] = []
     keep = lambda step, state, metrics: losses.append(metrics["loss"])
-    with open_backend(framework).open_session(cfg, train, opt, args.device, None) as session:
+    with open_backend(framework).open_session(recipe, args.device, None) as session:
         session.fit(data, on_step=keep)
         total, count = session.evaluate(held_out)
     return losses, total / count
 
 
-def theirs(nudge: int, cfg: ModelConfig, train: TrainConfig, opt: OptimizerConfig, data, held_out: Evaluation, args):
+def theirs(nudge: int, recipe: Recipe, data, held_out: Evaluation, args):
     """The same with transformers' Llama, torch.optim.AdamW, clip_grad_norm_ and, in bfloat16, autocast."""
     import torch
     import transformers
@@ -95,7 +97,7 @@ def theirs(nudge: int, cfg: ModelConfig, train: TrainConfig, opt: OptimizerConfi
     from torch_llm.engine.device import matmul_precision, select_device
     from torch_llm.model import init_model
 
-    device = select_device(args.device)
+    cfg, train, opt, device = recipe.model, recipe.train, recipe.optimizer, select_device(args.device)
     config = {key: value for key, value in cfg.to_hf().items() if key not in ("architectures", "model_type")}
     model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**config))
     model.to(device)  # pyright: ignore[reportArgumentType]

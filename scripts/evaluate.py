@@ -20,7 +20,15 @@ import json
 from pathlib import Path
 from typing import Any
 
-from llm_common.config import ATTENTION_BACKENDS, DTYPES, ModelConfig, TrainConfig, check_length
+from llm_common.config import (
+    ATTENTION_BACKENDS,
+    DTYPES,
+    ExecutionConfig,
+    ModelConfig,
+    Recipe,
+    TrainConfig,
+    check_length,
+)
 from llm_common.data.datasets import check_data, open_tokens
 from llm_common.data.evaluation import DocumentEvaluation, Evaluation, open_held_out
 from llm_common.errors import UserError, is_out_of_memory, run_main
@@ -84,9 +92,7 @@ def main() -> None:
         check_length(cfg, args.seq_len, "--seq-len")
     tokenizer = open_tokenizer(args.tokenizer) if args.tokenizer else load_tokenizer(folder)
     saved = read_settings(folder)
-    train = (
-        TrainConfig.from_dict(saved["train"]) if "train" in saved else TrainConfig(seq_len=cfg.max_position_embeddings)
-    )
+    train = Recipe.from_settings(cfg, saved.get("train", {"seq_len": cfg.max_position_embeddings})).train
     if args.compute_dtype is not None:
         train = dataclasses.replace(train, compute_dtype=args.compute_dtype)
     evaluation = open_data(args, cfg, saved, train, tokenizer) if args.data else open_text(args, cfg, tokenizer, folder)
@@ -94,19 +100,17 @@ def main() -> None:
         train,
         seq_len=evaluation.seq_len,
         batch_size=evaluation.batch_size,
-        attention_backend=args.attention_backend,
-        gradient_accumulation_steps=1,
-        loss_chunks=1,
         # a text has one document in each row
         document_separator=train.document_separator if args.data else None,
     )
+    recipe = Recipe(cfg, train, execution=ExecutionConfig(attention_backend=args.attention_backend))
     mesh = None if args.mesh is None else MeshConfig.parse(args.mesh)
     if mesh is not None:
-        check_sharded(mesh, cfg, train)
+        check_sharded(mesh, recipe)
     hosts = join(backend, args, mesh)
     only_the_first_prints(hosts)
     try:
-        with backend.evaluator(cfg, weights, train, hosts.device, mesh) as evaluate:
+        with backend.evaluator(recipe, weights, hosts.device, mesh) as evaluate:
             result = evaluation.summary(*evaluate(evaluation))
     except Exception as error:
         if not is_out_of_memory(error):

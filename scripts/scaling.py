@@ -13,14 +13,13 @@ import json
 import os
 import sys
 import time
-from dataclasses import asdict, replace
 from datetime import date
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from llm_common.config import ModelConfig, OptimizerConfig, TrainConfig, preset
+from llm_common.config import ExecutionConfig, ModelConfig, OptimizerConfig, Recipe, TrainConfig, preset
 from llm_common.errors import UserError, run_main
 from llm_common.processes import end_with_launcher
 from llm_common.run.estimates import GIB, flops_per_step
@@ -55,7 +54,7 @@ def main() -> None:
     cfg, results = preset(args.preset), []
     meshes = [MeshConfig.parse(text) for text in args.mesh]
     for mesh in meshes:
-        check_sharded(mesh, cfg, settings(args, mesh))
+        check_sharded(mesh, recipe_of(args, mesh))
     for framework in args.framework or ["jax", "torch"]:
         for mesh in (None, *meshes):
             results.append(run_case(args, framework, mesh))
@@ -64,9 +63,11 @@ def main() -> None:
         args.out.write_text(table(args, cfg, results), encoding="utf-8")
 
 
-def settings(args: argparse.Namespace, mesh: MeshConfig) -> TrainConfig:
+def recipe_of(args: argparse.Namespace, mesh: MeshConfig) -> Recipe:
     batch = args.batch_size * mesh.batch_shards
-    return TrainConfig(batch_size=batch, seq_len=args.seq_len, compute_dtype=args.compute_dtype, remat=args.remat)
+    train = TrainConfig(batch_size=batch, seq_len=args.seq_len, compute_dtype=args.compute_dtype)
+    opt = OptimizerConfig(lr_max=1e-4, lr_min=1e-5, total_steps=args.steps + args.warm_up)  # stable without a warm-up
+    return Recipe(preset(args.preset), train, opt, ExecutionConfig(remat=args.remat))
 
 
 def run_case(args: argparse.Namespace, framework: str, mesh: MeshConfig | None) -> dict[str, Any]:
@@ -86,8 +87,8 @@ def measure(args: argparse.Namespace, task: dict[str, Any]) -> dict[str, Any]:
     """Steps of one case, timed in this process, which is one of the processes of the mesh."""
     framework = task["framework"]
     mesh = None if task["mesh"] is None else MeshConfig.parse(task["mesh"])
-    cfg, train = preset(args.preset), settings(args, mesh or ONE_DEVICE)
-    opt = OptimizerConfig(lr_max=1e-4, lr_min=1e-5, total_steps=args.steps + args.warm_up)  # stable without a warm-up
+    recipe = recipe_of(args, mesh or ONE_DEVICE)
+    cfg, train = recipe.model, recipe.train
     data, times, losses = RandomTokens(cfg, train), [], []
 
     def note(step: int, _: Any, metrics: StepMetrics) -> None:
@@ -98,7 +99,7 @@ def measure(args: argparse.Namespace, task: dict[str, Any]) -> dict[str, Any]:
     backend, start = open_backend(framework), time.perf_counter()
     hosts = None if mesh is None else join(backend, args, mesh)
     device = args.device if hosts is None else hosts.device
-    with backend.open_session(cfg, train, opt, device, mesh) as session:
+    with backend.open_session(recipe, device, mesh) as session:
         session.fit(data, on_step=note)
     if hosts is not None:
         only_the_first_prints(hosts)
@@ -114,7 +115,7 @@ def measure(args: argparse.Namespace, task: dict[str, Any]) -> dict[str, Any]:
         "memory": backend.memory_used(device),
         "losses": [losses[0]["loss"], losses[-1]["loss"]],
         "versions": versions(framework, "numpy"),
-        "settings": asdict(replace(train, seed=0)),
+        "settings": recipe.settings(),
     }
 
 

@@ -23,7 +23,7 @@ from typing import Any
 
 from hlo import Program
 
-from llm_common.config import OptimizerConfig, SamplingConfig, TrainConfig, preset
+from llm_common.config import ExecutionConfig, Recipe, SamplingConfig, TrainConfig, preset
 from llm_common.errors import UserError, require_package, run_main
 from llm_common.processes import end_with_launcher, lifeline
 from llm_common.run.estimates import GIB, flops_per_step, memory_per_step
@@ -181,16 +181,15 @@ def compile_steps(args: argparse.Namespace) -> list[dict[str, Any]]:
         batch_size=args.batch_size or config.batch_shards,
         seq_len=args.seq_len,
         compute_dtype=args.compute_dtype,
-        attention_backend=args.attention_backend,
-        remat=args.remat,
-        scan_layers=not args.loop,
     )
-    check_sharded(config, cfg, train)
+    execution = ExecutionConfig(attention_backend=args.attention_backend, remat=args.remat, scan_layers=not args.loop)
+    recipe = Recipe(cfg, train, execution=execution)
+    check_sharded(config, recipe)
     rows = []
     for step in args.step or ["train", "decode"]:
         lower = lower_train if step == "train" else lower_decode
         start = time.perf_counter()
-        lowered = lower(cfg, train, mesh)
+        lowered = lower(recipe, mesh)
         try:
             compiled, error = lowered.compile(), ""
         except Exception as problem:
@@ -203,20 +202,25 @@ def compile_steps(args: argparse.Namespace) -> list[dict[str, Any]]:
             "topology": args.topology,
             "mesh": str(config),
         }
-        row |= {"batch": train.batch_size, "seq_len": train.seq_len, "dtype": train.compute_dtype, "remat": train.remat}
         row |= {
-            "attention": train.attention_backend,
-            "scan": train.scan_layers,
+            "batch": train.batch_size,
+            "seq_len": train.seq_len,
+            "dtype": train.compute_dtype,
+            "remat": execution.remat,
+        }
+        row |= {
+            "attention": execution.attention_backend,
+            "scan": execution.scan_layers,
             "seconds": round(seconds, 1),
             "date": str(date.today()),
         }
         rows.append(
-            row | (report(compiled, cfg, train, config, version, step) if compiled is not None else {"error": error})
+            row | (report(compiled, recipe, config, version, step) if compiled is not None else {"error": error})
         )
     return rows
 
 
-def lower_train(cfg, train: TrainConfig, mesh) -> Any:
+def lower_train(recipe: Recipe, mesh) -> Any:
     import jax
     import jax.numpy as jnp
 
@@ -224,15 +228,15 @@ def lower_train(cfg, train: TrainConfig, mesh) -> Any:
     from jax_llm.engine.train import init_state
     from llm_common.schedule import step_scalars
 
-    opt = OptimizerConfig()
-    state = jax.eval_shape(lambda: init_state(cfg, train, opt))
+    train = recipe.train
+    state = jax.eval_shape(lambda: init_state(recipe))
     tokens = jax.ShapeDtypeStruct((train.batch_size, train.seq_len), jnp.int32)
-    scalars = jax.tree.map(lambda _: jax.ShapeDtypeStruct((), jnp.float32), step_scalars(opt, 0, 0))
+    scalars = jax.tree.map(lambda _: jax.ShapeDtypeStruct((), jnp.float32), step_scalars(recipe.optimizer, 0, 0))
     count = jax.ShapeDtypeStruct((), jnp.int32)
-    return compiled_train_step(cfg, train, opt, mesh).lower(state, tokens, tokens, (scalars, scalars), count)
+    return compiled_train_step(recipe, mesh).lower(state, tokens, tokens, (scalars, scalars), count)
 
 
-def lower_decode(cfg, train: TrainConfig, mesh) -> Any:
+def lower_decode(recipe: Recipe, mesh) -> Any:
     """One token of every text of a batch, against a cache of seq_len slots."""
     import jax
     import jax.numpy as jnp
@@ -246,6 +250,7 @@ def lower_decode(cfg, train: TrainConfig, mesh) -> Any:
     from jax_llm.model import CausalLM, init_params
     from llm_common.sharding import BATCH_AXES
 
+    cfg, train = recipe.model, recipe.train
     dtype, rows = jnp.dtype(train.compute_dtype), NamedSharding(mesh, PartitionSpec(BATCH_AXES))
     heads = NamedSharding(mesh, PartitionSpec(BATCH_AXES, None, "tensor"))
     put = lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
@@ -270,8 +275,9 @@ def lower_decode(cfg, train: TrainConfig, mesh) -> Any:
         return decode.lower(params, cache, ids, ids, number(jnp.uint32), n=CHUNK, **settings)
 
 
-def report(compiled: Any, cfg, train: TrainConfig, config: MeshConfig, version: str, step: str) -> dict[str, Any]:
+def report(compiled: Any, recipe: Recipe, config: MeshConfig, version: str, step: str) -> dict[str, Any]:
     """What the compiler says of a program, on each chip."""
+    cfg, train, execution = recipe.model, recipe.train, recipe.execution
     memory, program = compiled.memory_analysis(), Program(compiled.as_text())
     capacity, peak_flops, bandwidth, links = CHIPS[version]
     arguments, temporary = memory.argument_size_in_bytes, memory.temp_size_in_bytes
@@ -292,8 +298,8 @@ def report(compiled: Any, cfg, train: TrainConfig, config: MeshConfig, version: 
         "bound_links": moved / links,
     }
     if step == "train":
-        flops = flops_per_step(cfg, train) * (4 / 3 if train.remat == "full" else 1) / config.size
-        model = memory_per_step(cfg, train, train.attention_backend == "splash", True, config)
+        flops = flops_per_step(cfg, train) * (4 / 3 if execution.remat == "full" else 1) / config.size
+        model = memory_per_step(recipe, execution.attention_backend == "splash", True, config)
         result |= {"flops": flops, "bound_flops": flops / peak_flops, "model_memory": sum(model.values())}
     else:
         from jax_llm.engine.generate import CHUNK

@@ -23,7 +23,16 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 
-from llm_common.config import PRESETS, ModelConfig, OptimizerConfig, RunConfig, TrainConfig, check_length, preset
+from llm_common.config import (
+    PRESETS,
+    ExecutionConfig,
+    ModelConfig,
+    OptimizerConfig,
+    Recipe,
+    RunConfig,
+    TrainConfig,
+    preset,
+)
 from llm_common.data.answers import open_dataset
 from llm_common.data.datasets import TokenDataset, check_data, open_tokens, read_description
 from llm_common.data.evaluation import Evaluation, open_held_out
@@ -75,6 +84,7 @@ def make_train_parser() -> argparse.ArgumentParser:
     machine.add_argument("--dry-run", action="store_true", help="say what the run would be, and train nothing")
     add_flags(parser, OptimizerConfig, "optimizer")
     add_flags(parser, TrainConfig, "training")
+    add_flags(parser, ExecutionConfig, "execution")
     add_flags(parser, RunConfig, "checkpoints, evaluation and log")
     return parser
 
@@ -83,24 +93,26 @@ def main() -> None:
     args = parse_with_toml(make_train_parser())
     require(args, "framework", "out")
     prepare_environment(args.cache_dir)
-    opt, train, config = (from_flags(cls, args) for cls in (OptimizerConfig, TrainConfig, RunConfig))
+    configs = (TrainConfig, OptimizerConfig, ExecutionConfig, RunConfig)
+    train, opt, execution, config = (from_flags(cls, args) for cls in configs)
     cfg, initial = choose_model(args)
-    check_length(cfg, train.seq_len, "seq_len")
-    keep_memory_of_a_small_step(args.device, cfg, train)
+    recipe = Recipe(cfg, train, opt, execution)
+    keep_memory_of_a_small_step(args.device, recipe)
     mesh = None if args.mesh is None else MeshConfig.parse(args.mesh)
     tokenizer = open_tokenizer(args.tokenizer or args.init_from or Path("data/bpe.json"))
     if mesh is not None:
-        check_sharded(mesh, cfg, train)
+        check_sharded(mesh, recipe)
     check_vocabulary(tokenizer, cfg.vocab_size)
     backend = open_backend(args.framework)
     hosts = join(backend, args, mesh)
-    plan = backend.plan_run(cfg, train, hosts.device)  # before the data, which may take long: is the device there?
+    plan = backend.plan_run(recipe, hosts.device)  # before the data, which may take long: is the device there?
     data = check_data(args.data, tokenizer)
     if args.document_mask and train.document_separator is None:
         train = dataclasses.replace(train, document_separator=separator_of(args.data, data))
+        recipe = dataclasses.replace(recipe, train=train)
         if mesh is not None:
-            check_sharded(mesh, cfg, train)
-        plan = backend.plan_run(cfg, train, hosts.device)
+            check_sharded(mesh, recipe)
+        plan = backend.plan_run(recipe, hosts.device)
     dataset = open_dataset(args.data, train.seq_len, train.batch_size, train.seed, cfg.vocab_size)
     evaluation = open_evaluation(args, cfg, train, config, tokenizer)
     console = Console(highlight=False, soft_wrap=True, quiet=hosts.index > 0)
@@ -114,11 +126,11 @@ def main() -> None:
     )
     held_out = "nothing held out" if evaluation is None else f"{evaluation.n_targets:,} held-out tokens"
     console.print(f"{cfg.num_parameters():,} parameters, {size}, {held_out}; log: {args.out / LOG_FILE}", markup=False)
-    need = memory_per_step(cfg, train, not plan.keeps_scores, plan.compiled, mesh or ONE_DEVICE)
-    check_memory(console, cfg, train, need, backend.memory_limit(hosts.device))
+    need = memory_per_step(recipe, not plan.keeps_scores, plan.compiled, mesh or ONE_DEVICE)
+    check_memory(console, recipe, need, backend.memory_limit(hosts.device))
     flops, tokens_per_step = flops_per_step(cfg, train), train.batch_size * train.seq_len
     if args.dry_run:
-        dry_run(console, cfg, train, opt, need, dataset, tokenizer)
+        dry_run(console, recipe, need, dataset, tokenizer)
         return
     peak = peak_flops(plan.device_kind, train.compute_dtype)
     if peak is not None and mesh is not None:
@@ -129,9 +141,7 @@ def main() -> None:
     )
     run = Run(
         args.out,
-        cfg,
-        train,
-        opt,
+        recipe,
         dataset,
         args.framework,
         tokenizer=tokenizer,
@@ -142,14 +152,14 @@ def main() -> None:
         hosts=hosts,
         roles={name: data.get(name) for name in ("document_end", "turn_end")},
     )
-    if train.deterministic and mesh is None:
-        console.print(backend.cost_of_determinism(cfg, train, opt, dataset, hosts.device))
+    if execution.deterministic and mesh is None:
+        console.print(backend.cost_of_determinism(recipe, dataset, hosts.device))
     try:
         with progress:
             folder = backend.fit_and_save(run, hosts.device, mesh)
     except Exception as error:
         if is_out_of_memory(error):
-            raise UserError(f"memory ran out: {memory_advice(cfg, train, need)}") from None
+            raise UserError(f"memory ran out: {memory_advice(recipe, need)}") from None
         raise
     progress.summary(folder, args.out / LOG_FILE)
     if not progress.losses:
@@ -209,16 +219,14 @@ def open_evaluation(
     )
 
 
-def check_memory(
-    console: Console, cfg: ModelConfig, train: TrainConfig, need: dict[str, int], limit: int | None
-) -> None:
+def check_memory(console: Console, recipe: Recipe, need: dict[str, int], limit: int | None) -> None:
     """Refuse what cannot fit, before any long work; warn of what may not."""
     if limit is None:
         return
     kept = sum(size for name, size in need.items() if name != "activations")
-    text = f"{memory_advice(cfg, train, need)}; the device has {limit / GIB:.2f} GiB"
+    text = f"{memory_advice(recipe, need)}; the device has {limit / GIB:.2f} GiB"
     if kept > limit:
-        narrower = ", or --compute-dtype float32" if train.compute_dtype == "float64" else ""
+        narrower = ", or --compute-dtype float32" if recipe.train.compute_dtype == "float64" else ""
         raise UserError(
             f"not enough memory: weights, moments and gradients alone need {kept / GIB:.2f} GiB, the device has "
             f"{limit / GIB:.2f}; take a smaller model{narrower}, or another --device"
@@ -229,13 +237,12 @@ def check_memory(
 
 def dry_run(
     console: Console,
-    cfg: ModelConfig,
-    train: TrainConfig,
-    opt: OptimizerConfig,
+    recipe: Recipe,
     need: dict[str, int],
     dataset: Any,
     tokenizer: Any,
 ) -> None:
+    cfg, train, opt = recipe.model, recipe.train, recipe.optimizer
     tokens = train.batch_size * train.seq_len
     console.print(f"model: {cfg}", markup=False)
     console.print(f"steps: {opt.total_steps:,} of {tokens:,} tokens, {opt.total_steps * tokens:,} tokens in all")

@@ -12,7 +12,7 @@ from jax_llm.engine.gradients import cast
 from jax_llm.engine.hosts import join_hosts
 from jax_llm.engine.plan import decoding_kernels, make_model, plan_run
 from jax_llm.model import CausalLM, init_params
-from llm_common.config import ModelConfig, OptimizerConfig, TrainConfig
+from llm_common.config import ModelConfig, Recipe
 from llm_common.data.datasets import Dataset
 from llm_common.data.evaluation import Evaluation
 from llm_common.run.backend import Backend, Session, Stream
@@ -37,22 +37,19 @@ class JaxSession:
 
 
 @contextlib.contextmanager
-def open_session(
-    cfg: ModelConfig, settings: TrainConfig, opt: OptimizerConfig, name: str, mesh: MeshConfig | None
-) -> Iterator[Session]:
-    recipe = {"cfg": cfg, "train": settings, "opt": opt}
-    with device.x64(settings.master_dtype):
+def open_session(recipe: Recipe, name: str, mesh: MeshConfig | None) -> Iterator[Session]:
+    with device.x64(recipe.train.master_dtype):
         if mesh is not None:
             devices = distributed.make_mesh(mesh, name)
-            state = distributed.init_state(cfg, settings, opt, devices)
-            held_out = lambda params, data: distributed.evaluate(cfg, settings, params, data, devices)
-            yield JaxSession(state, partial(distributed.fit, mesh=devices, **recipe), held_out)
+            state = distributed.init_state(recipe, devices)
+            held_out = lambda params, data: distributed.evaluate(recipe, params, data, devices)
+            yield JaxSession(state, partial(distributed.fit, recipe=recipe, mesh=devices), held_out)
             return
         target = device.select_device(name)
         with jax.default_device(target):
-            model = make_model(cfg, settings, target.platform)
-            held_out = lambda params, data: evaluate.evaluate(model, params, settings.compute_dtype, data)
-            yield JaxSession(train.init_state(cfg, settings, opt), partial(train.fit, **recipe), held_out)
+            model = make_model(recipe, target.platform)
+            held_out = lambda params, data: evaluate.evaluate(model, params, recipe.train.compute_dtype, data)
+            yield JaxSession(train.init_state(recipe), partial(train.fit, recipe=recipe), held_out)
 
 
 @contextlib.contextmanager

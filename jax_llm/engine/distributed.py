@@ -36,7 +36,7 @@ from jax_llm.layers import Embedding
 from jax_llm.model import CausalLM, DecoderLayer, init_params
 from jax_llm.optim import make_optimizer
 from jax_llm.params import Leaf, Params, get_canonical, param_leaves, unstack
-from llm_common.config import ModelConfig, OptimizerConfig, TrainConfig
+from llm_common.config import ModelConfig, OptimizerConfig, Recipe, TrainConfig
 from llm_common.data.datasets import Dataset
 from llm_common.data.evaluation import EvaluateLoss, Evaluation
 from llm_common.run.checkpoint import TrainingState
@@ -89,15 +89,13 @@ def state_shardings(cfg: ModelConfig, opt: OptimizerConfig, mesh: Mesh, dtype=jn
     return TrainState(params, opt_state, whole, whole)  # pyright: ignore[reportArgumentType]
 
 
-def init_state(
-    cfg: ModelConfig, train: TrainConfig, opt: OptimizerConfig, mesh: Mesh, params: Params = None
-) -> TrainState:
+def init_state(recipe: Recipe, mesh: Mesh, params: Params = None) -> TrainState:
     """The state before the first step, from `train.seed` alone or from weights that are cut over the mesh.
 
     Every device makes its own part; nothing is whole anywhere.
     """
-    shardings = state_shardings(cfg, opt, mesh, jnp.dtype(train.master_dtype))
-    init = functools.partial(single.init_state, cfg, train, opt)
+    shardings = state_shardings(recipe.model, recipe.optimizer, mesh, jnp.dtype(recipe.train.master_dtype))
+    init = functools.partial(single.init_state, recipe)
     if params is None:
         return jax.jit(init, out_shardings=shardings)()
     return jax.jit(init, out_shardings=shardings, donate_argnums=0)(params)
@@ -144,9 +142,9 @@ def constrain(mesh: Mesh) -> contextlib.AbstractContextManager[None]:
 
 
 @functools.lru_cache(maxsize=8)
-def mesh_model(cfg: ModelConfig, train: TrainConfig, mesh: Mesh) -> CausalLM:
+def mesh_model(recipe: Recipe, mesh: Mesh) -> CausalLM:
     """The model that a run uses on a mesh."""
-    model = make_model(cfg, train, mesh.devices.flat[0].platform)
+    model = make_model(recipe, mesh.devices.flat[0].platform)
     if model.kernels.attention is not needs_mesh:
         return model
     splash = SplashAttention(mesh, PartitionSpec(BATCH_AXES, None, "tensor"))
@@ -165,13 +163,14 @@ def sharded(function: Callable, mesh: Mesh) -> Callable:
 
 
 @functools.lru_cache(maxsize=8)
-def compiled_train_step(cfg: ModelConfig, train: TrainConfig, opt: OptimizerConfig, mesh: Mesh):
+def compiled_train_step(recipe: Recipe, mesh: Mesh):
     """The train step of `jax_llm.engine.train` compiled for a mesh, its state donated and cut in the same way when it
     comes out.
     """
-    model, steps = mesh_model(cfg, train, mesh), train.gradient_accumulation_steps
-    step = single.with_deferred_count(make_train_step(model, make_optimizer(opt, cfg), train.compute_dtype, steps))
-    state = state_shardings(cfg, opt, mesh, jnp.dtype(train.master_dtype))
+    model, steps = mesh_model(recipe, mesh), recipe.execution.gradient_accumulation_steps
+    optimizer = make_optimizer(recipe.optimizer, recipe.model)
+    step = single.with_deferred_count(make_train_step(model, optimizer, recipe.train.compute_dtype, steps))
+    state = state_shardings(recipe.model, recipe.optimizer, mesh, jnp.dtype(recipe.train.master_dtype))
     rows, whole = NamedSharding(mesh, BATCH), NamedSharding(mesh, PartitionSpec())
     return jax.jit(
         sharded(step, mesh),
@@ -206,39 +205,33 @@ def read_batch(dataset: Dataset, step: int, cfg: ModelConfig, *, train: TrainCon
 
 def fit(
     state: TrainState,
-    cfg: ModelConfig,
-    train: TrainConfig,
-    opt: OptimizerConfig,
+    recipe: Recipe,
     dataset: Dataset,
     mesh: Mesh,
     until_step: int | None = None,
     on_step: Callable[[int, TrainState, StepMetrics], bool | None] | None = None,
 ) -> TrainState:
     """`jax_llm.engine.train.fit` on a mesh, from a state that is cut over it."""
-    read = functools.partial(read_batch, train=train, mesh=mesh)
-    step = compiled_train_step(cfg, train, opt, mesh)
-    return single.fit(state, cfg, train, opt, dataset, until_step, on_step, step, read)
+    read = functools.partial(read_batch, train=recipe.train, mesh=mesh)
+    step = compiled_train_step(recipe, mesh)
+    return single.fit(state, recipe, dataset, until_step, on_step, step, read)
 
 
-def evaluate(
-    cfg: ModelConfig, train: TrainConfig, params: Params, evaluation: Evaluation, mesh: Mesh
-) -> tuple[float, int]:
+def evaluate(recipe: Recipe, params: Params, evaluation: Evaluation, mesh: Mesh) -> tuple[float, int]:
     """`jax_llm.engine.evaluate.evaluate` on a mesh."""
-    model = mesh_model(cfg, train, mesh)
+    model, put_rows = mesh_model(recipe, mesh), functools.partial(put, mesh=mesh)
     with constrain(mesh):
-        return single_evaluate(model, params, train.compute_dtype, evaluation, functools.partial(put, mesh=mesh))
+        return single_evaluate(model, params, recipe.train.compute_dtype, evaluation, put_rows)
 
 
 @contextlib.contextmanager
-def evaluator(
-    cfg: ModelConfig, weights: Tensors, train: TrainConfig, config: MeshConfig, device: str = "auto"
-) -> Iterator[EvaluateLoss]:
+def evaluator(recipe: Recipe, weights: Tensors, config: MeshConfig, device: str = "auto") -> Iterator[EvaluateLoss]:
     """`jax_llm.engine.evaluate.evaluator` on a mesh: every host is given the loss over all rows."""
-    check_sharded(config, cfg, train)
+    check_sharded(config, recipe)
     mesh = make_mesh(config, device)
-    with x64(train.master_dtype):
-        params = from_canonical(cfg, weights, mesh, jnp.dtype(train.compute_dtype))
-        yield functools.partial(evaluate, cfg, train, params, mesh=mesh)
+    with x64(recipe.train.master_dtype):
+        params = from_canonical(recipe.model, weights, mesh, jnp.dtype(recipe.train.compute_dtype))
+        yield functools.partial(evaluate, recipe, params, mesh=mesh)
 
 
 @contextlib.contextmanager

@@ -21,7 +21,7 @@ from jax_llm.engine.plan import make_model
 from jax_llm.loss import cross_entropy_sum
 from jax_llm.model import CausalLM
 from jax_llm.params import Params
-from llm_common.config import ModelConfig, TrainConfig
+from llm_common.config import Recipe
 from llm_common.data.evaluation import EvaluateLoss, Evaluation
 from llm_common.errors import UserError
 from llm_common.tensors import Tensors
@@ -62,9 +62,9 @@ def evaluate(
 
 
 @contextlib.contextmanager
-def evaluator(cfg: ModelConfig, weights: Tensors, train: TrainConfig, device: str = "auto") -> Iterator[EvaluateLoss]:
+def evaluator(recipe: Recipe, weights: Tensors, device: str = "auto") -> Iterator[EvaluateLoss]:
     """Inside `with`: `evaluate` of canonical weights on a device by name, all but its last argument filled in."""
-    target = select_device(device)
+    target, train = select_device(device), recipe.train
     with jax.default_device(target), x64(train.master_dtype):
-        params = from_canonical(cfg, weights, jnp.dtype(train.compute_dtype))
-        yield partial(evaluate, make_model(cfg, train, target.platform), params, train.compute_dtype)
+        params = from_canonical(recipe.model, weights, jnp.dtype(train.compute_dtype))
+        yield partial(evaluate, make_model(recipe, target.platform), params, train.compute_dtype)

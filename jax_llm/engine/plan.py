@@ -9,18 +9,19 @@ from jax_llm.fast.attention import resolve_backend
 from jax_llm.fast.kernels import make_kernels
 from jax_llm.kernels import Kernels
 from jax_llm.model import CausalLM
-from llm_common.config import ModelConfig, TrainConfig
+from llm_common.config import ModelConfig, Recipe
 from llm_common.cudnn import why_not_cudnn
 from llm_common.run.plan import Plan
 
 
-def make_plan(cfg: ModelConfig, train: TrainConfig, platform: str, device_kind: str = "") -> Plan[Kernels]:
+def make_plan(recipe: Recipe, platform: str, device_kind: str = "") -> Plan[Kernels]:
     """The plan of a run on a platform ("cpu", "gpu" or "tpu"). Asks no device, so it serves compilation for another
     machine.
     """
-    backend = resolve_backend(train.attention_backend, platform, train.compute_dtype, cfg, train.seq_len)
+    cfg, train, execution = recipe.model, recipe.train, recipe.execution
+    backend = resolve_backend(execution.attention_backend, platform, train.compute_dtype, cfg, train.seq_len)
     refused = why_not_cudnn(cfg, train.compute_dtype, train.seq_len)
-    if train.deterministic:
+    if execution.deterministic:
         # XLA does not compile cuDNN's attention together with xla_gpu_deterministic_ops (jax 0.11)
         backend, refused = "xla" if backend == "cudnn" else backend, "run is deterministic"
     return Plan(
@@ -30,24 +31,26 @@ def make_plan(cfg: ModelConfig, train: TrainConfig, platform: str, device_kind: 
         attention=backend,
         attention_note=f"not cuDNN's: {refused}" if platform == "gpu" and backend == "xla" else "",
         keeps_scores=backend in ("reference", "xla"),
-        compiler="" if train.compile == "off" else "jit",
-        layers="scanned" if train.scan_layers else "unrolled",
-        remat=train.remat,
+        compiler="" if execution.compile == "off" else "jit",
+        layers="scanned" if execution.scan_layers else "unrolled",
+        remat=execution.remat,
         document_mask=train.document_separator is not None,
-        deterministic=train.deterministic,
-        kernels=make_kernels(backend, train.remat, train.scan_layers, train.loss_chunks, train.document_separator),
+        deterministic=execution.deterministic,
+        kernels=make_kernels(
+            backend, execution.remat, execution.scan_layers, execution.loss_chunks, train.document_separator
+        ),
     )
 
 
-def plan_run(cfg: ModelConfig, train: TrainConfig, device: str) -> Plan[Kernels]:
+def plan_run(recipe: Recipe, device: str) -> Plan[Kernels]:
     """The plan of a run on a device by name. Raises UserError if the device is absent."""
     target = select_device(device)
-    return make_plan(cfg, train, target.platform, target.device_kind)
+    return make_plan(recipe, target.platform, target.device_kind)
 
 
-def make_model(cfg: ModelConfig, train: TrainConfig, platform: str) -> CausalLM:
+def make_model(recipe: Recipe, platform: str) -> CausalLM:
     """The model that a run uses on a platform."""
-    return CausalLM(cfg, make_plan(cfg, train, platform).kernels)
+    return CausalLM(recipe.model, make_plan(recipe, platform).kernels)
 
 
 def decoding_kernels(cfg: ModelConfig, compute_dtype: str, platform: str) -> Kernels:

@@ -26,16 +26,17 @@ def fit_and_save(run: Run, device: str = "auto") -> Path:
     Raises UserError if the device is absent, the folder is in use, or the checkpoint there is damaged or of another
     run.
     """
-    target, cfg, train, opt = select_device(device), run.cfg, run.train, run.opt
+    target, recipe = select_device(device), run.recipe
+    cfg, train = recipe.model, recipe.train
     dtype = jnp.dtype(train.master_dtype)
     with run, jax.default_device(target), x64(train.master_dtype):
         saved = run.resume()
         if saved is not None:
-            state = from_training_state(cfg, opt, saved, dtype)
+            state = from_training_state(cfg, recipe.optimizer, saved, dtype)
         else:
             params = None if run.initial is None else from_canonical(cfg, run.initial, dtype)
-            state = init_state(cfg, train, opt, params)
-        model = make_model(cfg, train, target.platform)
+            state = init_state(recipe, params)
+        model = make_model(recipe, target.platform)
 
         def readers(state: TrainState):
             """What the run may ask of a state: to be read, and its held-out loss."""
@@ -44,9 +45,7 @@ def fit_and_save(run: Run, device: str = "auto") -> Path:
 
         state = fit(
             state,
-            cfg,
-            train,
-            opt,
+            recipe,
             run.dataset,
             on_step=lambda step, state, metrics: run.after_step(step, metrics, *readers(state)),
         )
@@ -55,22 +54,22 @@ def fit_and_save(run: Run, device: str = "auto") -> Path:
 
 def fit_and_save_on_mesh(run: Run, config: MeshConfig, device: str = "auto") -> Path:
     """`fit_and_save` on a mesh. Every host calls it, with a run over the same folder."""
-    cfg, train, opt = run.cfg, run.train, run.opt
-    check_sharded(config, cfg, train)
-    mesh, dtype = distributed.make_mesh(config, device), jnp.dtype(train.master_dtype)
-    with run, x64(train.master_dtype):
+    recipe, cfg, master_dtype = run.recipe, run.recipe.model, run.recipe.train.master_dtype
+    check_sharded(config, recipe)
+    mesh, dtype = distributed.make_mesh(config, device), jnp.dtype(master_dtype)
+    with run, x64(master_dtype):
         saved = run.resume()
         if saved is not None:
-            state = distributed.from_training_state(cfg, opt, saved, mesh, dtype)
+            state = distributed.from_training_state(cfg, recipe.optimizer, saved, mesh, dtype)
         else:
             params = None if run.initial is None else distributed.from_canonical(cfg, run.initial, mesh, dtype)
-            state = distributed.init_state(cfg, train, opt, mesh, params)
+            state = distributed.init_state(recipe, mesh, params)
 
         def readers(state: TrainState):
             """What the run may ask of a state: to be read, and its held-out loss."""
             snapshot = lambda: distributed.to_training_state(cfg, state)
-            return snapshot, lambda evaluation: distributed.evaluate(cfg, train, state.params, evaluation, mesh)
+            return snapshot, lambda evaluation: distributed.evaluate(recipe, state.params, evaluation, mesh)
 
         after_step = lambda step, state, metrics: run.after_step(step, metrics, *readers(state))
-        state = distributed.fit(state, cfg, train, opt, run.dataset, mesh, on_step=after_step)
+        state = distributed.fit(state, recipe, run.dataset, mesh, on_step=after_step)
         return run.finish(int(state.step), *readers(state))

@@ -26,7 +26,7 @@ from jax_llm.engine.plan import make_model
 from jax_llm.model import CausalLM, init_params
 from jax_llm.optim import global_norm, make_optimizer
 from jax_llm.params import Params
-from llm_common.config import ModelConfig, OptimizerConfig, TrainConfig, check_length
+from llm_common.config import ModelConfig, Recipe
 from llm_common.data.datasets import Dataset, Prefetch
 from llm_common.errors import UserError
 from llm_common.run.metrics import StepMetrics
@@ -97,27 +97,28 @@ def with_deferred_count(train_step: Callable) -> Callable[..., tuple[TrainState,
     return step
 
 
-def init_state(cfg: ModelConfig, train: TrainConfig, opt: OptimizerConfig, params: Params = None) -> TrainState:
+def init_state(recipe: Recipe, params: Params = None) -> TrainState:
     """The state before the first step, from `train.seed` alone, or from given weights."""
+    cfg, train = recipe.model, recipe.train
     dtype = jnp.dtype(train.master_dtype)
     if dtype == jnp.float64 and not jax.config.read("jax_enable_x64"):
         raise UserError(
             "compute_dtype = 'float64' needs JAX_ENABLE_X64=1, or `with jax_llm.engine.device.x64('float64'):`"
         )
     params = jax.jit(lambda: init_params(cfg, train.seed, dtype))() if params is None else params
-    optimizer = make_optimizer(opt, cfg)
+    optimizer = make_optimizer(recipe.optimizer, cfg)
     return TrainState(params, optimizer.init(params), jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32))
 
 
 @functools.lru_cache(maxsize=8)
-def compiled_train_step(cfg: ModelConfig, train: TrainConfig, opt: OptimizerConfig, platform: str):
+def compiled_train_step(recipe: Recipe, platform: str):
     """The jitted step of a run, its state donated; the same settings give the same function, compiled once."""
-    model, steps = make_model(cfg, train, platform), train.gradient_accumulation_steps
-    step = make_train_step(model, make_optimizer(opt, cfg), train.compute_dtype, steps)
-    step = with_deferred_count(step)
-    if train.compile == "off":
+    model, steps = make_model(recipe, platform), recipe.execution.gradient_accumulation_steps
+    optimizer = make_optimizer(recipe.optimizer, recipe.model)
+    step = with_deferred_count(make_train_step(model, optimizer, recipe.train.compute_dtype, steps))
+    if recipe.execution.compile == "off":
         return step
-    options = {"xla_gpu_deterministic_ops": True} if train.deterministic and platform == "gpu" else None
+    options = {"xla_gpu_deterministic_ops": True} if recipe.execution.deterministic and platform == "gpu" else None
     return jax.jit(step, donate_argnums=0, compiler_options=options)
 
 
@@ -133,16 +134,14 @@ def read_batch(dataset: Dataset, step: int, cfg: ModelConfig) -> tuple[Array, Ar
 
 def fit(
     state: TrainState,
-    cfg: ModelConfig,
-    train: TrainConfig,
-    opt: OptimizerConfig,
+    recipe: Recipe,
     dataset: Dataset,
     until_step: int | None = None,
     on_step: Callable[[int, TrainState, StepMetrics], bool | None] | None = None,
     train_step: Callable | None = None,
     read_batch: Callable[..., tuple[Array, Array]] = read_batch,
 ) -> TrainState:
-    """Train from `state.step` to `until_step` (default: opt.total_steps) and return the new state.
+    """Train from `state.step` to `until_step` (default: the optimizer's total_steps) and return the new state.
 
     The state that comes in is donated: do not use it afterwards. `on_step(step, state, metrics)` is called after each
     step is begun; if it returns True, training ends there. A step is waited for only when its metrics are read, and at
@@ -150,18 +149,18 @@ def fit(
     updates in a row were skipped, naming the tensor that is the first to be not finite. train_step, read_batch: those
     for many devices, of `jax_llm.engine.distributed`.
     """
-    check_length(cfg, train.seq_len, "seq_len")
+    train, opt = recipe.train, recipe.optimizer
     (platform,) = {d.platform for d in state.step.devices()}
-    train_step = train_step or compiled_train_step(cfg, train, opt, platform)
+    train_step = train_step or compiled_train_step(recipe, platform)
     step, previous = int(state.step), PreviousStep(int(state.adam_count), train.max_skipped_steps)
     dataset = Prefetch(dataset)
 
     def explain(inputs: Array, targets: Array) -> str:
         params = cast(state.params, train.compute_dtype)
-        return first_not_finite(make_model(cfg, train, platform), params, inputs, targets)
+        return first_not_finite(make_model(recipe, platform), params, inputs, targets)
 
     while step < (opt.total_steps if until_step is None else until_step):
-        inputs, targets = read_batch(dataset, step, cfg)
+        inputs, targets = read_batch(dataset, step, recipe.model)
         either = tuple(step_scalars(opt, step, previous.count + updated) for updated in (0, 1))
         state, metrics = train_step(state, inputs, targets, either, previous.count)
         previous.resolve(explain)

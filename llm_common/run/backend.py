@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from llm_common.config import ModelConfig, OptimizerConfig, TrainConfig
+from llm_common.config import ModelConfig, Recipe
 from llm_common.data.datasets import Dataset
 from llm_common.data.evaluation import EvaluateLoss, Evaluation
 from llm_common.run.folder import Run
@@ -53,21 +53,17 @@ class Backend:
     """Devices are named "auto", "cpu", "gpu" or "tpu". All of it raises UserError."""
 
     name: str  # "jax" or "torch"
-    plan_run: Callable[[ModelConfig, TrainConfig, str], Plan[Any]]
+    plan_run: Callable[[Recipe, str], Plan[Any]]
     device_kind: Callable[[str], str]  # what a device calls itself
     memory_limit: Callable[[str], int | None]  # bytes that a device can give
     memory_used: Callable[[str], int]  # the most bytes in use so far
     join_hosts: Callable[[str, float], Hosts]  # device, seconds to wait
-    open_session: Callable[
-        [ModelConfig, TrainConfig, OptimizerConfig, str, MeshConfig | None], AbstractContextManager[Session]
-    ]
+    open_session: Callable[[Recipe, str, MeshConfig | None], AbstractContextManager[Session]]
     # on one device, and on a mesh: that stands before the device
     fit_on_device: Callable[[Run, str], Path]
     fit_on_mesh: Callable[[Run, MeshConfig, str], Path]
-    evaluate_on_device: Callable[[ModelConfig, Tensors, TrainConfig, str], AbstractContextManager[EvaluateLoss]]
-    evaluate_on_mesh: Callable[
-        [ModelConfig, Tensors, TrainConfig, MeshConfig, str], AbstractContextManager[EvaluateLoss]
-    ]
+    evaluate_on_device: Callable[[Recipe, Tensors, str], AbstractContextManager[EvaluateLoss]]
+    evaluate_on_mesh: Callable[[Recipe, Tensors, MeshConfig, str], AbstractContextManager[EvaluateLoss]]
     # device, compute dtype, and, on one device, `compile`
     generate_on_device: Callable[[ModelConfig, Tensors, str, str, str], AbstractContextManager[Stream]]
     generate_on_mesh: Callable[[ModelConfig, Tensors, MeshConfig, str, str], AbstractContextManager[Stream]]
@@ -80,12 +76,12 @@ class Backend:
         return self.fit_on_device(run, device) if mesh is None else self.fit_on_mesh(run, mesh, device)
 
     def evaluator(
-        self, cfg: ModelConfig, weights: Tensors, train: TrainConfig, device: str, mesh: MeshConfig | None
+        self, recipe: Recipe, weights: Tensors, device: str, mesh: MeshConfig | None
     ) -> AbstractContextManager[EvaluateLoss]:
         """Inside `with`: the held-out loss of weights, a function of the data."""
         if mesh is None:
-            return self.evaluate_on_device(cfg, weights, train, device)
-        return self.evaluate_on_mesh(cfg, weights, train, mesh, device)
+            return self.evaluate_on_device(recipe, weights, device)
+        return self.evaluate_on_mesh(recipe, weights, mesh, device)
 
     def generator(
         self, cfg: ModelConfig, weights: Tensors, dtype: str, device: str, mesh: MeshConfig | None, compile: str
@@ -95,24 +91,19 @@ class Backend:
             return self.generate_on_device(cfg, weights, device, dtype, compile)
         return self.generate_on_mesh(cfg, weights, mesh, device, dtype)
 
-    def cost_of_determinism(
-        self, cfg: ModelConfig, train: TrainConfig, opt: OptimizerConfig, dataset: Dataset, device: str
-    ) -> str:
+    def cost_of_determinism(self, recipe: Recipe, dataset: Dataset, device: str) -> str:
         """What `deterministic` costs on a device, measured on a few steps of a run that is thrown away: for people."""
-        if self.plan_run(cfg, train, device).platform == "cpu":
+        if self.plan_run(recipe, device).platform == "cpu":
             return "deterministic: a CPU gives the same bits anyway, at no cost"
-        slow, fast = (
-            self._seconds_per_step(cfg, replace(train, deterministic=x), opt, dataset, device) for x in (True, False)
-        )
+        execution = (replace(recipe.execution, deterministic=x) for x in (True, False))
+        slow, fast = (self._seconds_per_step(replace(recipe, execution=x), dataset, device) for x in execution)
         return (
             f"deterministic: {slow / fast:.2f} times the time of a step ({1e3 * slow:.1f} ms for {1e3 * fast:.1f} ms)"
         )
 
-    def _seconds_per_step(
-        self, cfg: ModelConfig, train: TrainConfig, opt: OptimizerConfig, dataset: Dataset, device: str, steps: int = 5
-    ) -> float:
+    def _seconds_per_step(self, recipe: Recipe, dataset: Dataset, device: str, steps: int = 5) -> float:
         """The median time of `steps` steps after three to warm up, from initial weights."""
         times: list[float] = []
-        with self.open_session(cfg, train, opt, device, None) as session:
+        with self.open_session(recipe, device, None) as session:
             session.fit(dataset, steps + 3, lambda *_: times.append(time.perf_counter()))
         return float(np.median(np.diff(times)[2:]))

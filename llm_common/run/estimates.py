@@ -1,6 +1,6 @@
 """What a training step costs, from the shapes alone: floating-point operations and memory."""
 
-from llm_common.config import ModelConfig, TrainConfig
+from llm_common.config import ModelConfig, Recipe, TrainConfig
 from llm_common.sharding import ONE_DEVICE, MeshConfig
 
 # Peak of dense bfloat16 matrix products, FLOP/s, by a part of the device's name. Source: the makers' data sheets.
@@ -62,7 +62,7 @@ def decode_bytes(cfg: ModelConfig, batch_size: int, context: float, compute_dtyp
 
 
 def memory_per_step(
-    cfg: ModelConfig, train: TrainConfig, fused_attention: bool, compiled: bool, mesh: MeshConfig = ONE_DEVICE
+    recipe: Recipe, fused_attention: bool, compiled: bool, mesh: MeshConfig = ONE_DEVICE
 ) -> dict[str, int]:
     """About how many bytes a step needs on each device: exact for what is kept, an estimate for activations.
 
@@ -72,17 +72,18 @@ def memory_per_step(
     both frameworks; at 1b and 8b, by the TPU's compiler and on one or two H100s and H200s: within 10 %
     (docs/tpu_compiled.md, docs/scaling.md).
     """
+    cfg, train, execution = recipe.model, recipe.train, recipe.execution
     parts, tensor = mesh.fsdp * mesh.tensor, mesh.tensor
     p, master = cfg.num_parameters(), 8 if train.compute_dtype == "float64" else 4
     c = {"float64": 8, "float32": 4, "bfloat16": 2}[train.compute_dtype]
     wide = max(c, 4)
     cast = 2 * p * c // tensor if c != master and mesh.fsdp == 1 else 0
-    if mesh.fsdp > 1 and train.remat == "none":
+    if mesh.fsdp > 1 and execution.remat == "none":
         cast = 2 * p * c // tensor  # gathered weights stay for the backward pass, as activations do
     elif mesh.fsdp > 1:  # one layer at a time, and the embedding or the head
         embeddings = cfg.vocab_size * cfg.hidden_size * (1 if cfg.tie_word_embeddings else 2)
         cast = c * (embeddings + (p - embeddings) // cfg.num_hidden_layers) // tensor
-    tokens = train.batch_size // train.gradient_accumulation_steps * train.seq_len // mesh.batch_shards
+    tokens = train.batch_size // execution.gradient_accumulation_steps * train.seq_len // mesh.batch_shards
     d, f, t = cfg.hidden_size, cfg.intermediate_size // tensor, train.seq_len
     heads = (cfg.num_attention_heads + 2 * cfg.num_key_value_heads) * cfg.head_dim // tensor
     # Scores and their softmax, where attention keeps them (the reference and XLA). A compiler fuses the float32 middle
@@ -90,11 +91,11 @@ def memory_per_step(
     scores = 0 if fused_attention else cfg.num_attention_heads // tensor * t * (wide + c)
     layer = c * (5 * d + heads + 2 * f) if compiled else c * (5 * d + 2 * heads + 3 * f) + wide * (4 * d + 2 * f)
     product = c * f if compiled else 0  # SwiGLU's, which the backward pass reads beside its two factors
-    kept = {"none": layer + product + scores, "dots": c * (3 * d + heads + 2 * f), "full": c * d}[train.remat]
-    working = layer + scores if train.remat != "none" else 0
-    logits = cfg.vocab_size // tensor * (c + wide * (1 if compiled else 2)) // train.loss_chunks
+    kept = {"none": layer + product + scores, "dots": c * (3 * d + heads + 2 * f), "full": c * d}[execution.remat]
+    working = layer + scores if execution.remat != "none" else 0
+    logits = cfg.vocab_size // tensor * (c + wide * (1 if compiled else 2)) // execution.loss_chunks
     gradients, activations = p * master // parts + cast, tokens * (cfg.num_hidden_layers * kept + working + logits)
-    if compiled and train.remat == "none" and train.gradient_accumulation_steps == 1:
+    if compiled and execution.remat == "none" and execution.gradient_accumulation_steps == 1:
         gradients = cast // 2 + max(0, gradients - cast // 2 - activations)  # the cast weights stay
     return {
         "weights": p * master // parts,
@@ -104,13 +105,14 @@ def memory_per_step(
     }
 
 
-def memory_advice(cfg: ModelConfig, train: TrainConfig, need: dict[str, int]) -> str:
+def memory_advice(recipe: Recipe, need: dict[str, int]) -> str:
     """What a step needs (of `memory_per_step`) and which flags lower it, in a line for an error."""
+    execution = recipe.execution
     parts = ", ".join(f"{name} {size / GIB:.2f}" for name, size in need.items())
-    flags = [f"--gradient-accumulation-steps {2 * train.gradient_accumulation_steps} (the same result)"]
-    if train.loss_chunks == 1 and train.seq_len % 8 == 0:
+    flags = [f"--gradient-accumulation-steps {2 * execution.gradient_accumulation_steps} (the same result)"]
+    if execution.loss_chunks == 1 and recipe.train.seq_len % 8 == 0:
         flags.append("--loss-chunks 8")
-    if train.remat != "full":
+    if execution.remat != "full":
         flags.append("--remat full")
     flags += ["a smaller --seq-len", "a smaller model", "--mesh fsdp=N on N devices"]
     return f"a step needs about {sum(need.values()) / GIB:.2f} GiB ({parts}); lower it with {', '.join(flags)}"

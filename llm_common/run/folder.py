@@ -18,7 +18,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from llm_common.config import ModelConfig, OptimizerConfig, RunConfig, TrainConfig
+from llm_common.config import Recipe, RunConfig
 from llm_common.data.datasets import Dataset
 from llm_common.data.evaluation import EvaluateLoss, Evaluation, Stopped
 from llm_common.errors import UserError, notice
@@ -53,9 +53,7 @@ class Run:
     def __init__(
         self,
         folder: Path,
-        cfg: ModelConfig,
-        train: TrainConfig,
-        opt: OptimizerConfig,
+        recipe: Recipe,
         dataset: Dataset,
         framework: str,
         *,
@@ -67,14 +65,14 @@ class Run:
         hosts: Hosts = ONE_HOST,
         roles: dict[str, int | None] | None = None,
     ) -> None:
-        self.folder, self.cfg, self.train, self.opt, self.dataset = folder, cfg, train, opt, dataset
+        self.folder, self.recipe, self.dataset = folder, recipe, dataset
         self.framework, self.tokenizer, self.config = framework, tokenizer, config or RunConfig()
         self.evaluation, self.initial, self.on_event, self.hosts = evaluation, initial, on_event, hosts
-        self.settings = run_settings(train, opt, dataset, tokenizer)
+        self.settings = run_settings(recipe, dataset, tokenizer)
         if initial is not None:
             self.settings["initial"] = {"weights": fingerprint(initial)}
         self.segments = [
-            {"from_step": 0, "total_steps": opt.total_steps}
+            {"from_step": 0, "total_steps": recipe.optimizer.total_steps}
         ]  # the first, and each by which the run became longer
         self._notes = {"roles": roles or {}, "eval_batches": self.config.eval_batches}  # saved, and not compared
         self.stop_signal: int | None = None
@@ -94,7 +92,7 @@ class Run:
         """Take the folder's lock. Raises UserError if another run has it, or if the hosts have other code or
         settings.
         """
-        self.hosts.check_same(settings=text_hash([self.settings, self.cfg.to_hf()]))
+        self.hosts.check_same(settings=text_hash([self.settings, self.recipe.model.to_hf()]))
         self.hosts.first(self._take_lock)
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM):
@@ -174,13 +172,17 @@ class Run:
         differs, if the checkpoint is damaged or of another run.
         """
         found, saved = self.hosts.first(self._find)  # the one that checks every byte
-        state = None if found is None else load_checkpoint(Path(found), self.cfg, verify=False)[1]
+        state = None if found is None else load_checkpoint(Path(found), self.recipe.model, verify=False)[1]
         step = 0 if state is None else state.step
         self._step = step
         if found is not None:
             self._saved = (step, Path(found))
             before = saved.get("segments") or [{"from_step": 0, "total_steps": total_steps(saved)}]
-            longer = [] if total_steps(saved) == self.opt.total_steps else [self.segments[0] | {"from_step": step}]
+            longer = (
+                []
+                if total_steps(saved) == self.recipe.optimizer.total_steps
+                else [self.segments[0] | {"from_step": step}]
+            )
             self.segments = before + longer
         if self.hosts.index == 0:
             prune_checkpoints(self.folder, 0, 0)  # what a cut-off save left behind
@@ -192,16 +194,21 @@ class Run:
             if (
                 len(self.segments) > 1
                 and self.segments[-1]["from_step"] == step
-                and total_steps(saved) != self.opt.total_steps
+                and total_steps(saved) != self.recipe.optimizer.total_steps
             ):
                 self._saved = None  # saved again at once, as a step of the longer run
                 self._tell(
-                    {"event": "extend", "step": step, "from": total_steps(saved), "total_steps": self.opt.total_steps}
+                    {
+                        "event": "extend",
+                        "step": step,
+                        "from": total_steps(saved),
+                        "total_steps": self.recipe.optimizer.total_steps,
+                    }
                 )
         return state
 
     def _find(self) -> tuple[str | None, dict[str, Any]]:
-        folder, _, saved = load_resumable(self.folder, self.cfg, self.settings)
+        folder, _, saved = load_resumable(self.folder, self.recipe.model, self.settings)
         return (None if folder is None else str(folder)), saved
 
     # --- called by `fit` after each step
@@ -218,13 +225,13 @@ class Run:
         self._step, self._between = step, False
         self._write_row()
         config, now = self.config, time.monotonic()
-        tokens = self.train.batch_size * self.train.seq_len
+        tokens = self.recipe.train.batch_size * self.recipe.train.seq_len
         times = {
             "tokens_per_second": round(tokens / max(now - self._last, 1e-9), 1),
             "seconds": round(now - self._start, 3),
         }
         self._row = {"step": step, **times, "framework": self.framework}, metrics
-        last = step >= self.opt.total_steps
+        last = step >= self.recipe.optimizer.total_steps
         if config.eval_every and step % config.eval_every == 0 and not last and not self._stops():
             self._evaluate(step, evaluate)
         by_steps = config.save_every is not None and step % config.save_every == 0
@@ -262,7 +269,7 @@ class Run:
         if self._saved is None or self._saved[0] != step:
             self._save(step, snapshot, evaluate)
         assert self._saved is not None
-        event = "end" if step >= self.opt.total_steps else "stop"
+        event = "end" if step >= self.recipe.optimizer.total_steps else "stop"
         self._tell({"event": event, "step": step, "checkpoint": str(self._saved[1]), "framework": self.framework})
         return self._saved[1]
 
@@ -295,7 +302,7 @@ class Run:
         result = known if known is not None or self._stops() else self._evaluate(step, evaluate)
         settings = {"framework": self.framework, **self.settings, **self._notes, "segments": self.segments}
         settings |= {"evaluation": result} if result else {}
-        folder = save_checkpoint(self.folder, self.cfg, snapshot(), settings, self.tokenizer, self.hosts)
+        folder = save_checkpoint(self.folder, self.recipe.model, snapshot(), settings, self.tokenizer, self.hosts)
         self._saved, self._last_save = (step, folder), time.monotonic()
         self._tell({"event": "save", "step": step, "checkpoint": str(folder)}, log=False)
         if self.hosts.index == 0:

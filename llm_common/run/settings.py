@@ -1,28 +1,23 @@
 """What a checkpoint records of the run that made it, and whether two runs are one."""
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
-from llm_common.config import OptimizerConfig, TrainConfig
+from llm_common.config import ExecutionConfig, Recipe
 from llm_common.data.datasets import Dataset
 from llm_common.errors import UserError, canonical_json
 from llm_common.text.hf_tokenizer import AnyTokenizer
 
-# Settings of TrainConfig that change no result, or only its rounding: a run may go on with others.
 COMPARED = ("train", "optimizer", "data", "initial")  # parts of the settings that make a run the run that it is
-MAY_CHANGE = (
-    *("attention_backend", "max_skipped_steps", "gradient_accumulation_steps", "loss_chunks"),
-    *("remat", "compile", "scan_layers", "deterministic"),
-)
+# settings that change no result, or only its rounding: a run may go on with others
+MAY_CHANGE = (*(field.name for field in fields(ExecutionConfig)), "max_skipped_steps")
 
 
-def run_settings(
-    train: TrainConfig, opt: OptimizerConfig, dataset: Dataset, tokenizer: AnyTokenizer | None = None
-) -> dict[str, Any]:
+def run_settings(recipe: Recipe, dataset: Dataset, tokenizer: AnyTokenizer | None = None) -> dict[str, Any]:
     """What a checkpoint records of its run, as JSON. Raises UserError if the dataset was made for other settings."""
-    data = dataset.fingerprint()
+    data, train = dataset.fingerprint(), recipe.train
     for field in ("seq_len", "batch_size", "seed"):
         if data.get(field, getattr(train, field)) != getattr(train, field):
             raise UserError(
@@ -30,7 +25,7 @@ def run_settings(
             )
     if tokenizer is not None:
         data["tokenizer"] = tokenizer.fingerprint()
-    return {"train": asdict(train), "optimizer": asdict(opt), "data": data}
+    return {"train": recipe.settings(), "optimizer": asdict(recipe.optimizer), "data": data}
 
 
 def differences(saved: dict[str, Any], asked: dict[str, Any]) -> list[str]:

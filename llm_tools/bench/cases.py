@@ -8,13 +8,13 @@ import itertools
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from llm_common.config import ModelConfig, OptimizerConfig, SamplingConfig, TrainConfig, preset
+from llm_common.config import ExecutionConfig, ModelConfig, OptimizerConfig, Recipe, SamplingConfig, TrainConfig, preset
 from llm_common.data.datasets import TokenDataset
 from llm_common.run.estimates import attention_flops, decode_bytes, flops_per_step
 from llm_tools.bench.measure import RandomTokens, ceilings, profiled, quartiles, top_kernels, versions
@@ -26,6 +26,11 @@ from llm_tools.frameworks import FRAMEWORKS, open_backend
 
 def model_config(args: argparse.Namespace) -> ModelConfig:
     return ModelConfig.from_file(args.model_config) if args.model_config else preset(args.preset)
+
+
+def recipe_of(args: argparse.Namespace, optimizer: OptimizerConfig | None = None) -> Recipe:
+    train, execution = from_flags(TrainConfig, args), from_flags(ExecutionConfig, args)
+    return Recipe(model_config(args), train, optimizer or OptimizerConfig(), execution)
 
 
 def work(args: argparse.Namespace, task: dict[str, Any]) -> dict[str, Any]:
@@ -70,19 +75,21 @@ class Clock:
 
 
 def measure_train(args: argparse.Namespace, task: dict[str, Any]) -> dict[str, Any]:
-    cfg, train, clock = model_config(args), from_flags(TrainConfig, args), Clock(args, task["started"])
-    opt = OptimizerConfig(lr_max=1e-4, lr_min=1e-5, total_steps=clock.total)  # stable without a warm-up
-    data, name = RandomTokens(cfg, train), task["side"]
-    keep_memory_of_a_small_step(args.device, cfg, train)
+    clock, name = Clock(args, task["started"]), task["side"]
+    # stable without a warm-up
+    recipe = recipe_of(args, OptimizerConfig(lr_max=1e-4, lr_min=1e-5, total_steps=clock.total))
+    cfg, train = recipe.model, recipe.train
+    data = RandomTokens(cfg, train)
+    keep_memory_of_a_small_step(args.device, recipe)
     backend = open_backend(name if name in FRAMEWORKS else "torch")
     folder = None if args.profile is None else args.profile / Path(name).stem
     note = lambda step, _, metrics: clock(step, lambda: metrics["loss"])
     with contextlib.ExitStack() as stack:
         if name in FRAMEWORKS:
-            session = stack.enter_context(backend.open_session(cfg, train, opt, args.device, None))
+            session = stack.enter_context(backend.open_session(recipe, args.device, None))
             steps = lambda n: session.fit(data, session.step + n, note)
         else:
-            steps = peer_steps(name, cfg, train, opt, args, data, clock)
+            steps = peer_steps(name, recipe, args, data, clock)
         steps(clock.total)
         last, memory = clock.losses[-1], backend.memory_used(args.device)
         if folder is not None:
@@ -96,17 +103,15 @@ def measure_train(args: argparse.Namespace, task: dict[str, Any]) -> dict[str, A
         "flops": flops_per_step(cfg, train),
         "memory": memory,
         "kernels": [] if folder is None else top_kernels(folder, 3),
-        "settings": asdict(train),
-        "uses": str(backend.plan_run(cfg, train, args.device)) if name in FRAMEWORKS else name,
+        "settings": recipe.settings(),
+        "uses": str(backend.plan_run(recipe, args.device)) if name in FRAMEWORKS else name,
         "versions": versions(*packages(name)),
     }
 
 
 def peer_steps(
     name: str,
-    cfg: ModelConfig,
-    train: TrainConfig,
-    opt: OptimizerConfig,
+    recipe: Recipe,
     args: argparse.Namespace,
     data: Any,
     clock: Any,
@@ -114,7 +119,7 @@ def peer_steps(
     """A function that makes n more steps of a peer."""
     from torch_llm.engine.device import select_device
 
-    step, done = find_peer(name).train(cfg, train, opt, select_device(args.device)), itertools.count()
+    step, done = find_peer(name).train(recipe, select_device(args.device)), itertools.count()
 
     def steps(n: int) -> None:
         for number in itertools.islice(done, n):
@@ -195,7 +200,8 @@ def measure_startup(args: argparse.Namespace, task: dict[str, Any]) -> dict[str,
 
 def measure_attention(args: argparse.Namespace, task: dict[str, Any]) -> dict[str, Any]:
     """Attention alone, forward and backward, of one layer and the whole batch."""
-    cfg, train, name, backend = model_config(args), from_flags(TrainConfig, args), task["side"], task["backend"]
+    recipe, name, backend = recipe_of(args), task["side"], task["backend"]
+    cfg, train = recipe.model, recipe.train
     b, t, n, kv_heads, h = (
         train.batch_size,
         train.seq_len,
@@ -246,7 +252,8 @@ def measure_attention(args: argparse.Namespace, task: dict[str, Any]) -> dict[st
 
 def measure_input(args: argparse.Namespace, task: dict[str, Any]) -> dict[str, Any]:
     """Batches as a run reads them, from a file of random tokens."""
-    cfg, train = model_config(args), from_flags(TrainConfig, args)
+    recipe = recipe_of(args)
+    cfg, train = recipe.model, recipe.train
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "tokens.npy"
         np.save(path, np.random.default_rng(0).integers(0, min(cfg.vocab_size, 65_536), 20_000_000).astype(np.uint16))

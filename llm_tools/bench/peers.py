@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from llm_common.config import ModelConfig, OptimizerConfig, TrainConfig
+from llm_common.config import ModelConfig, Recipe
 from llm_common.errors import UserError
 
 
@@ -56,7 +56,7 @@ def make_llama(cfg: ModelConfig, dtype: Any, device: Any) -> Any:
 
 
 def autocast_step(
-    parameters: Iterable[Any], loss: Callable[..., Any], train: TrainConfig, opt: OptimizerConfig, device: Any
+    parameters: Iterable[Any], loss: Callable[..., Any], recipe: Recipe, device: Any
 ) -> Callable[[np.ndarray, np.ndarray], Any]:
     """A step of float32 weights under autocast, with torch's fused AdamW; returns the loss, not waited for.
 
@@ -64,7 +64,8 @@ def autocast_step(
     """
     import torch
 
-    parameters, dtype, platform = list(parameters), getattr(torch, train.compute_dtype), torch.device(device).type
+    opt, dtype, platform = recipe.optimizer, getattr(torch, recipe.train.compute_dtype), torch.device(device).type
+    parameters = list(parameters)
     if platform == "cuda":
         torch.set_float32_matmul_precision("high")
     optimizer = torch.optim.AdamW(
@@ -89,9 +90,7 @@ def autocast_step(
     return step
 
 
-def train_transformers(
-    cfg: ModelConfig, train: TrainConfig, opt: OptimizerConfig, device: Any, liger: bool = False
-) -> Callable[[np.ndarray, np.ndarray], Any]:
+def train_transformers(recipe: Recipe, device: Any, liger: bool = False) -> Callable[[np.ndarray, np.ndarray], Any]:
     """`autocast_step` of the model, compiled on a GPU."""
     import torch
 
@@ -100,13 +99,13 @@ def train_transformers(
 
         # Liger 0.8.5's head and loss in one is a product that torch.compile does not take
         apply_liger_kernel_to_llama(fused_linear_cross_entropy=False, cross_entropy=True)
-    model = make_llama(cfg, torch.float32, device)
+    model = make_llama(recipe.model, torch.float32, device)
     model.train()
     parameters = model.parameters()
     if torch.device(device).type == "cuda":
         model = torch.compile(model)
     loss = lambda ids, labels: model(input_ids=ids, labels=labels, shift_labels=labels, use_cache=False).loss
-    return autocast_step(parameters, loss, train, opt, device)
+    return autocast_step(parameters, loss, recipe, device)
 
 
 def decode_transformers(cfg: ModelConfig, compute_dtype: str, device: Any) -> Callable[[np.ndarray, int], np.ndarray]:

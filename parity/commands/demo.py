@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from jax_llm.engine import backend as jax_backend
-from llm_common.config import OptimizerConfig, SamplingConfig, TrainConfig, preset
+from llm_common.config import OptimizerConfig, Recipe, SamplingConfig, TrainConfig, preset
 from llm_common.data.datasets import TokenDataset, unigram_entropy, write_tokens
 from llm_common.run.checkpoint import load_checkpoint, save_checkpoint
 from llm_common.run.folder import Run
@@ -57,7 +57,7 @@ def run_demo(out: Path, data: str | None = None, steps: int = STEPS, ladder: Set
             console.print(
                 "control: JAX again, every tenth weight moved by one ulp, shows what rounding alone does to this run"
             )
-        curves[name], folders[name] = _train(console, name, out, cfg, train, opt, dataset, tokenizer)
+        curves[name], folders[name] = _train(console, name, out, Recipe(cfg, train, opt), dataset, tokenizer)
     rows = _training_rows(curves, unigram)
     picture = out / "loss_curves.png"
     title = f"One model, one seed, two frameworks: {cfg.num_parameters() / 1e6:.1f}M parameters, float32"
@@ -108,17 +108,17 @@ def prepare(console: Console, out: Path, data: str | None) -> tuple[Tokenizer, P
 BACKENDS = {module.BACKEND.name: module.BACKEND for module in (jax_backend, torch_backend)}
 
 
-def _train(console, name, out, cfg, train, opt, dataset, tokenizer) -> tuple[list[float], Path]:
+def _train(console, name, out, recipe: Recipe, dataset, tokenizer) -> tuple[list[float], Path]:
     """One run from step 0; its losses and its last checkpoint. The control resumes from a step 0 with weights moved."""
-    run, framework = out / name, "torch" if name == "torch" else "jax"
+    run, framework, train = out / name, "torch" if name == "torch" else "jax", recipe.train
     for old in run.glob("step-*"):  # a demo always trains again
         shutil.rmtree(old)
     (run / "log.jsonl").unlink(missing_ok=True)
     if name == "control":
-        state = start_state(JaxSide(cfg, train.master_dtype).initial_weights(train.seed), train.master_dtype)
+        state = start_state(JaxSide(recipe.model, train.master_dtype).initial_weights(train.seed), train.master_dtype)
         for x in state.weights.values():
             x.flat[::10] = np.nextafter(x.flat[::10], np.float32(np.inf))
-        save_checkpoint(run, cfg, state, run_settings(train, opt, dataset, tokenizer))
+        save_checkpoint(run, recipe.model, state, run_settings(recipe, dataset, tokenizer))
     losses, start = [], time.perf_counter()
     columns = (
         TextColumn(f"{name:7}"),
@@ -128,14 +128,14 @@ def _train(console, name, out, cfg, train, opt, dataset, tokenizer) -> tuple[lis
     )
     bar = Progress(*columns, TextColumn("loss {task.fields[loss]:.3f}"), console=console, transient=True)
     with bar as progress:
-        task = progress.add_task("", total=opt.total_steps, loss=float("nan"))
+        task = progress.add_task("", total=recipe.optimizer.total_steps, loss=float("nan"))
 
         def on_event(row: dict[str, Any]) -> None:
             if "event" not in row:
                 losses.append(row["loss"])
                 progress.update(task, advance=1, loss=row["loss"])
 
-        training = Run(run, cfg, train, opt, dataset, framework, tokenizer=tokenizer, on_event=on_event)
+        training = Run(run, recipe, dataset, framework, tokenizer=tokenizer, on_event=on_event)
         folder = BACKENDS[framework].fit_and_save(training, "cpu", None)
     seconds = time.perf_counter() - start
     tokens = len(losses) * train.batch_size * train.seq_len

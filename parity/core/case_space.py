@@ -204,7 +204,7 @@ class Recipe:
 
     cfg: ModelConfig
     opt: OptimizerConfig
-    fields: dict[str, Any]  # of TrainConfig
+    fields: dict[str, Any]  # of `Recipe.from_settings`
     state: TrainingState
     data: Batches
 

@@ -43,8 +43,9 @@ SHARDING_BUGS = (
     jax(
         "documents together in a run on a mesh",
         "mesh_model",
-        "make_model(cfg, train, mesh.devices.flat[0].platform)",
-        "make_model(cfg, dataclasses.replace(train, document_separator=None), mesh.devices.flat[0].platform)",
+        "make_model(recipe, mesh.devices.flat[0].platform)",
+        "make_model(dataclasses.replace(recipe, train=dataclasses.replace(recipe.train, document_separator=None)), "
+        "mesh.devices.flat[0].platform)",
         "fsdp=2,tensor=2",
         "losses",
         shape="documents",
@@ -149,8 +150,8 @@ SHARDING_BUGS = (
     torch(
         "a replica starts from weights of its own",
         "ShardedTrainer.init_weights",
-        "random_bits.key(self.train.seed, p.device)",
-        "random_bits.key(self.train.seed + self.at['data'], p.device)",
+        "random_bits.key(self.recipe.train.seed, p.device)",
+        "random_bits.key(self.recipe.train.seed + self.at['data'], p.device)",
         "data=2",
         "replicas differ",
         processes=2,

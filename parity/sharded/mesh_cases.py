@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from llm_common.config import ModelConfig, OptimizerConfig, SamplingConfig, TrainConfig
+from llm_common.config import ExecutionConfig, ModelConfig, OptimizerConfig, Recipe, SamplingConfig, TrainConfig
 from llm_common.data.datasets import Dataset
 from llm_common.data.evaluation import Evaluation
 from llm_common.run.checkpoint import TrainingState
@@ -54,7 +54,8 @@ RECIPES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 }
 SEPARATOR = 3
 STEPS, SEED = 10, 5
-TRAIN = TrainConfig(compute_dtype="float64", batch_size=16, seq_len=13, seed=SEED, gradient_accumulation_steps=2)
+TRAIN = TrainConfig(compute_dtype="float64", batch_size=16, seq_len=13, seed=SEED)
+EXECUTION = ExecutionConfig(gradient_accumulation_steps=2)
 OPT = OptimizerConfig(lr_max=1e-3, total_steps=STEPS, max_grad_norm=0.05)  # far below the norm: the clip is active
 NEW_TOKENS, DRAWN = 6, SamplingConfig(seed=SEED)
 PROMPTS = ([5, 7, 11], [2], [9, 9, 1, 4])
@@ -64,13 +65,23 @@ PROMPTS = ([5, 7, 11], [2], [9, 9, 1, 4])
 class MeshCase:
     """All of a run: what a mesh and the specification are given."""
 
-    cfg: ModelConfig
-    train: TrainConfig
-    opt: OptimizerConfig
+    recipe: Recipe
     start: TrainingState
     data: Dataset
     poison: int | None  # a token whose row of the embedding is not finite
     until: int
+
+    @property
+    def cfg(self) -> ModelConfig:
+        return self.recipe.model
+
+    @property
+    def train(self) -> TrainConfig:
+        return self.recipe.train
+
+    @property
+    def opt(self) -> OptimizerConfig:
+        return self.recipe.optimizer
 
     @functools.cached_property
     def weights(self) -> Tensors:
@@ -97,23 +108,24 @@ def mesh_case(name: str) -> MeshCase:
     if name not in SHAPES:
         return _drawn_case(name)
     cfg, (fields, hyper) = SHAPES[name], RECIPES[name]
-    train, opt = dataclasses.replace(TRAIN, **fields), dataclasses.replace(OPT, **hyper)
+    settings = dataclasses.asdict(TRAIN) | dataclasses.asdict(EXECUTION) | fields
+    recipe = Recipe.from_settings(cfg, settings, dataclasses.replace(OPT, **hyper))
     state, poison = start_state(random_weights(cfg, SEED)), None
     if name == "overflow":  # in the middle of a run, with fewer updates than steps
         poison = POISON
         state.weights["model.embed_tokens.weight"][POISON] = np.inf
         state.step, state.adam_count = 3, 1
     data = Batches(cfg, state.step + 1 if poison is not None else None)
-    return MeshCase(cfg, train, opt, state, data, poison, opt.total_steps)
+    return MeshCase(recipe, state, data, poison, recipe.optimizer.total_steps)
 
 
 def _drawn_case(line: str) -> MeshCase:
     seed, _, features = line.partition(" ")
     case = drawn.from_line(features, case_space.MESH, case_space.fix)
     r = case_space.recipe(case, int(seed))
-    train = TrainConfig(compute_dtype="float64", seq_len=case["length"], **r.fields)
+    recipe = Recipe.from_settings(r.cfg, {"compute_dtype": "float64", "seq_len": case["length"], **r.fields}, r.opt)
     poison = case_space.POISON if case["overflow"] != "none" else None
-    return MeshCase(r.cfg, train, r.opt, r.state, r.data, poison, r.until)
+    return MeshCase(recipe, r.state, r.data, poison, r.until)
 
 
 class Batches:
@@ -143,9 +155,10 @@ class Batches:
 THROUGH_FOLDER, FOLDER_STEPS = "llama", (2, 4)
 
 
-def folder_recipes(case: MeshCase) -> list[OptimizerConfig]:
-    """The optimizer's settings of each part of such a run."""
-    return [dataclasses.replace(case.opt, warmup_steps=1, total_steps=n) for n in FOLDER_STEPS]
+def folder_recipes(case: MeshCase) -> list[Recipe]:
+    """Of each part of such a run."""
+    opts = (dataclasses.replace(case.opt, warmup_steps=1, total_steps=n) for n in FOLDER_STEPS)
+    return [dataclasses.replace(case.recipe, optimizer=opt) for opt in opts]
 
 
 def meshes(devices: int) -> list[MeshConfig]:
@@ -200,7 +213,7 @@ def expected(name: str) -> Expected:
     if name == THROUGH_FOLDER:
         state_there = start_state(c.weights)
         values = (state_there.weights, state_there.mu, state_there.nu, 0, 0)
-        for opt in folder_recipes(c):
+        for opt in (recipe.optimizer for recipe in folder_recipes(c)):
             values, _ = spec_run.train(values, c.data.batch, opt.total_steps, c.cfg, opt, separator)
         folder = values[0]
     return Expected(init, logits, loss, gradients, rows, TrainingState(*state), controls, (total, count), words, folder)

@@ -98,10 +98,10 @@ def jax_faults(case: MeshCase, mesh: Any) -> Found:
     params = distributed.from_canonical(case.cfg, case.weights, mesh)
     for name, x in to_canonical(case.cfg, params).items():
         found["from_canonical", name] = error_of(x, case.weights[name])
-    plain = dataclasses.replace(
-        case.train, remat="none", scan_layers=False
-    )  # both are traced even where nothing is compiled
-    model, recorder = distributed.mesh_model(case.cfg, plain, mesh), JaxRecorder()
+    # both are traced even where nothing is compiled
+    execution = dataclasses.replace(case.recipe.execution, remat="none", scan_layers=False)
+    plain = dataclasses.replace(case.recipe, execution=execution)
+    model, recorder = distributed.mesh_model(plain, mesh), JaxRecorder()
     with recorder.attached():
         distributed.sharded(loss_and_grads, mesh)(recorder.of(model), params, inputs, targets)
     points = [p for p in points_of(case) if p.name != "model"]

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from llm_common.config import ModelConfig
+from llm_common.config import ModelConfig, Recipe
 from llm_common.files.tensor_files import TensorFiles, write_tensors
 from llm_common.processes import end_with_launcher
 from llm_common.run.checkpoint import TrainingState, load_checkpoint, save_checkpoint
@@ -47,24 +47,25 @@ def run_jax(shape: str, mesh_config: MeshConfig, hosts: Hosts, folder: Path) -> 
     from jax_llm.engine.plan import make_model
 
     case = cases.mesh_case(shape)
-    cfg, train, opt, weights, data, start = case.cfg, case.train, case.opt, case.weights, case.data, case.start
+    recipe, weights, data, start = case.recipe, case.weights, case.data, case.start
+    cfg = recipe.model
     with x64("float64"):
         mesh = distributed.make_mesh(mesh_config, hosts.device)
-        first = distributed.init_state(cfg, train, opt, mesh)
+        first = distributed.init_state(recipe, mesh)
         params = distributed.from_canonical(cfg, weights, mesh)
-        model = make_model(cfg, train, mesh.devices.flat[0].platform)
-        inputs, targets = distributed.read_batch(data, start.step, cfg, train=train, mesh=mesh)
+        model = make_model(recipe, mesh.devices.flat[0].platform)
+        inputs, targets = distributed.read_batch(data, start.step, cfg, train=recipe.train, mesh=mesh)
         apply = lambda params, inputs: model.apply({"params": params}, inputs)[0]
         logits = jax.jit(distributed.sharded(apply, mesh))(params, inputs)
-        parts = train.gradient_accumulation_steps
+        parts = recipe.execution.gradient_accumulation_steps
         whole = lambda params, inputs, targets: loss_and_grads(model, params, inputs, targets, parts)
         grad = distributed.sharded(whole, mesh)
         shardings = NamedSharding(mesh, PartitionSpec()), distributed.param_shardings(cfg, mesh)
         loss, grads = jax.jit(grad, out_shardings=shardings)(params, inputs, targets)
-        state = distributed.from_training_state(cfg, opt, start, mesh, np.float64)
+        state = distributed.from_training_state(cfg, recipe.optimizer, start, mesh, np.float64)
         steps: list[dict[str, float]] = []
         note = lambda step, state, metrics: steps.append(dict(metrics))
-        state = distributed.fit(state, cfg, train, opt, data, mesh, case.until, note)
+        state = distributed.fit(state, recipe, data, mesh, case.until, note)
         for leaf in jax.tree.leaves(state.params):
             same = {str(shard.index): set() for shard in leaf.addressable_shards}
             for shard in leaf.addressable_shards:
@@ -76,7 +77,7 @@ def run_jax(shape: str, mesh_config: MeshConfig, hosts: Hosts, folder: Path) -> 
             "loss": float(loss),
             "gradients": to_canonical(cfg, grads),
             **_end_of(distributed.to_training_state(cfg, state), steps),
-            "held out": distributed.evaluate(cfg, train, state.params, case.evaluation, mesh),
+            "held out": distributed.evaluate(recipe, state.params, case.evaluation, mesh),
         }
         # what is not finite is not saved
         to_save = cases.meshes(mesh_config.size) if case.poison is None else []
@@ -85,7 +86,9 @@ def run_jax(shape: str, mesh_config: MeshConfig, hosts: Hosts, folder: Path) -> 
             saved = save_checkpoint(folder, cfg, distributed.to_training_state(cfg, state), {}, hosts=hosts)
         for other in to_save:  # the checkpoint on every mesh of as many devices
             mesh = distributed.make_mesh(other, hosts.device)
-            again = distributed.from_training_state(cfg, opt, load_checkpoint(saved, cfg)[1], mesh, np.float64)
+            again = distributed.from_training_state(
+                cfg, recipe.optimizer, load_checkpoint(saved, cfg)[1], mesh, np.float64
+            )
             _compare(distributed.to_training_state(cfg, again), saved, f"{mesh_config} -> {other}")
     with distributed.generator(cfg, weights, mesh_config, hosts.device, "float64") as stream:
         results["texts"] = cases.texts(stream)
@@ -103,9 +106,10 @@ def run_torch(shape: str, mesh_config: MeshConfig, hosts: Hosts, folder: Path) -
     from torch_llm.engine.backend import BACKEND
 
     case = cases.mesh_case(shape)
-    cfg, train, opt, weights, data, start = case.cfg, case.train, case.opt, case.weights, case.data, case.start
-    first = distributed.ShardedTrainer(cfg, train, opt, mesh_config, hosts.device)
-    trainer = distributed.ShardedTrainer(cfg, train, opt, mesh_config, hosts.device, init_weights=False)
+    recipe, weights, data, start = case.recipe, case.weights, case.data, case.start
+    cfg = recipe.model
+    first = distributed.ShardedTrainer(recipe, mesh_config, hosts.device)
+    trainer = distributed.ShardedTrainer(recipe, mesh_config, hosts.device, init_weights=False)
     trainer.from_training_state(start)
     inputs, targets = trainer.read_batch(data)
     with torch.no_grad():
@@ -136,7 +140,7 @@ def run_torch(shape: str, mesh_config: MeshConfig, hosts: Hosts, folder: Path) -
     if to_save:
         saved = save_checkpoint(folder, cfg, trainer.to_training_state(), {}, hosts=hosts)
     for other in to_save:
-        again = distributed.ShardedTrainer(cfg, train, opt, other, hosts.device, init_weights=False)
+        again = distributed.ShardedTrainer(recipe, other, hosts.device, init_weights=False)
         again.from_training_state(load_checkpoint(saved, cfg)[1])
         _compare(again.to_training_state(), saved, f"{mesh_config} -> {other}")
     with distributed.generator(cfg, weights, mesh_config, hosts.device, "float64") as stream:
@@ -157,9 +161,9 @@ def _through_folder(backend: Any, shape: str, mesh_config: MeshConfig, hosts: Ho
         given.parent.mkdir(parents=True, exist_ok=True)
         write_tensors(given, case.weights)
     hosts.gather(None)
-    for opt in cases.folder_recipes(case):
+    for recipe in cases.folder_recipes(case):
         initial = TensorFiles(given)
-        run = Run(folder, case.cfg, case.train, opt, case.data, backend.name, initial=initial, hosts=hosts)
+        run = Run(folder, recipe, case.data, backend.name, initial=initial, hosts=hosts)
         path = backend.fit_and_save(run, hosts.device, mesh_config)
     return {"folder": _all(load_checkpoint(path, case.cfg)[1].weights)}
 
@@ -189,7 +193,7 @@ def trace(framework: str, shape: str, mesh_config: MeshConfig, hosts: Hosts, fol
     else:
         from torch_llm.engine.distributed import ShardedTrainer
 
-        trainer = ShardedTrainer(case.cfg, case.train, case.opt, mesh_config, hosts.device, init_weights=False)
+        trainer = ShardedTrainer(case.recipe, mesh_config, hosts.device, init_weights=False)
         trainer.from_canonical(case.weights)
         trainer.step = case.start.step
         found = torch_faults(case, trainer, mesh_config, hosts)
@@ -224,8 +228,8 @@ def _short_sums(cfg: ModelConfig, mesh_config: MeshConfig, device: str) -> float
 
     from torch_llm.engine.distributed import ShardedTrainer
 
-    train = dataclasses.replace(cases.TRAIN, compute_dtype="bfloat16", gradient_accumulation_steps=1)
-    trainer = ShardedTrainer(cfg, train, cases.OPT, mesh_config, device)
+    train = dataclasses.replace(cases.TRAIN, compute_dtype="bfloat16")
+    trainer = ShardedTrainer(Recipe(cfg, train, cases.OPT), mesh_config, device)
     trainer.loss_and_grads(*trainer.read_batch(cases.Batches(cfg, None)))
     grads = torch.cat([p.grad.reshape(-1) for p in trainer.parameters.values() if p.grad is not None])
     grads = grads[grads != 0]
@@ -240,19 +244,19 @@ def _other_products(cfg: ModelConfig, mesh: Any) -> int:
     from jax_llm.engine import distributed
     from jax_llm.engine import train as single
 
-    train = dataclasses.replace(cases.TRAIN, compute_dtype="bfloat16", gradient_accumulation_steps=1)
-    opt, platform = cases.OPT, mesh.devices.flat[0].platform
-    state = jax.eval_shape(lambda: single.init_state(cfg, train, opt))
+    train = dataclasses.replace(cases.TRAIN, compute_dtype="bfloat16")
+    recipe, platform = Recipe(cfg, train, cases.OPT), mesh.devices.flat[0].platform
+    state = jax.eval_shape(lambda: single.init_state(recipe))
     batch = jax.ShapeDtypeStruct((train.batch_size, train.seq_len), jnp.int32)
-    scalars = tuple(step_scalars(opt, 0, updates) for updates in (0, 1))
+    scalars = tuple(step_scalars(cases.OPT, 0, updates) for updates in (0, 1))
 
     def products(step: Any) -> Counter[str]:
         program = equations(jax.make_jaxpr(step)(state, batch, batch, scalars, 0).jaxpr)
         found = (x.invars for x in program if x.primitive.name == "dot_general")
         return Counter(" ".join(str(x.aval.dtype) for x in operands) for operands in found)
 
-    one = products(single.compiled_train_step(cfg, train, opt, platform))
-    many = products(distributed.compiled_train_step(cfg, train, opt, mesh))
+    one = products(single.compiled_train_step(recipe, platform))
+    many = products(distributed.compiled_train_step(recipe, mesh))
     return sum(abs(many[dtypes] - one[dtypes]) for dtypes in one | many)
 
 

@@ -28,7 +28,7 @@ from jax_llm.kernels import Kernels
 from jax_llm.kv_cache import init_cache
 from jax_llm.loss import IGNORE_INDEX
 from jax_llm.model import CausalLM
-from llm_common.config import ModelConfig, OptimizerConfig, SamplingConfig, TrainConfig
+from llm_common.config import ModelConfig, OptimizerConfig, Recipe, SamplingConfig, TrainConfig
 from llm_common.data.evaluation import Evaluation
 from llm_common.run.checkpoint import TrainingState
 from llm_common.schedule import StepScalars, bias_corrections
@@ -90,13 +90,14 @@ class JaxSide:
     def _tensors(self, tree) -> Tensors:
         return {name: x.astype(np.float64) for name, x in checkpoint.to_canonical(self.cfg, tree).items()}
 
-    def _train_config(self, **fields) -> TrainConfig:
-        return TrainConfig(compute_dtype=self.dtype, attention_backend=self.attention, **fields)
+    def _recipe(self, opt: OptimizerConfig | None = None, **fields) -> Recipe:
+        fields = {"compute_dtype": self.dtype, "attention_backend": self.attention, **fields}
+        return Recipe.from_settings(self.cfg, fields, opt)
 
     def initial_weights(self, seed: int) -> Tensors:
         with self.scope():
-            train = TrainConfig(seed=seed, compute_dtype=self.dtype)
-            return self._tensors(init_state(self.cfg, train, OptimizerConfig()).params)
+            recipe = Recipe(self.cfg, TrainConfig(seed=seed, compute_dtype=self.dtype, seq_len=1))
+            return self._tensors(init_state(recipe).params)
 
     def logits(self, weights: Tensors, ids: np.ndarray) -> np.ndarray:
         with self.scope():
@@ -206,8 +207,8 @@ class JaxSide:
     ) -> TrainingState:
         """Run `fit`; `on_step` gets the step, a function that reads the state, and the step's metrics.
 
-        fields: of the run's `TrainConfig`."""
-        train = self._train_config(**{"seq_len": dataset.batch(state.step)[0].shape[1], **fields})
+        fields: of `Recipe.from_settings`."""
+        recipe = self._recipe(opt, **{"seq_len": dataset.batch(state.step)[0].shape[1], **fields})
 
         def hook(step, state, metrics):
             if on_step is not None:
@@ -215,13 +216,13 @@ class JaxSide:
 
         with self.scope():
             jax_state = checkpoint.from_training_state(self.cfg, opt, state, jnp.dtype(self.master))
-            jax_state = fit(jax_state, self.cfg, train, opt, dataset, until_step, hook)
+            jax_state = fit(jax_state, recipe, dataset, until_step, hook)
             return checkpoint.to_training_state(self.cfg, jax_state)
 
     def evaluate(self, weights: Tensors, evaluation: Evaluation, **fields) -> tuple[float, int]:
-        """Sum of the held-out losses in nats, and the number of tokens. fields: of the run's `TrainConfig`."""
-        train = self._train_config(seq_len=evaluation.seq_len, **fields)
-        with self.scope(), evaluator(self.cfg, weights, train, self.device.platform) as evaluate:
+        """Sum of the held-out losses in nats, and the number of tokens. fields: of `Recipe.from_settings`."""
+        recipe = self._recipe(seq_len=evaluation.seq_len, **fields)
+        with self.scope(), evaluator(recipe, weights, self.device.platform) as evaluate:
             return evaluate(evaluation)
 
     def adamw(

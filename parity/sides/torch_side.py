@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 import torch_llm.engine.train
-from llm_common.config import ModelConfig, OptimizerConfig, SamplingConfig, Separator, TrainConfig
+from llm_common.config import ModelConfig, OptimizerConfig, Recipe, SamplingConfig, Separator, TrainConfig
 from llm_common.data.evaluation import Evaluation
 from llm_common.run.checkpoint import TrainingState
 from llm_common.tensors import decays
@@ -66,12 +66,13 @@ class TorchSide:
         model = empty_model(self.cfg, getattr(torch, dtype or self.dtype), self.device, kernels)
         return checkpoint.from_canonical(model, weights)
 
-    def _train_config(self, **fields) -> TrainConfig:
-        return TrainConfig(compute_dtype=self.dtype, attention_backend=self.attention, **fields)
+    def _recipe(self, opt: OptimizerConfig | None = None, **fields) -> Recipe:
+        fields = {"compute_dtype": self.dtype, "attention_backend": self.attention, **fields}
+        return Recipe.from_settings(self.cfg, fields, opt)
 
     def initial_weights(self, seed: int) -> Tensors:
-        train = TrainConfig(seed=seed, compute_dtype=self.dtype, seq_len=1)
-        return _float64(checkpoint.to_training_state(Trainer(self.cfg, train, OptimizerConfig(), self.device)).weights)
+        recipe = Recipe(self.cfg, TrainConfig(seed=seed, compute_dtype=self.dtype, seq_len=1))
+        return _float64(checkpoint.to_training_state(Trainer(recipe, self.device)).weights)
 
     def logits(self, weights: Tensors, ids: np.ndarray) -> np.ndarray:
         with torch.no_grad(), self.scope():
@@ -173,7 +174,7 @@ class TorchSide:
     ) -> TrainingState:
         """Run `Trainer.fit`; `on_step` gets the step, a function that reads the state, and the step's metrics.
 
-        fields: of the run's `TrainConfig`. A compiled run on a CPU is one without the compiler."""
+        fields: of `Recipe.from_settings`. A compiled run on a CPU is one without the compiler."""
 
         def hook(step, trainer, metrics):
             if on_step is not None:
@@ -185,14 +186,14 @@ class TorchSide:
         return checkpoint.to_training_state(trainer)
 
     def trainer(self, state: TrainingState, opt: OptimizerConfig, dataset, **fields) -> Trainer:
-        """A trainer that goes on from a state. fields: of the run's `TrainConfig`."""
-        train = self._train_config(**{"seq_len": dataset.batch(state.step)[0].shape[1], **fields})
-        return checkpoint.from_training_state(Trainer(self.cfg, train, opt, self.device, init_weights=False), state)
+        """A trainer that goes on from a state. fields: of `Recipe.from_settings`."""
+        recipe = self._recipe(opt, **{"seq_len": dataset.batch(state.step)[0].shape[1], **fields})
+        return checkpoint.from_training_state(Trainer(recipe, self.device, init_weights=False), state)
 
     def evaluate(self, weights: Tensors, evaluation: Evaluation, **fields) -> tuple[float, int]:
-        """Sum of the held-out losses in nats, and the number of tokens. fields: of the run's `TrainConfig`."""
-        train = self._train_config(seq_len=evaluation.seq_len, **fields)
-        with evaluator(self.cfg, weights, train, str(self.device)) as evaluate:
+        """Sum of the held-out losses in nats, and the number of tokens. fields: of `Recipe.from_settings`."""
+        recipe = self._recipe(seq_len=evaluation.seq_len, **fields)
+        with evaluator(recipe, weights, str(self.device)) as evaluate:
             return evaluate(evaluation)
 
     def adamw(

@@ -5,7 +5,17 @@ import json
 
 import pytest
 
-from llm_common.config import PRESETS, ModelConfig, OptimizerConfig, SamplingConfig, TrainConfig, check_length, preset
+from llm_common.config import (
+    PRESETS,
+    ExecutionConfig,
+    ModelConfig,
+    OptimizerConfig,
+    Recipe,
+    SamplingConfig,
+    TrainConfig,
+    check_length,
+    preset,
+)
 from llm_common.errors import UserError
 from parity.core.inputs import families
 
@@ -34,7 +44,7 @@ NAN, INF = float("nan"), float("inf")
         (OptimizerConfig, {"max_grad_norm": 0.0}, "max_grad_norm = 0.0"),
         (TrainConfig, {"seed": 2**32}, "seed = 4294967296"),
         (TrainConfig, {"compute_dtype": "float16"}, "compute_dtype = 'float16'.*bfloat16"),
-        (TrainConfig, {"attention_backend": "flash"}, "attention_backend = 'flash'.*reference"),
+        (ExecutionConfig, {"attention_backend": "flash"}, "attention_backend = 'flash'.*reference"),
         (TrainConfig, {"batch_size": 0}, "batch_size = 0"),
         (SamplingConfig, {"temperature": -0.1}, "temperature = -0.1"),
         (SamplingConfig, {"temperature": NAN}, "temperature = nan"),
@@ -52,7 +62,7 @@ def test_a_wrong_value_is_refused_by_field_and_value(cls, changes, words):
         cls(**{**base, **changes})
 
 
-@pytest.mark.parametrize("cls", [ModelConfig, OptimizerConfig, TrainConfig, SamplingConfig])
+@pytest.mark.parametrize("cls", [ModelConfig, OptimizerConfig, TrainConfig, ExecutionConfig, SamplingConfig])
 def test_an_unknown_key_is_refused(cls):
     with pytest.raises(UserError, match="unknown key 'droput'.*known keys"):
         cls.from_dict({**(TINY if cls is ModelConfig else {}), "droput": 0.1})
@@ -61,6 +71,28 @@ def test_an_unknown_key_is_refused(cls):
 def test_a_missing_key_is_refused():
     with pytest.raises(UserError, match="missing key 'vocab_size'"):
         ModelConfig.from_dict({})
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        (
+            {"batch_size": 4, "gradient_accumulation_steps": 3},
+            "gradient_accumulation_steps = 3: must divide batch_size = 4",
+        ),
+        ({"seq_len": 6, "loss_chunks": 4}, "loss_chunks = 4: must divide seq_len = 6"),
+        ({"seq_len": 65}, "seq_len needs 65 positions"),
+        ({"droput": 0.1}, "unknown key 'droput'"),
+    ],
+)
+def test_what_does_not_fit_together_makes_no_recipe(settings, words):
+    with pytest.raises(UserError, match=words):
+        Recipe.from_settings(preset("tiny"), {"seq_len": 8, **settings})
+
+
+def test_a_recipe_comes_back_from_its_settings():
+    recipe = Recipe(preset("tiny"), TrainConfig(seed=3, seq_len=8), execution=ExecutionConfig(remat="full"))
+    assert Recipe.from_settings(preset("tiny"), recipe.settings()) == recipe
 
 
 def test_configs_are_frozen():

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from llm_common.config import TrainConfig, preset
+from llm_common.config import Recipe, TrainConfig, preset
 from llm_common.data.answers import write_examples
 from llm_common.data.evaluation import DocumentEvaluation, Evaluation, ExampleEvaluation, Stopped
 from llm_common.errors import UserError, is_out_of_memory
@@ -64,7 +64,9 @@ def test_flops_of_a_known_shape():
 def test_memory_falls_with_what_saves_it():
     cfg = preset("124m")
     need = lambda fused=True, **settings: sum(
-        memory_per_step(cfg, TrainConfig(batch_size=16, seq_len=2048, **settings), fused, True).values()
+        memory_per_step(
+            Recipe.from_settings(cfg, {"batch_size": 16, "seq_len": 2048, **settings}), fused, True
+        ).values()
     )
     plain = need()
     assert need(remat="full") < plain < need(fused=False)
@@ -72,7 +74,7 @@ def test_memory_falls_with_what_saves_it():
     assert need(False, remat="full") < need(False, remat="dots") < need(False) / 2
     assert need(gradient_accumulation_steps=4) < plain / 2
     assert need(compute_dtype="bfloat16") < plain < need(compute_dtype="float64")
-    weights = memory_per_step(cfg, TrainConfig(), True, True)
+    weights = memory_per_step(Recipe(cfg), True, True)
     assert (weights["weights"], weights["moments"]) == (4 * cfg.num_parameters(), 8 * cfg.num_parameters())
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from llm_common.config import OptimizerConfig, RunConfig, TrainConfig, preset
+from llm_common.config import OptimizerConfig, Recipe, RunConfig, TrainConfig, preset
 from llm_common.data.evaluation import Evaluation
 from llm_common.errors import UserError, sha256_of, with_checksum
 from llm_common.run.checkpoint import (
@@ -54,7 +54,13 @@ def make_run(folder, opt=OPT, losses=(), **more) -> tuple[Run, list]:
     rows: list[dict] = []
     evaluation = Evaluation(np.arange(9), 4, 2) if losses else None
     return Run(
-        folder, CFG, TrainConfig(), opt, Data(), "jax", evaluation=evaluation, on_event=rows.append, **more
+        folder,
+        Recipe(CFG, TrainConfig(seq_len=8), opt),
+        Data(),
+        "jax",
+        evaluation=evaluation,
+        on_event=rows.append,
+        **more,
     ), rows
 
 

@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from llm_common.config import PRESETS, ModelConfig, TrainConfig
+from llm_common.config import PRESETS, ModelConfig, Recipe
 from llm_common.errors import UserError
 from llm_common.files.tensor_files import open_model_files, plan_shards, shard_index
 from llm_common.run.estimates import GIB, memory_per_step
@@ -64,9 +64,9 @@ def test_what_is_not_a_mesh(text):
     ],
 )
 def test_a_mesh_that_does_not_divide_names_number_and_axis(mesh, batch, steps, words):
-    train = TrainConfig(batch_size=batch, gradient_accumulation_steps=steps)
+    recipe = Recipe.from_settings(CFG, {"batch_size": batch, "seq_len": 4, "gradient_accumulation_steps": steps})
     with pytest.raises(UserError, match=words):
-        check_sharded(MeshConfig.parse(mesh), CFG, train)
+        check_sharded(MeshConfig.parse(mesh), recipe)
     with pytest.raises(UserError, match="tensor = 2 does not divide vocab_size = 97"):
         check_mesh(MeshConfig(tensor=2), replace(CFG, vocab_size=97))
 
@@ -83,7 +83,7 @@ def test_a_mesh_that_does_not_divide_names_number_and_axis(mesh, batch, steps, w
 )
 def test_what_a_mesh_cannot_do_is_said(settings, words):
     with pytest.raises(UserError, match=words):
-        check_sharded(MeshConfig(data=2), CFG, TrainConfig(batch_size=8, **settings))
+        check_sharded(MeshConfig(data=2), Recipe.from_settings(CFG, {"batch_size": 8, "seq_len": 4, **settings}))
 
 
 class TwoHosts(Hosts):
@@ -175,6 +175,7 @@ MEASURED = (  # preset, mesh, sequences, positions, remat, GiB on each device
 
 @pytest.mark.parametrize(("name", "mesh", "batch", "length", "remat", "measured"), MEASURED)
 def test_the_memory_model_is_within_a_tenth_of_what_was_measured(name, mesh, batch, length, remat, measured):
-    train = TrainConfig(batch_size=batch, seq_len=length, compute_dtype="bfloat16", remat=remat)
-    parts = memory_per_step(PRESETS[name], train, fused_attention=True, compiled=True, mesh=MeshConfig.parse(mesh))
+    settings = {"batch_size": batch, "seq_len": length, "compute_dtype": "bfloat16", "remat": remat}
+    recipe = Recipe.from_settings(PRESETS[name], settings)
+    parts = memory_per_step(recipe, fused_attention=True, compiled=True, mesh=MeshConfig.parse(mesh))
     assert abs(sum(parts.values()) / GIB / measured - 1) < 0.1

@@ -16,7 +16,7 @@ from jax_llm.fast.kernels import make_kernels
 from jax_llm.kv_cache import init_cache
 from jax_llm.model import CausalLM, init_params
 from jax_llm.optim import make_optimizer
-from llm_common.config import OptimizerConfig, SamplingConfig, TrainConfig, preset
+from llm_common.config import OptimizerConfig, Recipe, SamplingConfig, TrainConfig, preset
 from llm_common.schedule import step_scalars
 
 PLATFORMS = {"tpu": "tpu", "cuda": "gpu", "cpu": "cpu"}
@@ -32,8 +32,9 @@ def abstract(function, *args):
 
 def train_step_and_arguments(train: TrainConfig, platform: str):
     """The function that a run jits, and the shapes of its arguments."""
-    step = make_train_step(make_model(CFG, train, platform), make_optimizer(OPT, CFG), train.compute_dtype)
-    state = abstract(lambda: init_state(CFG, train, OPT))
+    recipe = Recipe(CFG, train, OPT)
+    step = make_train_step(make_model(recipe, platform), make_optimizer(OPT, CFG), train.compute_dtype)
+    state = abstract(lambda: init_state(recipe))
     tokens = jax.ShapeDtypeStruct((train.batch_size, train.seq_len), jnp.int32)
     scalars = jax.tree.map(lambda x: jax.ShapeDtypeStruct((), jnp.float32), step_scalars(OPT, 0, 0))
     return jax.jit(step, donate_argnums=0), (state, tokens, tokens, scalars)

@@ -20,7 +20,7 @@ from jax_llm.engine.run import fit_and_save
 from jax_llm.engine.train import Metrics, fit, init_state, make_train_step, with_deferred_count
 from jax_llm.loss import cross_entropy
 from jax_llm.model import CausalLM
-from llm_common.config import OptimizerConfig, RunConfig, TrainConfig, preset
+from llm_common.config import OptimizerConfig, Recipe, RunConfig, TrainConfig, preset
 from llm_common.data.evaluation import Evaluation
 from llm_common.errors import UserError
 from llm_common.run.checkpoint import latest_checkpoint, load_checkpoint
@@ -32,8 +32,12 @@ from parity import spec
 from parity.core.inputs import RandomBatches, random_batch, random_weights
 
 CFG = preset("tiny")
-TRAIN = TrainConfig(batch_size=3, seq_len=13)
 OPT = OptimizerConfig(lr_max=1e-2, warmup_steps=2, total_steps=12)
+RECIPE = Recipe(CFG, TrainConfig(batch_size=3, seq_len=13), OPT)
+
+
+def recipe(opt=None, **settings):
+    return Recipe.from_settings(CFG, {"batch_size": 3, "seq_len": 13} | settings, opt or OPT)
 
 
 class Batches(RandomBatches):
@@ -41,11 +45,12 @@ class Batches(RandomBatches):
         return {"tokens": 1}
 
 
-def train(folder, opt=OPT, train=TRAIN, on_step=None, tokenizer=None, **config):
+def train(folder, opt=OPT, on_step=None, tokenizer=None, **config):
     """A run on the CPU; `on_step` is given each step's row."""
     tell = lambda row: on_step(row) if on_step and "event" not in row else None
     config = RunConfig(**config)
-    run = Run(folder, CFG, train, opt, Batches(CFG, 0), "jax", tokenizer=tokenizer, config=config, on_event=tell)
+    recipe = dataclasses.replace(RECIPE, optimizer=opt)
+    run = Run(folder, recipe, Batches(CFG, 0), "jax", tokenizer=tokenizer, config=config, on_event=tell)
     return fit_and_save(run, "cpu")
 
 
@@ -90,7 +95,7 @@ def test_stacked_norm_weights_do_not_decay():
 
 
 def test_train_step_is_pure_and_takes_optax_optimizers():
-    state = init_state(CFG, TRAIN, OPT)
+    state = init_state(RECIPE)
     inputs, targets = (jnp.array(x) for x in Batches(CFG, 0).batch(0))
     adamw = optax.adamw(1e-2, 0.9, 0.95, 1e-8, weight_decay=0.1)
     state = state._replace(opt_state=adamw.init(state.params))
@@ -105,22 +110,20 @@ def test_train_step_is_pure_and_takes_optax_optimizers():
 def test_training_lowers_the_loss_in_bfloat16_with_float32_masters():
     losses = []
     data = Batches(CFG, 0, n=1)
-    train = TrainConfig(batch_size=3, seq_len=13, compute_dtype="bfloat16")
-    state = fit(init_state(CFG, train, OPT), CFG, train, OPT, data, on_step=lambda s, _, m: losses.append(m["loss"]))
+    narrow = recipe(compute_dtype="bfloat16")
+    state = fit(init_state(narrow), narrow, data, on_step=lambda s, _, m: losses.append(m["loss"]))
     assert losses[-1] < losses[0] - 0.5
     assert {x.dtype for x in jax.tree.leaves(state.params)} == {jnp.dtype("float32")}
 
 
 def test_skips_stop_the_run_with_a_diagnosis():
-    state = init_state(CFG, TRAIN, OPT)
+    state = init_state(RECIPE)
     state.params["model"]["norm"]["weight"] = jnp.full(CFG.hidden_size, jnp.inf)
     steps = []
     with pytest.raises(UserError, match="not finite in 10 steps in a row.*is the first tensor that is not finite"):
         fit(
             state,
-            CFG,
-            TRAIN,
-            OPT,
+            RECIPE,
             Batches(CFG, 0),
             on_step=lambda step, s, m: steps.append((step, m["skipped"], int(s.adam_count))),
         )
@@ -136,12 +139,12 @@ def test_bias_corrections_follow_the_updates_made_though_a_step_is_begun_before_
         new = state._replace(step=state.step + 1, adam_count=state.adam_count + (not skip))
         return new, Metrics(jnp.zeros(()), jnp.zeros(()), jnp.array(skip))
 
-    fit(init_state(CFG, TRAIN, OPT), CFG, TRAIN, OPT, Batches(CFG, 0), 9, train_step=with_deferred_count(step))
+    fit(init_state(RECIPE), RECIPE, Batches(CFG, 0), 9, train_step=with_deferred_count(step))
     assert [count for count, _ in seen] == [0, 1, 2, 2, 2, 3, 4, 4, 5]
     np.testing.assert_allclose([c for _, c in seen], [1 - OPT.beta1 ** (n + 1) for n, _ in seen], rtol=1e-6)
 
 
-def grads_of(train, seed=0):
+def grads_of(recipe, seed=0):
     """Loss and gradients in float64 of a batch whose micro-batches count different numbers of targets."""
     with jax.enable_x64(True):
         params = from_canonical(CFG, random_weights(CFG, 0), jnp.float64)
@@ -149,7 +152,9 @@ def grads_of(train, seed=0):
         targets[2:4] = -100
         targets[0, 1:] = -100
         run = jax.jit(
-            lambda p, x, y: loss_and_grads(make_model(CFG, train, "cpu"), p, x, y, train.gradient_accumulation_steps)
+            lambda p, x, y: loss_and_grads(
+                make_model(recipe, "cpu"), p, x, y, recipe.execution.gradient_accumulation_steps
+            )
         )
         loss, grads = run(params, jnp.array(ids), jnp.array(targets))
         return float(loss), to_canonical(CFG, grads)
@@ -167,8 +172,8 @@ def grads_of(train, seed=0):
     ],
 )
 def test_ways_to_save_memory_change_nothing(settings):
-    exact = grads_of(TrainConfig(batch_size=6, compute_dtype="float64"))
-    loss, grads = grads_of(TrainConfig(batch_size=6, compute_dtype="float64", **settings))
+    exact = grads_of(recipe(batch_size=6, compute_dtype="float64"))
+    loss, grads = grads_of(recipe(batch_size=6, compute_dtype="float64", **settings))
     assert loss == pytest.approx(exact[0], rel=1e-14)
     for name, x in exact[1].items():
         np.testing.assert_allclose(grads[name], x, atol=1e-14)
@@ -180,17 +185,14 @@ def test_rematerialisation_keeps_less():
     params = from_canonical(CFG, random_weights(CFG, 0), jnp.float32)
     ids, targets = (jnp.array(x) for x in random_batch(CFG, 0, 3, 13))
     for remat in ("none", "dots", "full"):
-        model = make_model(CFG, TrainConfig(remat=remat), "cpu")
+        model = make_model(recipe(remat=remat), "cpu")
         loss = lambda p, model=model: cross_entropy(model.apply({"params": p}, ids)[0], targets)
         kept[remat] = sum(x.size for x in jax.tree.leaves(jax.vjp(loss, params)[1]))
     assert kept["full"] < kept["dots"] < kept["none"]
 
 
 def test_a_run_that_is_not_compiled_is_the_same_run():
-    compiled, loose = (
-        fit(init_state(CFG, TRAIN, OPT), CFG, dataclasses.replace(TRAIN, compile=how), OPT, Batches(CFG, 0), 2).params
-        for how in ("on", "off")
-    )
+    compiled, loose = (fit(init_state(RECIPE), recipe(compile=how), Batches(CFG, 0), 2).params for how in ("on", "off"))
     for a, b in zip(jax.tree.leaves(compiled), jax.tree.leaves(loose), strict=True):
         np.testing.assert_allclose(a, b, atol=1e-4)
 
@@ -198,8 +200,7 @@ def test_a_run_that_is_not_compiled_is_the_same_run():
 def test_evaluation_is_the_mean_loss_of_all_tokens():
     tokens = np.random.default_rng(0).integers(0, CFG.vocab_size, 50)
     evaluation = Evaluation(tokens, 9, 2)
-    train = TrainConfig(compute_dtype="float64")
-    with evaluator(CFG, random_weights(CFG, 0), train, "cpu") as evaluate:
+    with evaluator(recipe(compute_dtype="float64"), random_weights(CFG, 0), "cpu") as evaluate:
         total, count = evaluate(evaluation)
     expected = 0.0
     for start in range(0, 49, 9):
@@ -216,7 +217,7 @@ def not_finite(change, **settings):
     change(weights)
     ids, targets = random_batch(CFG, 0)
     params = from_canonical(CFG, weights, jnp.float32)
-    return first_not_finite(make_model(CFG, TrainConfig(**settings), "cpu"), params, jnp.array(ids), jnp.array(targets))
+    return first_not_finite(make_model(recipe(**settings), "cpu"), params, jnp.array(ids), jnp.array(targets))
 
 
 def test_the_first_tensor_that_is_not_finite_is_named():
@@ -272,7 +273,7 @@ def test_token_ids_out_of_range_stop_training(part, token):
     data = Batches(CFG, 0)
     data.batches[0][part][0, 0] = token
     with pytest.raises(UserError, match=f"step 0, (inputs|targets): token id {token} is outside"):
-        fit(init_state(CFG, TRAIN, OPT), CFG, TRAIN, OPT, data)
+        fit(init_state(RECIPE), RECIPE, data)
 
 
 def test_a_run_with_other_settings_is_not_resumed(tmp_path):
@@ -284,8 +285,8 @@ def test_a_run_with_other_settings_is_not_resumed(tmp_path):
 
 def test_bad_settings_are_refused_before_work():
     with pytest.raises(UserError, match="seq_len needs 65 positions"):
-        fit(init_state(CFG, TRAIN, OPT), CFG, TrainConfig(seq_len=65), OPT, Batches(CFG, 0))
+        fit(init_state(RECIPE), recipe(seq_len=65), Batches(CFG, 0))
     with pytest.raises(UserError, match="JAX_ENABLE_X64=1"):
-        init_state(CFG, TrainConfig(compute_dtype="float64"), OPT)
+        init_state(recipe(compute_dtype="float64"))
     with pytest.raises(UserError, match="JAX sees no tpu here, only: cpu"):
         select_device("tpu")

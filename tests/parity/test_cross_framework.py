@@ -5,7 +5,7 @@ import pytest
 
 import jax_llm.engine.run
 import torch_llm.engine.run
-from llm_common.config import OptimizerConfig, RunConfig, TrainConfig, preset
+from llm_common.config import OptimizerConfig, Recipe, RunConfig, TrainConfig, preset
 from llm_common.data.datasets import TokenDataset
 from llm_common.errors import UserError
 from llm_common.run.checkpoint import load_checkpoint
@@ -39,7 +39,9 @@ def train(side: str, run, data, dtype: str, until: int):
 
     config = TrainConfig(batch_size=4, seq_len=12, compute_dtype=dtype)
     saves = RunConfig(save_every=5, keep_last=0)
-    return SIDES[side].fit_and_save(Run(run, CFG, config, OPT, data, side, config=saves, on_event=on_event), "cpu")
+    return SIDES[side].fit_and_save(
+        Run(run, Recipe(CFG, config, OPT), data, side, config=saves, on_event=on_event), "cpu"
+    )
 
 
 @pytest.mark.parametrize(("dtype", "allowed"), [("float64", 1e-10), ("float32", 1e-3)])
@@ -65,14 +67,14 @@ def test_a_checkpoint_of_another_model_is_refused(side, data, tmp_path):
     other = dataclasses.replace(CFG, num_hidden_layers=3)
     with pytest.raises(UserError, match="another model: num_hidden_layers = 2 here, 3 asked for"):
         SIDES[side].fit_and_save(
-            Run(tmp_path / "run", other, TrainConfig(batch_size=4, seq_len=12), OPT, data, side), "cpu"
+            Run(tmp_path / "run", Recipe(other, TrainConfig(batch_size=4, seq_len=12), OPT), data, side), "cpu"
         )
 
 
 @pytest.mark.parametrize("side", SIDES)
 def test_the_tokenizer_travels_with_the_checkpoint(side, data, tmp_path):
     config, opt = TrainConfig(batch_size=4, seq_len=12), OptimizerConfig(total_steps=1)
-    run = Run(tmp_path / "run", CFG, config, opt, data, side, tokenizer=Tokenizer([]))
+    run = Run(tmp_path / "run", Recipe(CFG, config, opt), data, side, tokenizer=Tokenizer([]))
     folder = SIDES[side].fit_and_save(run, "cpu")
     assert Tokenizer.load(folder / "bpe.json").vocab_size == 257
 
@@ -88,7 +90,7 @@ def alternate(tmp_path, data, dtype: str, steps: int, every: int):
                 training.stop_signal = 15
 
         folder = tmp_path / name
-        training = Run(folder, CFG, train, opt, data, side, config=RunConfig(keep_last=0), on_event=on_event)
+        training = Run(folder, Recipe(CFG, train, opt), data, side, config=RunConfig(keep_last=0), on_event=on_event)
         return SIDES[side].fit_and_save(training, "cpu")
 
     ends = {side: run(side, side, steps) for side in SIDES}

@@ -20,7 +20,17 @@ import torch_llm.fast.kernels
 import torch_llm.model
 from jax_llm.engine.plan import make_model
 from jax_llm.engine.train import compiled_train_step, init_state
-from llm_common.config import ModelConfig, OptimizerConfig, RopeScaling, RunConfig, SamplingConfig, TrainConfig, preset
+from llm_common.config import (
+    ExecutionConfig,
+    ModelConfig,
+    OptimizerConfig,
+    Recipe,
+    RopeScaling,
+    RunConfig,
+    SamplingConfig,
+    TrainConfig,
+    preset,
+)
 from llm_common.errors import UserError
 from llm_common.schedule import step_scalars
 from llm_common.sharding import MeshConfig
@@ -160,13 +170,13 @@ def test_a_field_that_decides_numbers_is_red_where_it_is_dropped(cls, field, lin
 # --- execution: what a program is made of
 
 
-def jax_program(train: TrainConfig) -> dict[str, int]:
+def jax_program(recipe: Recipe) -> dict[str, int]:
     """How often each primitive stands in the step of a run, and the largest array with the vocabulary's size."""
 
-    cfg, opt = preset("tiny"), OptimizerConfig()
-    state = init_state(cfg, train, opt)
+    cfg, train, opt = recipe.model, recipe.train, recipe.optimizer
+    state = init_state(recipe)
     inputs = np.zeros((train.batch_size, train.seq_len), np.int32)
-    step = compiled_train_step.__wrapped__(cfg, dataclasses.replace(train, compile="off"), opt, "cpu")
+    step = compiled_train_step.__wrapped__(with_execution(recipe, compile="off"), "cpu")
     either = tuple(step_scalars(opt, 0, n) for n in (0, 1))
     found: dict[str, int] = {"largest logits": 0}
 
@@ -182,11 +192,11 @@ def jax_program(train: TrainConfig) -> dict[str, int]:
     return found
 
 
-def torch_program(train: TrainConfig) -> dict[str, int]:
+def torch_program(recipe: Recipe) -> dict[str, int]:
     """The same of torch: operators that one step runs."""
     from torch.utils._python_dispatch import TorchDispatchMode
 
-    cfg, found = preset("tiny"), {"largest logits": 0}
+    cfg, train, found = recipe.model, recipe.train, {"largest logits": 0}
 
     class Count(TorchDispatchMode):
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):
@@ -198,19 +208,27 @@ def torch_program(train: TrainConfig) -> dict[str, int]:
                     found["largest logits"] = max(found["largest logits"], x.numel())
             return out
 
-    trainer = Trainer(cfg, train, OptimizerConfig())
+    trainer = Trainer(recipe)
     inputs = torch.zeros(train.batch_size, train.seq_len, dtype=torch.long)
     with Count():
         trainer.train_step(inputs, inputs)
     return found
 
 
-BASE = TrainConfig(batch_size=4, seq_len=8, attention_backend="reference")
+BASE = Recipe(
+    preset("tiny"),
+    TrainConfig(batch_size=4, seq_len=8),
+    execution=ExecutionConfig(attention_backend="reference"),
+)
+
+
+def with_execution(recipe: Recipe, **fields) -> Recipe:
+    return dataclasses.replace(recipe, execution=dataclasses.replace(recipe.execution, **fields))
 
 
 def changed(**fields) -> tuple[dict, dict, dict, dict]:
-    train = dataclasses.replace(BASE, **fields)
-    return jax_program(BASE), jax_program(train), torch_program(BASE), torch_program(train)
+    other = with_execution(BASE, **fields)
+    return jax_program(BASE), jax_program(other), torch_program(BASE), torch_program(other)
 
 
 def test_accumulation_runs_micro_batches():
@@ -221,7 +239,7 @@ def test_accumulation_runs_micro_batches():
 
 def test_chunks_never_make_all_logits():
     before, after, torch_before, torch_after = changed(loss_chunks=4)
-    whole = BASE.batch_size * BASE.seq_len * preset("tiny").vocab_size
+    whole = BASE.train.batch_size * BASE.train.seq_len * preset("tiny").vocab_size
     assert before["largest logits"] == torch_before["largest logits"] == whole
     table = preset("tiny").vocab_size * preset("tiny").hidden_size  # a gradient of the head may have that shape
     assert after["largest logits"] <= max(whole // 4, table)
@@ -246,13 +264,12 @@ def test_scanned_layers_are_one_scan():
 
 
 def test_compile_decides_whether_a_step_is_compiled():
-    cfg, opt = preset("tiny"), OptimizerConfig()
     for value, compiled in (("on", True), ("off", False)):
-        train = dataclasses.replace(BASE, compile=value)
-        assert hasattr(compiled_train_step(cfg, train, opt, "cpu"), "lower") == compiled
+        recipe = with_execution(BASE, compile=value)
+        assert hasattr(compiled_train_step(recipe, "cpu"), "lower") == compiled
         if value == "off":
-            assert not Trainer(cfg, train, opt).compiled
-    assert Trainer(cfg, dataclasses.replace(BASE, compile="on"), opt).compiled
+            assert not Trainer(recipe).compiled
+    assert Trainer(with_execution(BASE, compile="on")).compiled
 
 
 def test_deterministic_is_on_while_a_step_runs(monkeypatch):
@@ -266,23 +283,20 @@ def test_deterministic_is_on_while_a_step_runs(monkeypatch):
     monkeypatch.setattr(Trainer, "loss_and_grads", spy)
     inputs = torch.zeros(4, 8, dtype=torch.long)
     for value in (False, True):
-        Trainer(preset("tiny"), dataclasses.replace(BASE, deterministic=value), OptimizerConfig()).train_step(
-            inputs, inputs
-        )
+        Trainer(with_execution(BASE, deterministic=value)).train_step(inputs, inputs)
     assert seen == [False, True]
     options = []
     monkeypatch.setattr(jax, "jit", lambda f, **kwargs: options.append(kwargs["compiler_options"]) or f)
     for value in (False, True):
-        train = dataclasses.replace(BASE, deterministic=value)
-        compiled_train_step.__wrapped__(preset("tiny"), train, OptimizerConfig(), "gpu")
+        compiled_train_step.__wrapped__(with_execution(BASE, deterministic=value), "gpu")
     assert options == [None, {"xla_gpu_deterministic_ops": True}]
 
 
 def test_the_attention_backend_reaches_the_model():
     for value in ("reference", "fused"):
-        train = dataclasses.replace(BASE, attention_backend=value)
-        model = make_model(preset("tiny"), train, "cpu")
-        module = Trainer(preset("tiny"), train, OptimizerConfig()).model
+        recipe = with_execution(BASE, attention_backend=value)
+        model = make_model(recipe, "cpu")
+        module = Trainer(recipe).model
         for kernels, plain in ((model.kernels, jax_llm.model.PLAIN), (module.kernels, torch_llm.model.PLAIN)):
             assert (kernels.attention == plain.attention) == (value == "reference")
 
@@ -302,7 +316,7 @@ def test_updates_skipped_in_a_row_end_a_run_after_as_many_as_it_says():
 
 
 EXECUTION: dict[type, dict[str, Callable]] = {
-    TrainConfig: {
+    ExecutionConfig: {
         "gradient_accumulation_steps": test_accumulation_runs_micro_batches,
         "loss_chunks": test_chunks_never_make_all_logits,
         "remat": test_rematerialisation_computes_again,
@@ -310,10 +324,21 @@ EXECUTION: dict[type, dict[str, Callable]] = {
         "compile": test_compile_decides_whether_a_step_is_compiled,
         "deterministic": test_deterministic_is_on_while_a_step_runs,
         "attention_backend": test_the_attention_backend_reaches_the_model,
+    },
+    TrainConfig: {
         "max_skipped_steps": test_updates_skipped_in_a_row_end_a_run_after_as_many_as_it_says,
-    }
+    },
 }
-CONFIGS = (ModelConfig, RopeScaling, OptimizerConfig, TrainConfig, RunConfig, SamplingConfig, MeshConfig)
+CONFIGS = (
+    ModelConfig,
+    RopeScaling,
+    OptimizerConfig,
+    TrainConfig,
+    ExecutionConfig,
+    RunConfig,
+    SamplingConfig,
+    MeshConfig,
+)
 
 
 @pytest.mark.parametrize("cls", CONFIGS)

@@ -7,7 +7,7 @@ import dataclasses
 import numpy as np
 import pytest
 
-from llm_common.config import OptimizerConfig, RunConfig, SamplingConfig, TrainConfig, preset
+from llm_common.config import ExecutionConfig, OptimizerConfig, Recipe, RunConfig, SamplingConfig, TrainConfig, preset
 from llm_common.data.datasets import TokenDataset
 from llm_common.run.folder import Run
 from llm_common.run.log import read_log
@@ -37,9 +37,10 @@ def test_both_frameworks_train_alike_in_bfloat16(tmp_path):
     np.save(tmp_path / "tokens.npy", tokens)
     train = TrainConfig(batch_size=8, seq_len=128, compute_dtype="bfloat16")
     opt = OptimizerConfig(lr_max=2e-3, warmup_steps=10, total_steps=60)
+    recipe = Recipe(preset("demo"), train, opt)
     data, curves = TokenDataset(tmp_path / "tokens.npy", 128, 8, 0, 2048), {}
     for framework in ("jax", "torch"):
-        run = Run(tmp_path / framework, preset("demo"), train, opt, data, framework)
+        run = Run(tmp_path / framework, recipe, data, framework)
         open_backend(framework).fit_and_save(run, "gpu", None)
         rows = read_log(tmp_path / framework / "log.jsonl")
         curves[framework] = np.array([row["loss"] for row in rows if "event" not in row])
@@ -52,8 +53,9 @@ def test_both_frameworks_train_alike_in_bfloat16(tmp_path):
 def test_a_deterministic_run_resumed_is_bitwise_the_straight_one(framework, tmp_path, monkeypatch):
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     np.save(tmp_path / "tokens.npy", np.random.default_rng(0).integers(0, 2048, 30_000).astype(np.uint16))
-    train = TrainConfig(batch_size=8, seq_len=128, compute_dtype="bfloat16", deterministic=True)
+    train = TrainConfig(batch_size=8, seq_len=128, compute_dtype="bfloat16")
     opt = OptimizerConfig(lr_max=2e-3, warmup_steps=2, total_steps=12)
+    recipe = Recipe(preset("demo"), train, opt, ExecutionConfig(deterministic=True))
     data = TokenDataset(tmp_path / "tokens.npy", 128, 8, 0, 2048)
     fit_and_save = lambda run: open_backend(framework).fit_and_save(run, "gpu", None)
 
@@ -61,12 +63,12 @@ def test_a_deterministic_run_resumed_is_bitwise_the_straight_one(framework, tmp_
         if row["step"] == 7 and "event" not in row:
             raise KeyboardInterrupt
 
-    straight = fit_and_save(Run(tmp_path / "a", preset("demo"), train, opt, data, framework))
+    straight = fit_and_save(Run(tmp_path / "a", recipe, data, framework))
     saves = RunConfig(save_every=5)
-    run = Run(tmp_path / "b", preset("demo"), train, opt, data, framework, config=saves, on_event=stop)
+    run = Run(tmp_path / "b", recipe, data, framework, config=saves, on_event=stop)
     with pytest.raises(KeyboardInterrupt):
         fit_and_save(run)
-    resumed = fit_and_save(Run(tmp_path / "b", preset("demo"), train, opt, data, framework))
+    resumed = fit_and_save(Run(tmp_path / "b", recipe, data, framework))
     for name in ("model.safetensors", "optimizer.safetensors"):
         assert (straight / name).read_bytes() == (resumed / name).read_bytes()
 

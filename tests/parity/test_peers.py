@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from llm_common.config import OptimizerConfig, TrainConfig, preset
+from llm_common.config import Recipe, preset
 from llm_common.errors import UserError
 from llm_tools.bench.peers import find_peer
 
@@ -29,9 +29,8 @@ def test_what_a_peer_cannot_be_shaped_like_is_refused(monkeypatch, tmp_path):
         peer("gpt_fast").decode(preset("tiny"), "float32", torch.device("cpu"))
     titan = peer("torchtitan")
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    arguments = TrainConfig(), OptimizerConfig(), torch.device("cpu")
     with pytest.raises(UserError, match="pip install --no-deps torchtitan"):
-        titan.train(preset("1b"), *arguments)
+        titan.train(Recipe(preset("1b")), torch.device("cpu"))
     monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
     with pytest.raises(UserError, match="a head of its own"):
-        titan.train(preset("demo"), *arguments)
+        titan.train(Recipe(preset("demo")), torch.device("cpu"))

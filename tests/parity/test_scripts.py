@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from llm_common import errors
-from llm_common.config import TrainConfig, preset
+from llm_common.config import Recipe, TrainConfig, preset
 from llm_common.run.checkpoint import TrainingState, load_checkpoint, save_checkpoint
 from llm_common.run.log import read_log
 from llm_common.tensors import tensor_shapes
@@ -368,7 +368,7 @@ def run_until(run, last, *args):
     after_step = Run.after_step
 
     def counted(self, step, *rest):
-        if step == last < self.opt.total_steps:
+        if step == last < self.recipe.optimizer.total_steps:
             self.stop_signal = 2
         return after_step(self, step, *rest)
 
@@ -583,5 +583,5 @@ assert type(benchmarker) is TritonBenchmarker, type(benchmarker)
 def test_freed_memory_is_kept_for_small_steps_on_a_cpu_alone(device, seq_len, kept, monkeypatch):
     calls = []
     monkeypatch.setattr(flags, "keep_freed_memory", lambda: calls.append(True))
-    flags.keep_memory_of_a_small_step(device, preset("demo"), TrainConfig(seq_len=seq_len))
+    flags.keep_memory_of_a_small_step(device, Recipe(preset("demo"), TrainConfig(seq_len=seq_len)))
     assert bool(calls) == kept

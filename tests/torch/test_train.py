@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from llm_common.config import OptimizerConfig, RunConfig, SamplingConfig, TrainConfig, preset
+from llm_common.config import OptimizerConfig, Recipe, RunConfig, SamplingConfig, TrainConfig, preset
 from llm_common.data.evaluation import Evaluation
 from llm_common.errors import UserError
 from llm_common.run.checkpoint import latest_checkpoint, load_checkpoint
@@ -33,8 +33,12 @@ from torch_llm.model import empty_model
 from torch_llm.optim import make_optimizer
 
 CFG = preset("tiny")
-TRAIN = TrainConfig(batch_size=3, seq_len=13)
 OPT = OptimizerConfig(lr_max=1e-2, warmup_steps=2, total_steps=12)
+RECIPE = Recipe(CFG, TrainConfig(batch_size=3, seq_len=13), OPT)
+
+
+def recipe(opt=None, **settings):
+    return Recipe.from_settings(CFG, {"batch_size": 3, "seq_len": 13} | settings, opt or OPT)
 
 
 class Batches(RandomBatches):
@@ -42,11 +46,12 @@ class Batches(RandomBatches):
         return {"tokens": 1}
 
 
-def train(folder, opt=OPT, train=TRAIN, on_step=None, tokenizer=None, **config):
+def train(folder, opt=OPT, on_step=None, tokenizer=None, **config):
     """A run on the CPU; `on_step` is given each step's row."""
     tell = lambda row: on_step(row) if on_step and "event" not in row else None
     config = RunConfig(**config)
-    run = Run(folder, CFG, train, opt, Batches(CFG, 0), "torch", tokenizer=tokenizer, config=config, on_event=tell)
+    recipe = dataclasses.replace(RECIPE, optimizer=opt)
+    run = Run(folder, recipe, Batches(CFG, 0), "torch", tokenizer=tokenizer, config=config, on_event=tell)
     return fit_and_save(run, "cpu")
 
 
@@ -85,7 +90,7 @@ def test_adamw_trains_any_module():
 
 
 def test_generating_first_does_not_spoil_training():
-    trainer = Trainer(CFG, TRAIN, OPT)
+    trainer = Trainer(RECIPE)
     generate(trainer.model, [[1, 2]], 3, SamplingConfig())
     trainer.fit(Batches(CFG, 0), until_step=1)
 
@@ -124,7 +129,7 @@ def test_optimizer_state_dict_round_trip():
 
 def test_training_lowers_the_loss_in_bfloat16_with_float32_masters():
     losses = []
-    trainer = Trainer(CFG, TrainConfig(batch_size=3, seq_len=13, compute_dtype="bfloat16"), OPT)
+    trainer = Trainer(recipe(compute_dtype="bfloat16"))
     trainer.fit(Batches(CFG, 0, n=1), on_step=lambda step, t, m: losses.append(m["loss"]))
     assert losses[-1] < losses[0] - 0.5
     assert {p.dtype for p in trainer.model.parameters()} == {torch.bfloat16}
@@ -138,7 +143,7 @@ def test_training_lowers_the_loss_in_bfloat16_with_float32_masters():
 
 def test_the_optimizers_state_keeps_its_width():
     """`torch.optim.Optimizer` rounds what it loads to the dtype of the parameter."""
-    trainers = [Trainer(CFG, TrainConfig(batch_size=3, seq_len=13, compute_dtype="bfloat16"), OPT) for _ in range(2)]
+    trainers = [Trainer(recipe(compute_dtype="bfloat16")) for _ in range(2)]
     trainers[0].fit(Batches(CFG, 0), 2)
     trainers[1].optimizer.load_state_dict(trainers[0].optimizer.state_dict())
     for p, q in zip(*(trainer.model.parameters() for trainer in trainers), strict=True):
@@ -150,7 +155,7 @@ def test_the_optimizers_state_keeps_its_width():
 
 
 def test_skips_stop_the_run_with_a_diagnosis():
-    trainer = Trainer(CFG, TRAIN, OPT)
+    trainer = Trainer(RECIPE)
     torch.nn.init.constant_(trainer.model.model.norm.weight, torch.inf)
     steps = []
     hook = lambda step, t, m: steps.append((step, m["skipped"], t.optimizer.count))
@@ -182,7 +187,7 @@ def test_a_step_that_is_not_waited_for_updates_as_one_that_is(monkeypatch):
     monkeypatch.setattr(fast_optim, "compiled_update", lambda: fast_optim.clipped_update)
     states = []
     for ahead in (False, True):
-        trainer = Trainer(CFG, TRAIN, OPT)
+        trainer = Trainer(RECIPE)
         if ahead:  # as on a GPU, but for the compiler
             trainer.compiled, trainer.optimizer = True, make_optimizer(OPT, trainer.model, fast_optim.CompiledAdamW)
         honest = trainer.loss_and_grads
@@ -203,14 +208,14 @@ def test_a_step_that_is_not_waited_for_updates_as_one_that_is(monkeypatch):
         np.testing.assert_allclose(states[1].weights[name], weight, rtol=1e-5, atol=1e-8)
 
 
-def grads_of(train, seed=0):
+def grads_of(recipe, seed=0):
     """Loss and gradients in float64 of a batch whose micro-batches count different numbers of targets."""
-    model = empty_model(CFG, torch.float64, "cpu", make_kernels(remat=train.remat))
+    model = empty_model(CFG, torch.float64, "cpu", make_kernels(remat=recipe.execution.remat))
     from_canonical(model, random_weights(CFG, 0))
     ids, targets = random_batch(CFG, seed, 6, 9)
     targets[2:4] = -100
     targets[0, 1:] = -100
-    steps = train.gradient_accumulation_steps
+    steps = recipe.execution.gradient_accumulation_steps
     loss = loss_and_grads(model, torch.tensor(ids), torch.tensor(targets), steps)
     return float(loss), {name: p.grad.numpy() for name, p in model.named_parameters()}
 
@@ -226,8 +231,8 @@ def grads_of(train, seed=0):
     ],
 )
 def test_ways_to_save_memory_change_nothing(settings):
-    exact = grads_of(TrainConfig(batch_size=6, compute_dtype="float64"))
-    loss, grads = grads_of(TrainConfig(batch_size=6, compute_dtype="float64", **settings))
+    exact = grads_of(recipe(batch_size=6, compute_dtype="float64"))
+    loss, grads = grads_of(recipe(batch_size=6, compute_dtype="float64", **settings))
     assert loss == pytest.approx(exact[0], rel=1e-14)
     for name, x in exact[1].items():
         np.testing.assert_allclose(grads[name], x, atol=1e-14)
@@ -239,11 +244,12 @@ def test_what_is_computed_again_has_the_rounded_weights(remat, chunks):
     """In bfloat16, uncompiled: the backward pass finds the weights of the forward pass."""
     grads = {}
     for way in ("none", remat):
-        train = TrainConfig(
-            batch_size=6, seq_len=9, compute_dtype="bfloat16", remat=way, loss_chunks=chunks,
-            gradient_accumulation_steps=2, compile="off", attention_backend="reference",
+        trainer = Trainer(
+            recipe(
+                batch_size=6, seq_len=9, compute_dtype="bfloat16", remat=way, loss_chunks=chunks,
+                gradient_accumulation_steps=2, compile="off", attention_backend="reference",
+            )
         )  # fmt: skip
-        trainer = Trainer(CFG, train, OptimizerConfig())
         ids, targets = (torch.tensor(x) for x in random_batch(CFG, 0, 6, 9))
         trainer.loss_and_grads(ids, targets)
         grads[way] = {name: optim.gradient(p).clone() for name, p in trainer.model.named_parameters()}
@@ -268,7 +274,7 @@ def test_rematerialisation_keeps_less():
 def test_a_compiled_run_is_the_same_run():
     results = []
     for how in ("on", "off"):
-        trainer = Trainer(CFG, dataclasses.replace(TRAIN, compile=how), OPT)
+        trainer = Trainer(recipe(compile=how))
         trainer.fit(Batches(CFG, 0), 4)
         results.append(to_canonical(trainer.model))
     for name, x in results[0].items():
@@ -278,8 +284,7 @@ def test_a_compiled_run_is_the_same_run():
 def test_evaluation_is_the_mean_loss_of_all_tokens():
     tokens = np.random.default_rng(0).integers(0, CFG.vocab_size, 50)
     evaluation = Evaluation(tokens, 9, 2)
-    train = TrainConfig(compute_dtype="float64")
-    with evaluator(CFG, random_weights(CFG, 0), train, "cpu") as evaluate:
+    with evaluator(recipe(compute_dtype="float64"), random_weights(CFG, 0), "cpu") as evaluate:
         total, count = evaluate(evaluation)
     expected = 0.0
     for start in range(0, 49, 9):
@@ -352,7 +357,7 @@ def test_token_ids_out_of_range_stop_training(part, token):
     data = Batches(CFG, 0)
     data.batches[0][part][0, 0] = token
     with pytest.raises(UserError, match=f"step 0, (inputs|targets): token id {token} is outside"):
-        Trainer(CFG, TRAIN, OPT).fit(data)
+        Trainer(RECIPE).fit(data)
 
 
 def test_a_run_with_other_settings_is_not_resumed(tmp_path):
@@ -364,7 +369,7 @@ def test_a_run_with_other_settings_is_not_resumed(tmp_path):
 
 def test_bad_settings_are_refused_before_work():
     with pytest.raises(UserError, match="seq_len needs 65 positions"):
-        Trainer(CFG, TrainConfig(seq_len=65), OPT)
+        Trainer(recipe(seq_len=65))
     if not torch.cuda.is_available():
         with pytest.raises(UserError, match="torch cannot use device 'cuda' here.*present: cpu"):
             select_device("gpu")

@@ -6,7 +6,7 @@ from functools import partial
 
 import torch
 
-from llm_common.config import ModelConfig, OptimizerConfig, TrainConfig
+from llm_common.config import ModelConfig, Recipe
 from llm_common.data.datasets import Dataset
 from llm_common.data.evaluation import Evaluation
 from llm_common.run.backend import Backend, Session, Stream
@@ -37,14 +37,12 @@ class TorchSession:
 
 
 @contextlib.contextmanager
-def open_session(
-    cfg: ModelConfig, settings: TrainConfig, opt: OptimizerConfig, name: str, mesh: MeshConfig | None
-) -> Iterator[Session]:
+def open_session(recipe: Recipe, name: str, mesh: MeshConfig | None) -> Iterator[Session]:
     if mesh is not None:
-        sharded = distributed.ShardedTrainer(cfg, settings, opt, mesh, name)
+        sharded = distributed.ShardedTrainer(recipe, mesh, name)
         yield TorchSession(sharded, sharded.evaluate)
         return
-    trainer = Trainer(cfg, settings, opt, device.select_device(name))
+    trainer = Trainer(recipe, device.select_device(name))
     yield TorchSession(trainer, partial(evaluate.evaluate, trainer.model))
 
 

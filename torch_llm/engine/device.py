@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from llm_common.config import TrainConfig
+from llm_common.config import ExecutionConfig
 from llm_common.errors import UserError
 from llm_common.run.host_memory import host_memory, host_memory_used
 
@@ -29,10 +29,10 @@ def matmul_precision(compute_dtype: str) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def deterministic_algorithms(train: TrainConfig) -> Iterator[None]:
+def deterministic_algorithms(execution: ExecutionConfig) -> Iterator[None]:
     """While this is open torch takes, if the run asks for it, only algorithms that give the same bits every time."""
     before = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(before or train.deterministic)
+    torch.use_deterministic_algorithms(before or execution.deterministic)
     try:
         yield
     finally:

@@ -28,7 +28,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 from torch.distributed.tensor.parallel import loss_parallel
 
-from llm_common.config import ModelConfig, OptimizerConfig, TrainConfig
+from llm_common.config import ModelConfig, Recipe
 from llm_common.data.datasets import Dataset
 from llm_common.data.evaluation import EvaluateLoss, Evaluation
 from llm_common.run.checkpoint import TrainingState
@@ -204,24 +204,22 @@ class ShardedTrainer(Trainer):
 
     def __init__(
         self,
-        cfg: ModelConfig,
-        train: TrainConfig,
-        opt: OptimizerConfig,
+        recipe: Recipe,
         config: MeshConfig,
         device: torch.device | str = "cpu",
         init_weights: bool = True,
     ) -> None:
-        check_sharded(config, cfg, train)
+        check_sharded(config, recipe)
         self.config, self.mesh = config, make_mesh(config, torch.device(device).type)
         self.at = config.coordinates(dist.get_rank())
         self._cross_entropy = cross_entropy
-        super().__init__(cfg, train, opt, device, init_weights)
+        super().__init__(recipe, device, init_weights)
 
     def _make_model(self, kernels: Kernels) -> None:
-        dtype = getattr(torch, self.train.master_dtype)
+        dtype = getattr(torch, self.recipe.train.master_dtype)
         self.model, self.parameters = shard_model(self.cfg, self.mesh, kernels, dtype, self.compute_dtype, self.device)
         parameters = nn.ParameterList(self.parameters.values())
-        self.optimizer = make_optimizer(self.opt, parameters, self.optimizer_class)
+        self.optimizer = make_optimizer(self.recipe.optimizer, parameters, self.optimizer_class)
 
     def shard_of(self, name: str) -> tuple[slice, ...]:
         """The part of a canonical tensor that this process keeps."""
@@ -236,7 +234,7 @@ class ShardedTrainer(Trainer):
                 p.fill_(init_constant(name))
                 continue
             rows, columns = (torch.arange(cut.start, cut.stop, device=p.device) for cut in self.shard_of(name))
-            key = random_bits.fold_in(random_bits.key(self.train.seed, p.device), i)
+            key = random_bits.fold_in(random_bits.key(self.recipe.train.seed, p.device), i)
             bits = random_bits.random_bits_at(key, rows[:, None] * tensor_shapes(self.cfg)[name][1] + columns)
             p.copy_((random_bits.uniform(bits, p.dtype) - 0.5) * torch.tensor(width, dtype=p.dtype))
 
@@ -253,7 +251,7 @@ class ShardedTrainer(Trainer):
     def loss_and_grads(self, inputs: Tensor, targets: Tensor) -> Tensor:
         """Mean loss of the global batch, of which inputs and targets (B / shards, T) are this process's rows."""
         assert isinstance(self.model, FSDPModule)
-        steps, batch_shards = self.train.gradient_accumulation_steps, self.config.batch_shards
+        steps, batch_shards = self.recipe.execution.gradient_accumulation_steps, self.config.batch_shards
         count = self.sum_over_batch((targets != IGNORE_INDEX).sum())
         self.model.zero_grad()
         losses = []
@@ -306,7 +304,7 @@ class ShardedTrainer(Trainer):
         totals = torch.zeros(2, dtype=torch.float64, device=self.device)
         rows = evaluation.batch_size // self.config.batch_shards
         first = rows * self.config.batch_shard(dist.get_rank())
-        with matmul_precision(self.train.compute_dtype):
+        with matmul_precision(self.recipe.train.compute_dtype):
             for batch in evaluation.batches():
                 inputs, targets = (torch.tensor(x[first : first + rows], device=self.device).long() for x in batch)
                 with self._loss_parallel():
@@ -374,10 +372,10 @@ class ShardedTrainer(Trainer):
 
 @contextlib.contextmanager
 def evaluator(
-    cfg: ModelConfig, weights: Tensors, train: TrainConfig, config: MeshConfig, device: torch.device | str = "cpu"
+    recipe: Recipe, weights: Tensors, config: MeshConfig, device: torch.device | str = "cpu"
 ) -> Iterator[EvaluateLoss]:
     """`torch_llm.engine.evaluate.evaluator` on a mesh: every process is given the loss over all rows."""
-    trainer = ShardedTrainer(cfg, train, OptimizerConfig(), config, device, init_weights=False)
+    trainer = ShardedTrainer(recipe, config, device, init_weights=False)
     trainer.from_canonical(weights)
     yield trainer.evaluate
 

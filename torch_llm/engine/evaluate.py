@@ -11,7 +11,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from llm_common.config import ModelConfig, TrainConfig
+from llm_common.config import Recipe
 from llm_common.data.evaluation import EvaluateLoss, Evaluation
 from llm_common.errors import UserError
 from llm_common.tensors import Tensors
@@ -52,8 +52,8 @@ def evaluate(model: CausalLM, evaluation: Evaluation) -> tuple[float, int]:
 
 
 @contextlib.contextmanager
-def evaluator(cfg: ModelConfig, weights: Tensors, train: TrainConfig, device: str = "auto") -> Iterator[EvaluateLoss]:
+def evaluator(recipe: Recipe, weights: Tensors, device: str = "auto") -> Iterator[EvaluateLoss]:
     """Inside `with`: `evaluate` of canonical weights on a device by name, all but its last argument filled in."""
-    target = select_device(device)
-    model = empty_model(cfg, getattr(torch, train.compute_dtype), target, make_plan(cfg, train, target).kernels)
+    target, dtype = select_device(device), getattr(torch, recipe.train.compute_dtype)
+    model = empty_model(recipe.model, dtype, target, make_plan(recipe, target).kernels)
     yield partial(evaluate, from_canonical(model, weights))

@@ -6,7 +6,7 @@ torch.compile is worth its time on a GPU     JAX compiles every run
 
 import torch
 
-from llm_common.config import ModelConfig, TrainConfig
+from llm_common.config import Recipe
 from llm_common.cudnn import why_not_cudnn
 from llm_common.run.plan import Plan
 from torch_llm.engine.device import device_kind, select_device
@@ -15,11 +15,12 @@ from torch_llm.fast.kernels import make_kernels
 from torch_llm.kernels import Kernels
 
 
-def make_plan(cfg: ModelConfig, train: TrainConfig, device: torch.device) -> Plan[Kernels]:
+def make_plan(recipe: Recipe, device: torch.device) -> Plan[Kernels]:
     """The plan of a run on a device."""
+    cfg, train, execution = recipe.model, recipe.train, recipe.execution
     platform = "gpu" if device.type == "cuda" else device.type
-    backend = resolve_backend(train.attention_backend, train.compute_dtype)
-    compiled = train.compile == "on" or (train.compile == "auto" and platform == "gpu")
+    backend = resolve_backend(execution.attention_backend, train.compute_dtype)
+    compiled = execution.compile == "on" or (execution.compile == "auto" and platform == "gpu")
     blocks = takes_blocks(backend, device.type, getattr(torch, train.compute_dtype), cfg.head_dim)
     masked = train.document_separator is not None or (cfg.sliding_window or train.seq_len) < train.seq_len
     refused = why_not_cudnn(cfg, train.compute_dtype, train.seq_len)
@@ -33,16 +34,16 @@ def make_plan(cfg: ModelConfig, train: TrainConfig, device: torch.device) -> Pla
         keeps_scores=backend == "reference",
         compiler="torch.compile" if compiled else "",
         layers="",
-        remat=train.remat,
+        remat=execution.remat,
         document_mask=train.document_separator is not None,
-        deterministic=train.deterministic,
-        kernels=make_kernels(backend, train.remat, train.loss_chunks, train.document_separator, blocks),
+        deterministic=execution.deterministic,
+        kernels=make_kernels(backend, execution.remat, execution.loss_chunks, train.document_separator, blocks),
     )
 
 
-def plan_run(cfg: ModelConfig, train: TrainConfig, device: str) -> Plan[Kernels]:
+def plan_run(recipe: Recipe, device: str) -> Plan[Kernels]:
     """The plan of a run on a device by name. Raises UserError if the device is absent."""
-    return make_plan(cfg, train, select_device(device))
+    return make_plan(recipe, select_device(device))
 
 
 def decoding_kernels(compute_dtype: str) -> Kernels:

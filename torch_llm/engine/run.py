@@ -28,7 +28,7 @@ def fit_and_save(run: Run, device: str = "auto") -> Path:
     with run:
         saved = run.resume()
         seeded = saved is None and run.initial is None
-        trainer = Trainer(run.cfg, run.train, run.opt, target, init_weights=seeded)
+        trainer = Trainer(run.recipe, target, init_weights=seeded)
         if saved is not None:
             from_training_state(trainer, saved)
         elif run.initial is not None:
@@ -48,7 +48,7 @@ def fit_and_save_on_mesh(run: Run, config: MeshConfig, device: torch.device | st
     with run:
         saved = run.resume()
         seeded = saved is None and run.initial is None
-        trainer = distributed.ShardedTrainer(run.cfg, run.train, run.opt, config, device, init_weights=seeded)
+        trainer = distributed.ShardedTrainer(run.recipe, config, device, init_weights=seeded)
         if saved is not None:
             trainer.from_training_state(saved)
         elif run.initial is not None:

@@ -14,7 +14,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from llm_common.config import ModelConfig, OptimizerConfig, TrainConfig, check_length
+from llm_common.config import Recipe
 from llm_common.data.datasets import Dataset, Prefetch
 from llm_common.run.metrics import StepMetrics
 from llm_common.run.previous_step import PreviousStep
@@ -39,21 +39,18 @@ class Trainer:
 
     def __init__(
         self,
-        cfg: ModelConfig,
-        train: TrainConfig,
-        opt: OptimizerConfig,
+        recipe: Recipe,
         device: torch.device | str = "cpu",
         init_weights: bool = True,
     ) -> None:
         """init_weights: with the weights of `train.seed`; otherwise they are still to be filled in."""
-        check_length(cfg, train.seq_len, "seq_len")
-        self.cfg, self.train, self.opt, self.device = cfg, train, opt, torch.device(device)
-        self.compute_dtype = getattr(torch, train.compute_dtype)
+        self.recipe, self.cfg, self.device = recipe, recipe.model, torch.device(device)
+        self.compute_dtype = getattr(torch, recipe.train.compute_dtype)
         upcast_dtype = torch.promote_types(self.compute_dtype, torch.float32)
         self._batch_loss = batch_loss
         self._pending: StepMetrics | None = None  # the last step, until it is known whether it made an update
         self.step = 0
-        plan = make_plan(cfg, train, self.device)
+        plan = make_plan(recipe, self.device)
         self.compiled = plan.compiled
         self.optimizer_class = CompiledAdamW if self.compiled else AdamW
         self._make_model(plan.kernels)
@@ -69,12 +66,12 @@ class Trainer:
 
     def _make_model(self, kernels: Kernels) -> None:
         self.model = empty_model(self.cfg, self.compute_dtype, self.device, kernels)
-        self.optimizer = make_optimizer(self.opt, self.model, self.optimizer_class)
+        self.optimizer = make_optimizer(self.recipe.optimizer, self.model, self.optimizer_class)
 
     def init_weights(self) -> None:
         """Fill in the initial weights of `train.seed`: into the masters, which are rounded afterwards."""
-        parameters, dtype = dict(self.model.named_parameters()), getattr(torch, self.train.master_dtype)
-        for name, x in initial_tensors(self.cfg, self.train.seed, dtype, parameters):
+        parameters, dtype = dict(self.model.named_parameters()), getattr(torch, self.recipe.train.master_dtype)
+        for name, x in initial_tensors(self.cfg, self.recipe.train.seed, dtype, parameters):
             self.optimizer.set_master(parameters[name], x)
 
     def masters(self) -> dict[str, Tensor]:
@@ -89,7 +86,9 @@ class Trainer:
 
     def loss_and_grads(self, inputs: Tensor, targets: Tensor) -> Tensor:
         """Mean loss of a batch, with the gradients left in the parameters."""
-        return loss_and_grads(self.model, inputs, targets, self.train.gradient_accumulation_steps, self._batch_loss)
+        return loss_and_grads(
+            self.model, inputs, targets, self.recipe.execution.gradient_accumulation_steps, self._batch_loss
+        )
 
     @torch.no_grad()
     def grad_norm(self) -> Tensor:
@@ -117,10 +116,10 @@ class Trainer:
         Compiled, it does not wait for the device: whether the norm is finite is asked there, and here only before the
         next update, whose bias corrections depend on it.
         """
-        with matmul_precision(self.train.compute_dtype), deterministic_algorithms(self.train):
+        with matmul_precision(self.recipe.train.compute_dtype), deterministic_algorithms(self.recipe.execution):
             loss = self.loss_and_grads(inputs, targets)
-        norm, lr = self.grad_norm(), learning_rate(self.opt, self.step)
-        factor, finite = clip_factor(norm, self.opt.max_grad_norm), torch.isfinite(norm)
+        norm, lr = self.grad_norm(), learning_rate(self.recipe.optimizer, self.step)
+        factor, finite = clip_factor(norm, self.recipe.optimizer.max_grad_norm), torch.isfinite(norm)
         self.resolve_last_step()
         for group in self.optimizer.param_groups:
             group["lr"] = lr
@@ -145,16 +144,16 @@ class Trainer:
         until_step: int | None = None,
         on_step: Callable[[int, "Trainer", StepMetrics], bool | None] | None = None,
     ) -> None:
-        """Train from `self.step` to `until_step` (default: opt.total_steps).
+        """Train from `self.step` to `until_step` (default: the optimizer's total_steps).
 
         `on_step(step, trainer, metrics)` is called after each step is begun; if it returns True, training ends there. A
         step is waited for only when its metrics are read, and at the latest when the next one has been begun, so that
         the device always has work. Raises UserError if too many updates in a row were skipped, naming the tensor that
         is the first to be not finite.
         """
-        previous = PreviousStep(self.optimizer.count, self.train.max_skipped_steps)
+        previous = PreviousStep(self.optimizer.count, self.recipe.train.max_skipped_steps)
         dataset = Prefetch(dataset)
-        while self.step < (self.opt.total_steps if until_step is None else until_step):
+        while self.step < (self.recipe.optimizer.total_steps if until_step is None else until_step):
             inputs, targets = self.read_batch(dataset)
             metrics = self.train_step(inputs, targets)
             previous.resolve(self.first_not_finite)

@@ -289,8 +289,8 @@ shared(
 torch(
     "lr of the step after",
     "engine.train:Trainer.train_step",
-    "learning_rate(self.opt, self.step)",
-    "learning_rate(self.opt, self.step + 1)",
+    "learning_rate(self.recipe.optimizer, self.step)",
+    "learning_rate(self.recipe.optimizer, self.step + 1)",
     place=UP,
     **STEP,
 )
