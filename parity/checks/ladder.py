@@ -14,6 +14,7 @@ import torch
 from llm_common.errors import UserError
 from llm_common.processes import end_with_parent
 from llm_common.run.host_memory import keep_freed_memory
+from parity.checks.bookkeeping import check_bookkeeping
 from parity.checks.calls import check_calls
 from parity.checks.common import check_files, check_resume, check_schedule
 from parity.checks.configs import check_config
@@ -37,6 +38,7 @@ CHECKS: dict[str, Callable[[Settings], Iterator[Row]]] = {
     "config": check_config,
     "tokenizer": check_tokenizer,
     "data": check_data,
+    "bookkeeping": check_bookkeeping,
     "init": check_init,
     "logits": check_logits,
     "gradients": check_gradients,

@@ -400,6 +400,15 @@ def _tuned(shop: Workshop) -> Iterator[Row]:
     logs = [log_numbers(path / "log.jsonl") for path in runs]
     yield numbers_row("log of train.py from other weights, on examples", logs, expected, "train.py --init-from")
     yield _kept_row("checkpoints kept: the newest, and an older one that is best", runs, losses)
+    yield _roles_row("ids that end documents and answers, as a checkpoint records them", runs, (None, shop.end))
+    # the same command again goes on from the checkpoint, not from the other weights
+    longer = flat({**flags, "--total-steps": 5, "--eval-every": 9})
+    on_both(FRAMEWORKS, lambda name: call("train", "--framework", name, "--out", folder / f"tuned-{name}", *longer))
+    opt = SimpleNamespace(**{**vars(OPT), **changed, "total_steps": 5})
+    _, rows = spec_run.train(state, batch, 5, CONFIG, opt)
+    later = {f"{key} of step {4 + i}": x for i, row in enumerate(rows) for key, x in row.items()}
+    logs = [{key: x for key, x in log_numbers(path / "log.jsonl").items() if key in later} for path in runs]
+    yield numbers_row("log of train.py from other weights, made longer", logs, later, "fit_and_save (initial)")
 
 
 def _prepared_examples(shop: Workshop, pairs: list[tuple[str, str]], name: str) -> list[tuple[list[int], list[int]]]:
@@ -414,6 +423,16 @@ def _prepared_examples(shop: Workshop, pairs: list[tuple[str, str]], name: str) 
         at = np.cumsum([len(shop.letters[i]) for i in ids])  # in bytes
         examples.append(spec_run.example([], ids, at.tolist(), len(question.encode()), shop.end))
     return examples
+
+
+def _roles_row(item: str, runs: Sequence[Path], wanted: tuple[int | None, int | None]) -> Row:
+    """What the newest checkpoints say ends a document and an answer."""
+    read = lambda path: json.loads((max(path.glob("step-*")) / "state.json").read_text(encoding="utf-8"))["settings"]
+    found = [(x.get("document_end"), x.get("turn_end")) for x in (read(path)["roles"] for path in runs)]
+    wrong = [int(x != wanted) for x in found]
+    side = verdict(wrong[0] > 0, wrong[1] > 0, found[0] == found[1])
+    note, place = (str(found[0]), "train.py (roles)") if side else ("", "")
+    return Row("programs", item, "", max(wrong), 0, not side, side, note, place)
 
 
 def _kept_row(item: str, runs: Sequence[Path], losses: dict[int, float]) -> Row:

@@ -53,10 +53,16 @@ def _shards_row(shop: Workshop) -> Row:
         record.unlink()
     call("prepare_data", *arguments)
     manifest = json.loads((folder / "train" / "manifest.json").read_text(encoding="utf-8"))
-    found = [i for shard in manifest["shards"] for i in np.load(_file_of(folder / "train", shard)).tolist()]
+    found = _shard_ids(folder)
     wanted = [i for text in shop.documents for i in spec_run.document([], shop.ids(text), shop.end)]
     wrong = mismatches(found, wanted) + (len(manifest["shards"]) < 3)
     return shared("programs", "tokens of shards after a kill", wrong, place="shards.prepare")
+
+
+def _shard_ids(folder: Path) -> list[int]:
+    """All ids of a folder of shards, in the order of its manifest."""
+    manifest = json.loads((folder / "train" / "manifest.json").read_text(encoding="utf-8"))
+    return [i for shard in manifest["shards"] for i in np.load(_file_of(folder / "train", shard)).tolist()]
 
 
 def _file_of(folder: Path, shard: dict) -> Path:
@@ -110,6 +116,9 @@ def _marked_rows(shop: Workshop, end: int) -> Iterator[Row]:
     )
     wanted = [i for text in documents for i in spec_run.document([], _marked_ids(shop, text), end)]
     wrong = mismatches(np.load(folder / "marked.npy").tolist(), wanted)
+    call("prepare_data", *common, "--data", folder / "marked.jsonl", "--out", f"{folder / 'marked'}/",
+         "--document-end", end, "--processes", 1)  # fmt: skip
+    wrong += mismatches(_shard_ids(folder / "marked"), wanted)
     yield shared("programs", "special tokens and another end of documents", wrong, place="prepare_data.py")
     pairs = [(f"low {END} ", "lowest"), ("wide ", f"wid{END}est")]
     lines = [json.dumps({"q": q, "a": a}) for q, a in pairs]

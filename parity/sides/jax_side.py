@@ -16,10 +16,10 @@ import optax
 import jax_llm.engine.train
 from jax_llm import optim, random_bits, sampling
 from jax_llm.engine import checkpoint
+from jax_llm.engine.backend import BACKEND
 from jax_llm.engine.decoding import decoding_params
 from jax_llm.engine.device import matmul_precision, select_device
-from jax_llm.engine.evaluate import evaluator
-from jax_llm.engine.generate import generate, generator
+from jax_llm.engine.generate import generate
 from jax_llm.engine.gradients import loss_and_grads
 from jax_llm.engine.train import compiled_train_step, fit, init_state
 from jax_llm.fast.attention import resolve_backend
@@ -222,7 +222,7 @@ class JaxSide:
     def evaluate(self, weights: Tensors, evaluation: Evaluation, **fields) -> tuple[float, int]:
         """Sum of the held-out losses in nats, and the number of tokens. fields: of `Recipe.from_settings`."""
         recipe = self._recipe(seq_len=evaluation.seq_len, **fields)
-        with self.scope(), evaluator(recipe, weights, self.device.platform) as evaluate:
+        with self.scope(), BACKEND.evaluator(recipe, weights, self.device.platform, None) as evaluate:
             return evaluate(evaluation)
 
     def adamw(
@@ -321,8 +321,9 @@ class JaxSide:
         chunk: int = 16,
         finished: Callable[[int, list[int]], bool] | None = None,
     ) -> list[list[int]]:
-        """Whole texts from the generator that the scripts call."""
-        with self.scope(), generator(self.cfg, weights, self.device.platform, self.dtype) as stream:
+        """Whole texts from the generator of the `Backend` that the scripts call."""
+        device = self.device.platform
+        with self.scope(), BACKEND.generator(self.cfg, weights, self.dtype, device, None, "auto") as stream:
             return joined(stream(prompts, n_new, cfg, eos_ids, numbers, finished, chunk=chunk), len(prompts))
 
     def generate(

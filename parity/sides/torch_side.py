@@ -22,10 +22,10 @@ from parity.sides.as_written import without_compiler
 from parity.sides.taps import TorchRecorder, Values
 from torch_llm import random_bits, sampling
 from torch_llm.engine import checkpoint
+from torch_llm.engine.backend import BACKEND
 from torch_llm.engine.decoding import fuse_projections
 from torch_llm.engine.device import matmul_precision, select_device
-from torch_llm.engine.evaluate import evaluator
-from torch_llm.engine.generate import generate, generator
+from torch_llm.engine.generate import generate
 from torch_llm.engine.gradients import loss_and_grads
 from torch_llm.engine.train import Trainer
 from torch_llm.fast.attention import resolve_backend
@@ -193,7 +193,7 @@ class TorchSide:
     def evaluate(self, weights: Tensors, evaluation: Evaluation, **fields) -> tuple[float, int]:
         """Sum of the held-out losses in nats, and the number of tokens. fields: of `Recipe.from_settings`."""
         recipe = self._recipe(seq_len=evaluation.seq_len, **fields)
-        with evaluator(recipe, weights, str(self.device)) as evaluate:
+        with BACKEND.evaluator(recipe, weights, str(self.device), None) as evaluate:
             return evaluate(evaluation)
 
     def adamw(
@@ -272,8 +272,8 @@ class TorchSide:
         chunk: int = 16,
         finished: Callable[[int, list[int]], bool] | None = None,
     ) -> list[list[int]]:
-        """Whole texts from the generator that the scripts call."""
-        with generator(self.cfg, weights, str(self.device), self.dtype) as stream:
+        """Whole texts from the generator of the `Backend` that the scripts call."""
+        with BACKEND.generator(self.cfg, weights, self.dtype, str(self.device), None, "auto") as stream:
             return joined(stream(prompts, n_new, cfg, eos_ids, numbers, finished, chunk=chunk), len(prompts))
 
     def generate(

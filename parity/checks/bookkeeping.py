@@ -1,0 +1,353 @@
+"""What a run and its programs keep account of: presets, checkpoints, logs, ends of texts, lengths of prompts,
+conversations.
+
+Both sides share all of it, so each row has the rule written a second time, in a line or a literal table.
+"""
+
+import importlib.util
+import itertools
+import json
+import math
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import numpy as np
+
+from llm_common.config import PRESETS
+from llm_common.data.answers import ExampleReader
+from llm_common.data.evaluation import DocumentEvaluation
+from llm_common.errors import UserError
+from llm_common.files.tensor_files import check_finite
+from llm_common.run.checkpoint import latest_checkpoint, prune_checkpoints
+from llm_common.run.log import RunLog, read_log
+from llm_common.run.settings import trained_ends
+from llm_common.tensors import check_prompts
+from llm_common.text.hf_tokenizer import HfTokenizer, open_tokenizer
+from llm_common.text.tokenizer import Tokenizer
+from llm_tools.flags import parse_with_toml
+from parity import spec_run
+from parity.core.compare import Row, shared
+from parity.core.workshop import load_script
+from parity.sides.settings import Settings
+
+# name -> vocabulary, hidden, intermediate, layers, heads, key/value heads, head_dim, positions, theta, eps, tied head.
+# 8b is Llama 3 8B as Meta published it; the others are this project's own.
+SHAPES: dict[str, tuple[Any, ...]] = {
+    "tiny": (96, 32, 56, 2, 8, 2, 10, 64, 1e4, 1e-5, False),
+    "demo": (2048, 128, 352, 4, 4, 2, 32, 512, 1e4, 1e-5, True),
+    "124m": (32_768, 768, 2560, 12, 12, 12, 64, 2048, 1e4, 1e-5, True),
+    "350m": (32_768, 1024, 2816, 24, 16, 8, 64, 2048, 1e4, 1e-5, False),
+    "1b": (32_768, 2048, 8192, 16, 32, 8, 64, 2048, 1e4, 1e-5, False),
+    "8b": (128_256, 4096, 14_336, 32, 32, 8, 128, 8192, 5e5, 1e-5, False),
+}
+FIELDS = (
+    "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+    "num_key_value_heads", "head_dim", "max_position_embeddings", "rope_theta", "rms_norm_eps", "tie_word_embeddings",
+)  # fmt: skip
+
+
+def check_bookkeeping(s: Settings) -> Iterator[Row]:
+    """Every row against a rule of its own; nothing here runs a model."""
+    row = lambda item, wrong, place: shared("bookkeeping", item, wrong, place=place)
+    yield row("presets with another shape", _presets(), "PRESETS")
+    with tempfile.TemporaryDirectory() as folder:
+        yield row("checkpoints that are the newest, or are kept", _checkpoints(Path(folder)), "checkpoints")
+        yield row("rows of a log that goes on from an earlier step", _logs(Path(folder)), "RunLog")
+        yield row("settings that a TOML file gives otherwise than flags", _toml(Path(folder)), "parse_with_toml")
+        yield row("counts of data that is read in pieces", _counts(s), "inspect_data.py")
+        yield row("ids at which a run's texts end", _ends(), "trained_ends")
+        yield row("prompts refused or padded wrongly", _prompts(s), "check_prompts")
+        yield row("places of numbers that are not finite", _not_finite(), "check_finite")
+        yield row("windows of documents", _windows(s), "DocumentEvaluation")
+        yield row("ids of long words, merges in any order", _long_words(s), "Tokenizer.encode")
+        yield row("bytes of ids in a Hugging Face folder", _bytes_of_ids(Path(folder)), "byte_lengths")
+        yield row("conversations and where their answers begin", _conversations(Path(folder)), "ExampleReader")
+
+
+def _presets() -> int:
+    found = {name: tuple(getattr(cfg, field) for field in FIELDS) for name, cfg in PRESETS.items()}
+    plain = all((c.model_type, c.rope_scaling, c.sliding_window) == ("llama", None, None) for c in PRESETS.values())
+    return sum(found.get(name) != SHAPES.get(name) for name in found.keys() | SHAPES.keys()) + (not plain)
+
+
+STEPS = (0, 9, 10, 99, 100, 99_999_999, 100_000_000, 1_000_000_005)
+
+
+def _checkpoints(folder: Path) -> int:
+    """Numbers of steps of every length: the newest of the first so many, and what a run keeps of all."""
+    wrong, losses = 0, dict(zip(STEPS, (3.0, 1.0, math.nan, 0.5, 2.0, 2.5, 4.0, 9.0), strict=True))
+    for n in range(1, len(STEPS) + 1):
+        run = folder / f"newest-{n}"
+        for step in STEPS[:n]:
+            (run / f"step-{step:08d}").mkdir(parents=True)
+            (run / f"step-{step:08d}" / "state.json").write_text("{}", encoding="utf-8")
+        (run / "step-2000000000").mkdir()  # a save that was cut off
+        wrong += latest_checkpoint(run) != run / f"step-{STEPS[n - 1]:08d}"
+    for last, best in itertools.product((0, 1, 3), (0, 1, 2)):
+        run = folder / f"kept-{last}-{best}"
+        for step, loss in losses.items():
+            (run / f"step-{step:08d}").mkdir(parents=True)
+            settings = {} if math.isnan(loss) else {"evaluation": {"loss": loss}}
+            content = {"format": 1, "step": step, "adam_count": 0, "files": {}, "settings": settings}
+            (run / f"step-{step:08d}" / "state.json").write_text(json.dumps(content), encoding="utf-8")
+        prune_checkpoints(run, last, best)
+        good = sorted((step for step in STEPS if not math.isnan(losses[step])), key=losses.__getitem__)[:best]
+        kept = {*good, *STEPS[-last:]} if last else set(STEPS)
+        wrong += {x.name for x in run.glob("step-*")} != {f"step-{step:08d}" for step in kept}
+    return wrong
+
+
+def _logs(folder: Path) -> int:
+    """A log of steps, evaluations and resumptions that is opened again after an earlier step: later rows go."""
+    wrong = 0
+    rows: list[dict[str, Any]] = []
+    for step in range(1, 7):
+        rows.append({"step": step, "loss": 1.0 / step})
+        if step % 2 == 0:
+            rows.append({"event": "evaluation", "step": step, "loss": 2.0 / step})
+        if step == 3:
+            rows.append({"event": "extend", "step": 3, "total_steps": 6})
+    rows.append({"event": "end", "step": 6})
+    for after in range(1, 7):
+        path = folder / f"log-{after}.jsonl"
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"step": 7, "lo', encoding="utf-8")
+        with RunLog(path, after) as log:
+            log.write({"step": 99, "loss": 5.0})
+        found = [row for row in read_log(path) if row.get("event") != "start"]
+        wrong += found != [*(row for row in rows if row["step"] <= after), {"step": 99, "loss": 5.0}]
+        wrong += sum(row.get("event") == "start" and row["step"] == after for row in read_log(path)) != 1
+    return wrong
+
+
+# Odd digits, an exponent, both signs of rounding; integers of any size.
+FLOATS, INTEGERS = (0.1234567890123, 1e-12, 0.999999999, 3.0), (1, 12, 1_234_567)
+
+
+def _toml(folder: Path) -> int:
+    """Every setting of a training run that is a number, on the command line and in a file."""
+    make_parser, wrong = load_script("train").make_train_parser, 0
+    for action in make_parser()._actions:
+        values = {"float": FLOATS, "int": INTEGERS}.get(getattr(action.type, "__name__", "").split(" ")[0], ())
+        for value in values:
+            path = folder / "run.toml"
+            path.write_text(f"{action.dest} = {value!r}\n", encoding="utf-8")
+            given = vars(parse_with_toml(make_parser(), ["--config", str(path)]))
+            wrong += given[action.dest] != value
+            given = vars(make_parser().parse_args([action.option_strings[0], repr(value)]))
+            wrong += given[action.dest] != value
+    return wrong
+
+
+def _counts(s: Settings) -> int:
+    """How often each id occurs and how long documents are, whatever the pieces are that data is read in."""
+    module, wrong, rng = load_script("inspect_data"), 0, np.random.default_rng((s.seed, 37))
+    tokens = rng.integers(0, 6, 50)
+    for end, piece in itertools.product((None, 0, 3, 5, 9), (1, 7, 25, 49, 50, 100)):
+        with mock.patch.object(module, "PIECE", piece):
+            counts, lengths = module.read(tokens, end)
+        at = [i + 1 for i, token in enumerate(tokens) if token == end]
+        at = [0, *at, *([len(tokens)] if len(tokens) not in at else [])]
+        wrong += lengths.tolist() != [b - a for a, b in itertools.pairwise(at)]
+        wrong += counts.tolist() != [int((tokens == i).sum()) for i in range(len(counts))]
+    return wrong
+
+
+def _ends() -> int:
+    """Any token can end a document or an answer: the first of all, too."""
+    wrong, values = 0, (None, 0, 1, 7, 2**31 - 1)
+    for document, turn in itertools.product(values, values):
+        roles = {"document_end": document, "turn_end": turn}
+        wrong += set(trained_ends({"roles": roles})) != {x for x in (document, turn) if x is not None}
+    refused = ("7", -1, True, 2.0, 2**31)
+    return wrong + sum(trained_ends({"roles": {"document_end": x}}) != [] for x in refused) + len(trained_ends({}))
+
+
+def _prompts(s: Settings) -> int:
+    """Prompts of unequal lengths at the limit of the positions, the longest at every place."""
+    wrong, limit = 0, s.cfg.max_position_embeddings
+    for longest, new, at in itertools.product((1, limit - 2, limit - 1, limit), (1, 2), range(3)):
+        lengths = [1, 1, 1]
+        lengths[at] = longest
+        prompts = [[(i + 1) % s.cfg.vocab_size] * n for i, n in enumerate(lengths)]
+        try:
+            padded, found = check_prompts(prompts, s.cfg, new)
+        except UserError:
+            wrong += longest + new <= limit
+            continue
+        wanted = np.zeros((3, longest), int)
+        for i, prompt in enumerate(prompts):
+            wanted[i, : len(prompt)] = prompt
+        wrong += longest + new > limit or found.tolist() != lengths or not np.array_equal(padded, wanted)
+    for bad in ([], [[]], [[1], []], [[1], [0, s.cfg.vocab_size]], [[-1]]):
+        wrong += not _refuses(check_prompts, bad, s.cfg, 1)
+    return wrong
+
+
+def _refuses(function: Any, *arguments: Any) -> bool:
+    try:
+        function(*arguments)
+    except UserError:
+        return True
+    return False
+
+
+def _not_finite() -> int:
+    """NaN or an infinity at the first, the last and some other number of tensors of every rank, a large one too."""
+    wrong, rng = 0, np.random.default_rng(3)
+    for shape in ((1,), (7,), (3, 5), (2, 3, 4), (2049, 2049)):
+        x = np.zeros(shape, np.float32)
+        wrong += _refuses(check_finite, "x", x)
+        for at in {0, x.size - 1, int(rng.integers(x.size))}:
+            x.flat[at] = rng.choice([np.nan, np.inf, -np.inf])
+            try:
+                check_finite("x", x)
+                wrong += 1
+            except UserError as error:
+                wrong += f"at {[int(i) for i in np.unravel_index(at, shape)]}" not in str(error)
+            x.flat[at] = 0.0
+    return wrong
+
+
+def _windows(s: Settings) -> int:
+    """Documents of every length around a window's, with nothing, one id and several before a text."""
+    wrong, rng = 0, np.random.default_rng((s.seed, 35))
+    for length, before in itertools.product((3, 4, 7), (0, 1, 2, 3)):
+        documents = [rng.integers(1, 90, n).tolist() for n in (1, 2, length - 1, length, length + 1, 2 * length, 17)]
+        context = rng.integers(90, 96, before).tolist()
+        evaluation = DocumentEvaluation(documents, context, length, 2, 1)
+        rows = [row for batch in evaluation.batches() for row in zip(*batch, strict=True)][: evaluation.n_rows]
+        wanted = list(zip(*spec_run.rolling_rows(documents, context, length), strict=True))
+        differ = (
+            any(not np.array_equal(a, b) for a, b in zip(x, y, strict=True)) for x, y in zip(rows, wanted, strict=False)
+        )
+        wrong += len(rows) != len(wanted) or any(differ)
+        wrong += evaluation.n_targets != sum(int((y != spec_run.IGNORE_INDEX).sum()) for _, y in wanted)
+    return wrong
+
+
+def _long_words(s: Settings) -> int:
+    """Words of every size, up to some hundred bytes, with merges of which some stand before those that they need."""
+    wrong, rng = 0, np.random.default_rng((s.seed, 36))
+    merges = [(b"a", b"b"), (b"ab", b"ab"), (b"b", b"a"), (b"abab", b"a"), (b"a", b"a"), (b"aa", b"b"), (b"c", b"ab")]
+    for turn in range(4):
+        order = [merges[i] for i in rng.permutation(len(merges))] if turn else merges[::-1]
+        tokenizer = Tokenizer(order, fast=False)
+        for n in (1, 3, 20, 255, 256, 257, 400):
+            word = "".join(rng.choice(list("abc"), n))
+            wrong += tokenizer.encode(word) != _replayed(word.encode(), order)
+    return wrong
+
+
+def _replayed(word: bytes, merges: list[tuple[bytes, bytes]]) -> list[int]:
+    """The ids of a word: whichever pair stands first among the merges is joined, the leftmost of several, until none
+    is there.
+    """
+    tokens = [word[i : i + 1] for i in range(len(word))]
+    while found := [merges.index(pair) for pair in itertools.pairwise(tokens) if pair in merges]:
+        at = next(i for i, pair in enumerate(itertools.pairwise(tokens)) if pair == merges[min(found)])
+        tokens[at : at + 2] = [tokens[at] + tokens[at + 1]]
+    number = {a + b: 256 + i for i, (a, b) in reversed(list(enumerate(merges)))}
+    return [number[x] if len(x) > 1 else x[0] for x in tokens]
+
+
+# --- a Hugging Face folder, written by hand: every byte a token, no merges
+
+SPECIAL = ("<|im_start|>", "<|im_end|>", "<|bos|>")
+ADDED = ("<tool>", "đé")  # text, and one token each
+NAMES = {"eos_token": "<|im_end|>", "bos_token": "<|bos|>"}
+PLAIN = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+# The generation prompt opens a thought, which no conversation has; contents are written as JSON.
+THOUGHT = (
+    "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}<|im_start|>{{ m.content | tojson }}{% else %}"
+    "<|im_end|>{{ m.content }}{{ eos_token }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<|im_end|><think>\n{% endif %}"
+)
+
+
+def _letters() -> list[str]:
+    """The characters that stand for bytes in a byte-level vocabulary: printable ones for themselves."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = itertools.count(256)
+    return [chr(b if b in printable else next(others)) for b in range(256)]
+
+
+def _folder(path: Path, template: str) -> Path:
+    path.mkdir(parents=True, exist_ok=True)
+    added = [
+        {"id": 256 + i, "content": text, "special": text in SPECIAL, "single_word": False, "lstrip": False,
+         "rstrip": False, "normalized": False}
+        for i, text in enumerate((*SPECIAL, *ADDED))
+    ]  # fmt: skip
+    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+    content = {
+        "version": "1.0", "truncation": None, "padding": None, "added_tokens": added, "normalizer": None,
+        "pre_tokenizer": byte_level, "post_processor": None, "decoder": byte_level,
+        "model": {
+            "type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None,
+            "end_of_word_suffix": None, "fuse_unk": False, "byte_fallback": False, "ignore_merges": False,
+            "vocab": {letter: i for i, letter in enumerate(_letters())}, "merges": [],
+        },
+    }  # fmt: skip
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "chat_template": template, **NAMES}
+    for name, x in (("tokenizer.json", content), ("tokenizer_config.json", config)):
+        (path / name).write_text(json.dumps(x), encoding="utf-8")
+    return path
+
+
+def _tokenizers(path: Path) -> list[Any]:
+    """The folder's tokenizer as programs open it, and through the tokenizers library, if it is installed."""
+    library = importlib.util.find_spec("tokenizers") is not None
+    return [open_tokenizer(path), *([HfTokenizer(path)] if library else [])]
+
+
+def _bytes_of_ids(folder: Path) -> int:
+    """A special token stands for no text, another added one for its own bytes, not its characters."""
+    wanted = [1] * 256 + [0] * len(SPECIAL) + [len(x.encode()) for x in ADDED]
+    found = [list(one.byte_lengths()) for one in _tokenizers(_folder(folder / "plain", PLAIN))]
+    return sum(x != wanted for x in found)
+
+
+QUESTIONS = ("Say 4", 'naïve 你好 "quoted" <&>', "a <|im_end|> b", "<think>", "assistant\n")
+ANSWERS = ("four", "<table>", "<think>\n", "no <|im_end|><|im_start|>!", "é<tool>đé", "\u205d", "assistant")
+
+
+def _conversations(folder: Path) -> int:
+    """Questions and answers in two templates, special tokens written out among them, which stay text."""
+    wrong = 0
+    start, end, bos = SPECIAL
+    for template in (PLAIN, THOUGHT):
+        for tokenizer in _tokenizers(_folder(folder / f"chat-{template is PLAIN}", template)):
+            reader = ExampleReader(tokenizer, chat=True)
+            for question, answer in itertools.product(QUESTIONS, ANSWERS):
+                if template is PLAIN:
+                    head = _ids(start), _text(f"user\n{question}"), _ids(end), _text("\n"), _ids(start)
+                    head, tail = (*head, _text("assistant\n")), (_text(answer), _ids(end), _text("\n"))
+                else:
+                    head = _ids(bos), _ids(start), _text(json.dumps(question, ensure_ascii=False)), _ids(end)
+                    opened = answer.startswith(
+                        "<think>\n"
+                    )  # then the conversation begins as the generation prompt does
+                    head = (*head, _text("<think>\n" if opened else ""))
+                    tail = _text(answer.removeprefix("<think>\n")), _ids(end)
+                found = reader(question, answer)
+                wrong += found != tuple(list(itertools.chain(*part)) for part in (head, tail))
+    return wrong
+
+
+def _ids(token: str) -> list[int]:
+    return [256 + (*SPECIAL, *ADDED).index(token)]
+
+
+def _text(text: str) -> list[int]:
+    """The ids of a text: bytes, but for the added tokens that are text."""
+    for token in ADDED:
+        before, found, after = text.partition(token)
+        if found:
+            return [*_text(before), *_ids(token), *_text(after)]
+    return list(text.encode())
