@@ -18,33 +18,25 @@ stopped in this way.
 import argparse
 import dataclasses
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 from rich.console import Console
 
 from llm_common.config import (
     PRESETS,
     ExecutionConfig,
-    ModelConfig,
     OptimizerConfig,
     Recipe,
     RunConfig,
     TrainConfig,
-    preset,
 )
 from llm_common.data.answers import open_dataset
-from llm_common.data.datasets import TokenDataset, check_data, open_tokens, read_description
-from llm_common.data.evaluation import Evaluation, open_held_out
-from llm_common.data.shards import find_manifest
-from llm_common.errors import UserError, is_out_of_memory, notice, run_main
-from llm_common.files.tensor_files import TensorFiles
-from llm_common.run.checkpoint import load_weights
-from llm_common.run.estimates import GIB, flops_per_step, memory_advice, memory_per_step, peak_flops
-from llm_common.run.folder import LOG_FILE, Run, newest
+from llm_common.data.datasets import TokenDataset, check_data
+from llm_common.errors import UserError, is_out_of_memory, run_main
+from llm_common.run.estimates import flops_per_step, memory_advice, memory_per_step, peak_flops
+from llm_common.run.folder import LOG_FILE, Run
 from llm_common.run.progress import TrainingProgress
 from llm_common.sharding import ONE_DEVICE, MeshConfig, check_sharded
-from llm_common.text.hf_tokenizer import AnyTokenizer, open_tokenizer
+from llm_common.text.hf_tokenizer import open_tokenizer
 from llm_common.text.tokenizer import check_vocabulary
 from llm_tools.flags import (
     add_flags,
@@ -58,6 +50,7 @@ from llm_tools.flags import (
     require,
 )
 from llm_tools.frameworks import open_backend
+from llm_tools.training import check_memory, choose_model, dry_run, open_evaluation, separator_of
 
 
 def make_train_parser() -> argparse.ArgumentParser:
@@ -166,98 +159,6 @@ def main() -> None:
         console.print(f"nothing left to do: {folder}", markup=False)
     elif run.stop_signal is not None:
         console.print("stopped as asked; the same command goes on, in either framework")
-
-
-def choose_model(args: argparse.Namespace) -> tuple[ModelConfig, TensorFiles | None]:
-    given = [name for name in ("preset", "model_config", "init_from") if getattr(args, name) is not None]
-    if len(given) > 1:
-        raise UserError(f"{' and '.join('--' + name.replace('_', '-') for name in given)}: give one of them")
-    if args.init_from is not None:
-        args.init_from = newest(args.init_from)
-        return load_weights(args.init_from)
-    return (ModelConfig.from_file(args.model_config) if args.model_config else preset(args.preset or "demo")), None
-
-
-def separator_of(path: Path, data: dict[str, Any]) -> int | None:
-    """The id that ends a document in a file of tokens; None for examples, which are rows of their own and hide
-    nothing.
-    """
-    if path.suffix == ".npz":
-        notice("--document-mask: every example is a sequence of its own, in which the answer sees its question")
-        return None
-    if data.get("document_end") is None:
-        raise UserError(f"--document-mask: {path} ends no document with a token; prepare it with --document-end TOKEN")
-    if data.get("document_ends_inside"):
-        raise UserError(
-            f"--document-mask: in {path} the token that ends a document, {data['document_end']}, stands "
-            f"{data['document_ends_inside']:,} times inside one, where it would hide its beginning; prepare it with "
-            "another "
-            "--document-end, or name what separates with --document-separator"
-        )
-    return data["document_end"]
-
-
-def open_evaluation(
-    args: argparse.Namespace, cfg: ModelConfig, train: TrainConfig, config: RunConfig, tokenizer: AnyTokenizer
-) -> Evaluation | None:
-    path = args.eval_data
-    if path is None:
-        manifest = find_manifest(args.data)
-        path = args.data.with_name(f"{args.data.stem}-validation{args.data.suffix}")
-        path = path if manifest is None else manifest.parent.with_name("validation")
-        if not path.exists():
-            return None
-        if manifest is None and not read_description(args.data).get("held_out"):
-            notice(
-                f"{path} is not taken: {args.data} was made without --validation, and may have the same text; or "
-                "give --eval-data"
-            )
-            return None
-    check_data(path, tokenizer)
-    return open_held_out(
-        path, open_tokens, train.seq_len, train.batch_size, tokenizer.byte_lengths(), config.eval_batches, cfg
-    )
-
-
-def check_memory(console: Console, recipe: Recipe, need: dict[str, int], limit: int | None) -> None:
-    """Refuse what cannot fit, before any long work; warn of what may not."""
-    if limit is None:
-        return
-    kept = sum(size for name, size in need.items() if name != "activations")
-    text = f"{memory_advice(recipe, need)}; the device has {limit / GIB:.2f} GiB"
-    if kept > limit:
-        narrower = ", or --compute-dtype float32" if recipe.train.compute_dtype == "float64" else ""
-        raise UserError(
-            f"not enough memory: weights, moments and gradients alone need {kept / GIB:.2f} GiB, the device has "
-            f"{limit / GIB:.2f}; take a smaller model{narrower}, or another --device"
-        )
-    if sum(need.values()) > limit:
-        console.print(f"warning: this may not fit: {text}", markup=False)
-
-
-def dry_run(
-    console: Console,
-    recipe: Recipe,
-    need: dict[str, int],
-    dataset: Any,
-    tokenizer: Any,
-) -> None:
-    cfg, train, opt = recipe.model, recipe.train, recipe.optimizer
-    tokens = train.batch_size * train.seq_len
-    console.print(f"model: {cfg}", markup=False)
-    console.print(f"steps: {opt.total_steps:,} of {tokens:,} tokens, {opt.total_steps * tokens:,} tokens in all")
-    console.print(f"FLOPs: {flops_per_step(cfg, train):.3e} per step")
-    parts = ", ".join(f"{name} {size / GIB:.3f}" for name, size in need.items())
-    console.print(f"memory: about {sum(need.values()) / GIB:.3f} GiB ({parts})")
-    inputs, targets = dataset.batch(0)
-    console.print(
-        f"first batch: {inputs.shape[0]} x {inputs.shape[1]}, {int((targets != -100).sum()):,} counted targets"
-    )
-    for row in range(min(2, len(inputs))):
-        counted = np.flatnonzero(targets[row] != -100)
-        shown = inputs[row, : counted[-1] + 1] if len(counted) else inputs[row]
-        console.print(f"  input {row}: {tokenizer.decode(shown[:80])!r}", markup=False)
-        console.print(f"  target {row}: {tokenizer.decode(targets[row][counted][:80])!r}", markup=False)
 
 
 if __name__ == "__main__":

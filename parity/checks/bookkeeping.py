@@ -27,7 +27,6 @@ from llm_common.run.settings import trained_ends
 from llm_common.tensors import check_prompts
 from llm_common.text.hf_tokenizer import HfTokenizer, open_tokenizer
 from llm_common.text.tokenizer import Tokenizer
-from llm_tools.flags import parse_with_toml
 from parity import spec_run
 from parity.core.compare import Row, shared
 from parity.core.workshop import load_script
@@ -57,7 +56,7 @@ def check_bookkeeping(s: Settings) -> Iterator[Row]:
         yield row("checkpoints that are the newest, or are kept", _checkpoints(Path(folder)), "checkpoints")
         yield row("rows of a log that goes on from an earlier step", _logs(Path(folder)), "RunLog")
         yield row("settings that a TOML file gives otherwise than flags", _toml(Path(folder)), "parse_with_toml")
-        yield row("counts of data that is read in pieces", _counts(s), "inspect_data.py")
+        yield row("counts of data that is read in pieces", _counts(s), "data_report.read")
         yield row("ids at which a run's texts end", _ends(), "trained_ends")
         yield row("prompts refused or padded wrongly", _prompts(s), "check_prompts")
         yield row("places of numbers that are not finite", _not_finite(), "check_finite")
@@ -78,7 +77,8 @@ STEPS = (0, 9, 10, 99, 100, 99_999_999, 100_000_000, 1_000_000_005)
 
 def _checkpoints(folder: Path) -> int:
     """Numbers of steps of every length: the newest of the first so many, and what a run keeps of all."""
-    wrong, losses = 0, dict(zip(STEPS, (3.0, 1.0, math.nan, 0.5, 2.0, 2.5, 4.0, 9.0), strict=True))
+    wrong = 0
+    losses: dict[int, float] = dict(zip(STEPS, (3.0, 1.0, math.nan, 0.5, 2.0, 2.5, 4.0, 9.0), strict=True))
     for n in range(1, len(STEPS) + 1):
         run = folder / f"newest-{n}"
         for step in STEPS[:n]:
@@ -94,7 +94,7 @@ def _checkpoints(folder: Path) -> int:
             content = {"format": 1, "step": step, "adam_count": 0, "files": {}, "settings": settings}
             (run / f"step-{step:08d}" / "state.json").write_text(json.dumps(content), encoding="utf-8")
         prune_checkpoints(run, last, best)
-        good = sorted((step for step in STEPS if not math.isnan(losses[step])), key=losses.__getitem__)[:best]
+        good = sorted((step for step in STEPS if not math.isnan(losses[step])), key=lambda step: losses[step])[:best]
         kept = {*good, *STEPS[-last:]} if last else set(STEPS)
         wrong += {x.name for x in run.glob("step-*")} != {f"step-{step:08d}" for step in kept}
     return wrong
@@ -128,13 +128,14 @@ FLOATS, INTEGERS = (0.1234567890123, 1e-12, 0.999999999, 3.0), (1, 12, 1_234_567
 
 def _toml(folder: Path) -> int:
     """Every setting of a training run that is a number, on the command line and in a file."""
-    make_parser, wrong = load_script("train").make_train_parser, 0
+    program, wrong = load_script("train"), 0
+    make_parser = program.make_train_parser
     for action in make_parser()._actions:
         values = {"float": FLOATS, "int": INTEGERS}.get(getattr(action.type, "__name__", "").split(" ")[0], ())
         for value in values:
             path = folder / "run.toml"
             path.write_text(f"{action.dest} = {value!r}\n", encoding="utf-8")
-            given = vars(parse_with_toml(make_parser(), ["--config", str(path)]))
+            given = vars(program.parse_with_toml(make_parser(), ["--config", str(path)]))
             wrong += given[action.dest] != value
             given = vars(make_parser().parse_args([action.option_strings[0], repr(value)]))
             wrong += given[action.dest] != value
@@ -143,11 +144,11 @@ def _toml(folder: Path) -> int:
 
 def _counts(s: Settings) -> int:
     """How often each id occurs and how long documents are, whatever the pieces are that data is read in."""
-    module, wrong, rng = load_script("inspect_data"), 0, np.random.default_rng((s.seed, 37))
+    read, wrong, rng = load_script("inspect_data").read, 0, np.random.default_rng((s.seed, 37))
     tokens = rng.integers(0, 6, 50)
     for end, piece in itertools.product((None, 0, 3, 5, 9), (1, 7, 25, 49, 50, 100)):
-        with mock.patch.object(module, "PIECE", piece):
-            counts, lengths = module.read(tokens, end)
+        with mock.patch.dict(read.__globals__, PIECE=piece):
+            counts, lengths = read(tokens, end)
         at = [i + 1 for i, token in enumerate(tokens) if token == end]
         at = [0, *at, *([len(tokens)] if len(tokens) not in at else [])]
         wrong += lengths.tolist() != [b - a for a, b in itertools.pairwise(at)]
@@ -231,11 +232,14 @@ def _windows(s: Settings) -> int:
 def _long_words(s: Settings) -> int:
     """Words of every size, up to some hundred bytes, with merges of which some stand before those that they need."""
     wrong, rng = 0, np.random.default_rng((s.seed, 36))
-    merges = [(b"a", b"b"), (b"ab", b"ab"), (b"b", b"a"), (b"abab", b"a"), (b"a", b"a"), (b"aa", b"b"), (b"c", b"ab")]
-    for turn in range(4):
-        order = [merges[i] for i in rng.permutation(len(merges))] if turn else merges[::-1]
+    for _ in range(12):
+        tokens, merges = [b"a", b"b", b"c"], set()
+        for _ in range(12):
+            merges.add(tuple(tokens[int(i)] for i in rng.integers(0, len(tokens), 2)))
+            tokens = [b"a", b"b", b"c", *(a + b for a, b in sorted(merges) if len(a + b) < 5)]
+        order = [sorted(merges)[i] for i in rng.permutation(len(merges))]
         tokenizer = Tokenizer(order, fast=False)
-        for n in (1, 3, 20, 255, 256, 257, 400):
+        for n in (1, 3, 20, 255, 256, 300):
             word = "".join(rng.choice(list("abc"), n))
             wrong += tokenizer.encode(word) != _replayed(word.encode(), order)
     return wrong

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from llm_tools.hlo import Program, sizes_of
+
 ROOT = Path(__file__).parent.parent.parent
-sys.path.insert(0, str(ROOT / "scripts"))
-from hlo import Program, sizes_of  # noqa: E402
 
 TEXT = """HloModule jit_step, is_scheduled=true
 
