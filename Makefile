@@ -12,13 +12,12 @@ parity: $(VENV)/.installed
 
 test: $(VENV)/.installed lint
 	@echo "== tests"
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist loadfile --durations=25
 
 # the lesson and what neither framework is, for every save
 check: $(VENV)/.installed lint
-	$(BIN)/python -m pytest -n 2 --dist loadfile tests/jax/test_model.py tests/torch/test_model.py tests/jax/test_sampling.py \
-		tests/torch/test_sampling.py tests/common/test_layout.py tests/common/test_config.py tests/common/test_data.py \
-		tests/common/test_schedule.py tests/common/test_tensors.py
+	$(BIN)/python -m pytest -n 2 --dist loadfile tests/lesson tests/common/test_layout.py tests/common/test_config.py \
+		tests/common/test_data.py tests/common/test_schedule.py tests/common/test_tensors.py
 
 lint: $(VENV)/.installed
 	@echo "== lint and types"

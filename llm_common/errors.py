@@ -7,6 +7,7 @@ import importlib.util
 import io
 import json
 import os
+import re
 import sys
 import time
 from collections.abc import Callable
@@ -20,7 +21,10 @@ MOST_CONTAINERS = 4 << 20
 
 
 class UserError(ValueError):
-    """A config, file, flag, text or device that cannot be used. The message names the value and the fix."""
+    """A config, file, flag, text or device that cannot be used. The message names the value and the fix.
+
+    A field or parameter that the fix is about stands in backquotes; programs print the flag of that name.
+    """
 
 
 class Damaged(UserError):
@@ -31,7 +35,12 @@ def notice(text: str) -> None:
     """Tell the person at the terminal what was decided for them, without touching what a program prints for others to
     read.
     """
-    print(f"note: {text}", file=sys.stderr)
+    print(f"note: {in_flags(text)}", file=sys.stderr)
+
+
+def in_flags(message: str) -> str:
+    """A message for a person at a command line: `some_field` becomes --some-field."""
+    return re.sub(r"`([a-z][a-z_]*)`", lambda match: "--" + match[1].replace("_", "-"), message)
 
 
 def read_json(path: Path, hint: str = "") -> Any:
@@ -167,7 +176,7 @@ def run_main(main: Callable[[], int | None]) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {in_flags(str(error))}", file=sys.stderr)
         sys.exit(2)
     except OSError as error:
         if error.filename is None and error.errno is None:

@@ -61,9 +61,9 @@ class MeshConfig:
         for part in filter(None, text.replace(" ", "").split(",")):
             axis, _, size = part.partition("=")
             if axis not in AXES or not size.isdecimal():
-                raise UserError(f"--mesh {text}: {part!r} is not AXIS=NUMBER with one of the axes {', '.join(AXES)}")
+                raise UserError(f"`mesh` {text}: {part!r} is not AXIS=NUMBER with one of the axes {', '.join(AXES)}")
             if axis in sizes:
-                raise UserError(f"--mesh {text}: {axis} is there twice")
+                raise UserError(f"`mesh` {text}: {axis} is there twice")
             sizes[axis] = int(size)
         return cls(**sizes)
 
@@ -135,7 +135,7 @@ def check_mesh(mesh: MeshConfig, cfg: ModelConfig, batch_size: int | None = None
         size = math.prod(sizes[axis] for axis in axes)
         if number % size:
             cut = " x ".join(f"{axis} = {sizes[axis]}" for axis in axes)
-            raise UserError(f"--mesh {mesh}: {cut} does not divide {what} = {number}; {advice}")
+            raise UserError(f"`mesh` {mesh}: {cut} does not divide {what} = {number}; {advice}")
 
     smaller = "take a smaller axis"
     divides(("tensor",), "num_key_value_heads", cfg.num_key_value_heads, smaller)  # and with them all heads
@@ -147,13 +147,13 @@ def check_mesh(mesh: MeshConfig, cfg: ModelConfig, batch_size: int | None = None
     if batch_size is not None:
         micro_batch = batch_size // accumulation_steps
         what = "batch_size" if accumulation_steps == 1 else "batch_size / gradient_accumulation_steps"
-        divides(BATCH_AXES, what, micro_batch, "take another --batch-size or a smaller axis")
+        divides(BATCH_AXES, what, micro_batch, "take another `batch_size` or a smaller axis")
 
 
 def check_devices(mesh: MeshConfig, present: int, kind: str, hint: str) -> None:
     """Raise UserError unless a mesh takes exactly the devices (or processes: the `kind`) that are present."""
     if mesh.size != present:
-        raise UserError(f"--mesh {mesh} takes {mesh.size} {kind}s, present: {present}; {hint}")
+        raise UserError(f"`mesh` {mesh} takes {mesh.size} {kind}s, present: {present}; {hint}")
 
 
 def check_sharded(mesh: MeshConfig, recipe: Recipe) -> None:

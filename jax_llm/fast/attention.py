@@ -101,7 +101,7 @@ class SplashAttention:
 
 def needs_mesh(*_: Any) -> Array:
     """In the place of a kernel that works on a mesh alone."""
-    raise UserError("attention_backend = 'splash' needs --mesh; use 'auto' without one")
+    raise UserError("attention_backend = 'splash' needs `mesh`; use 'auto' without one")
 
 
 def attention_kernel(backend: str) -> Callable[..., Array]:

@@ -48,9 +48,9 @@ class ExampleReader:
 
     def __post_init__(self) -> None:
         if self.chat and (self.tokenizer.folder is None or self.tokenizer.folder.template is None):
-            raise UserError("--chat needs the tokenizer of a Hugging Face folder with a chat template")
+            raise UserError("`chat` needs the tokenizer of a Hugging Face folder with a chat template")
         if self.chat and self.turn_end != AUTO:
-            raise UserError("--turn-end with --chat: the template says what ends an answer; leave one of the two out")
+            raise UserError("`turn_end` with `chat`: the template says what ends an answer; leave one of the two out")
 
     @functools.cached_property
     def _plain(self) -> Callable[[str, str], Example]:
@@ -89,7 +89,7 @@ class ExampleReader:
     def describe(self) -> dict[str, Any]:
         """What a data file records of how it was made."""
         given = self.turn_end != AUTO
-        end = resolve_token(self.tokenizer, self.turn_end, "--turn-end") if given else self.tokenizer.turn_end
+        end = resolve_token(self.tokenizer, self.turn_end, "`turn_end`") if given else self.tokenizer.turn_end
         return {
             "rule": RULE,
             "tokenizer": self.tokenizer.fingerprint(),
@@ -212,7 +212,7 @@ class ExampleDataset:
         lengths = np.diff(self.starts)
         if lengths.max() > seq_len + 1:
             raise UserError(
-                f"{path}: the longest example has {lengths.max()} tokens, so --seq-len must be at least "
+                f"{path}: the longest example has {lengths.max()} tokens, so `seq_len` must be at least "
                 f"{lengths.max() - 1}"
                 f" (it is {seq_len}); or leave long ones out with scripts/prepare_data.py --max-length {seq_len + 1}"
             )

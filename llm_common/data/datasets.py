@@ -65,7 +65,7 @@ def write_described(path: Path, content: bytes, description: dict[str, Any]) -> 
     """
     where, waiting = _description_path(path)
     if path.exists() and not any(x.exists() for x in (where, waiting, path.with_suffix(".json"))):
-        raise UserError(f"{path}: is there already, and was not made by this program; give another --out")
+        raise UserError(f"{path}: is there already, and was not made by this program; give another `out`")
     if waiting.is_file() and path.is_file() and sha256_of(path).encode() in waiting.read_bytes():
         waiting.replace(where)  # an earlier write was killed at its very end
     described = with_checksum(
@@ -140,7 +140,7 @@ def check_data(path: Path | str, tokenizer: AnyTokenizer | None = None) -> dict[
         description = tokens.manifest
     if tokenizer is not None and description.get("tokenizer") != tokenizer.fingerprint():
         raise UserError(
-            f"{path}: made by another tokenizer; run scripts/prepare_data.py again, or pass its --tokenizer"
+            f"{path}: made by another tokenizer; run scripts/prepare_data.py again, or pass its `tokenizer`"
         )
     return description
 

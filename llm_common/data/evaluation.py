@@ -107,7 +107,7 @@ class ExampleEvaluation(Evaluation):
         self.seq_len = longest - 1 if seq_len is None else seq_len
         if longest > self.seq_len + 1:
             raise UserError(
-                f"{path}: the longest example has {longest} tokens, so --seq-len must be at least {longest - 1} (it "
+                f"{path}: the longest example has {longest} tokens, so `seq_len` must be at least {longest - 1} (it "
                 f"is {seq_len})"
             )
         self._batch(len(self.answers), batch_size, byte_lengths, max_batches)

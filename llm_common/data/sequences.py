@@ -41,13 +41,13 @@ class DocumentEncoder:
     def __init__(self, tokenizer: AnyTokenizer, end: str = AUTO, parse_special: bool = False) -> None:
         self.tokenizer, self.parse_special = tokenizer, parse_special
         self.prefix = list(tokenizer.prefix_ids)
-        self.end = tokenizer.end_of_text if end == AUTO else resolve_token(tokenizer, end, "--document-end")
+        self.end = tokenizer.end_of_text if end == AUTO else resolve_token(tokenizer, end, "`document_end`")
         if end == AUTO and self.end is None:
             known = ", ".join(list(tokenizer.special_tokens)[:12])
             raise UserError(
-                "the tokenizer names no token that ends a document: give one with --document-end TOKEN"
+                "the tokenizer names no token that ends a document: give one with `document_end` TOKEN"
                 + (f" (it has {known})" if known else "")
-                + ", or --document-end none to let documents run into each other"
+                + ", or `document_end` none to let documents run into each other"
             )
         self.ends_inside = 0  # how often the end stood within a document, where it would cut it
 
@@ -80,10 +80,10 @@ def answer_encoder(
     A token that has characters of both belongs to the answer. end: the token that ends an answer, as for
     `DocumentEncoder`.
     """
-    last = tokenizer.turn_end if end == AUTO else resolve_token(tokenizer, end, "--turn-end")
+    last = tokenizer.turn_end if end == AUTO else resolve_token(tokenizer, end, "`turn_end`")
     if end == AUTO and last is None:
         raise UserError(
-            "the tokenizer names no token that ends an answer: give one with --turn-end TOKEN, or --turn-end none "
+            "the tokenizer names no token that ends an answer: give one with `turn_end` TOKEN, or `turn_end` none "
             "for a model "
             "that never ends"
         )
@@ -139,7 +139,7 @@ def encode_conversation(
         raise UserError(
             f"{met!r} stands in a text and is a special token, which this tokenizer cannot take as text here; remove "
             "it, or pass "
-            "--special-tokens-in-text to make it the token"
+            "`special_tokens_in_text` to make it the token"
         )
     whole, at = render(*(replaced(text, lambda found: found[0] + mark + found[1:]) for text in texts))
     return in_pieces(whole[:at]), in_pieces(whole[at:])

@@ -70,10 +70,10 @@ def prepare(
     plan = {"format": FORMAT, **made_by, "validation": validation, "part_size": part_size}
     records, parts = folder / "parts", _parts(documents, part_size)
     if any((folder / side / MANIFEST).exists() for side in SIDES):
-        raise UserError(f"{folder}: holds finished data already; remove it, or give another --out")
+        raise UserError(f"{folder}: holds finished data already; remove it, or give another `out`")
     if (records / "plan.json").is_file() and read_json(records / "plan.json") != plan:
         raise UserError(
-            f"{folder}: was begun with another tokenizer or other settings; remove it, or give another --out"
+            f"{folder}: was begun with another tokenizer or other settings; remove it, or give another `out`"
         )
     for leftover in folder.glob("*/.*.npy.*"):  # of processes that were killed
         leftover.unlink(missing_ok=True)
@@ -102,7 +102,7 @@ def _result(future: concurrent.futures.Future[dict[str, Any]]) -> dict[str, Any]
         return future.result()
     except concurrent.futures.process.BrokenProcessPool:
         raise UserError(
-            "a process ended, perhaps for lack of memory; what is done is kept: run again with fewer --processes"
+            "a process ended, perhaps for lack of memory; what is done is kept: run again with fewer `processes`"
         ) from None
 
 
@@ -113,7 +113,7 @@ def _finish(
     for side in SIDES[: 2 if validation else 1]:
         shards = [record[side] for record in records if side in record]
         if not shards:
-            raise UserError(f"--validation {validation}: of so few documents none is left for {side}")
+            raise UserError(f"`validation` {validation}: of so few documents none is left for {side}")
         manifests[side] = {
             "format": FORMAT,
             "dtype": np.dtype(id_dtype(encoder.tokenizer)).name,

@@ -109,10 +109,10 @@ def memory_advice(recipe: Recipe, need: dict[str, int]) -> str:
     """What a step needs (of `memory_per_step`) and which flags lower it, in a line for an error."""
     execution = recipe.execution
     parts = ", ".join(f"{name} {size / GIB:.2f}" for name, size in need.items())
-    flags = [f"--gradient-accumulation-steps {2 * execution.gradient_accumulation_steps} (the same result)"]
+    flags = [f"`gradient_accumulation_steps` {2 * execution.gradient_accumulation_steps} (the same result)"]
     if execution.loss_chunks == 1 and recipe.train.seq_len % 8 == 0:
-        flags.append("--loss-chunks 8")
+        flags.append("`loss_chunks` 8")
     if execution.remat != "full":
-        flags.append("--remat full")
-    flags += ["a smaller --seq-len", "a smaller model", "--mesh fsdp=N on N devices"]
+        flags.append("`remat` full")
+    flags += ["a smaller `seq_len`", "a smaller model", "`mesh` fsdp=N on N devices"]
     return f"a step needs about {sum(need.values()) / GIB:.2f} GiB ({parts}); lower it with {', '.join(flags)}"

@@ -104,7 +104,7 @@ class Run:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             reason = "a file of this name is there" if self.folder.is_file() else error.strerror
-            raise UserError(f"{self.folder}: no folder can be made there ({reason}); give another --out") from None
+            raise UserError(f"{self.folder}: no folder can be made there ({reason}); give another `out`") from None
         self._place = _identity(self.folder)
         self._lock = os.open(self.folder / LOCK_FILE, os.O_RDWR | os.O_CREAT, 0o644)
         try:
@@ -113,7 +113,7 @@ class Run:
             owner = os.pread(self._lock, 200, 0).decode(errors="replace") or "another process"
             os.close(self._lock)
             raise UserError(
-                f"{self.folder}: {owner} is training in this folder; wait for it, or use another --out"
+                f"{self.folder}: {owner} is training in this folder; wait for it, or use another `out`"
             ) from None
         os.ftruncate(self._lock, 0)
         os.pwrite(self._lock, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0)

@@ -32,7 +32,7 @@ def processes_here(devices: int) -> int:
         raise UserError(f"NODE_RANK={os.environ['NODE_RANK']}: hosts are counted from 0, and NNODES is {hosts}")
     if devices % hosts:
         raise UserError(
-            f"a mesh of {devices} devices cannot be shared by NNODES={hosts} hosts: change --mesh or NNODES"
+            f"a mesh of {devices} devices cannot be shared by NNODES={hosts} hosts: change `mesh` or NNODES"
         )
     return devices // hosts
 

@@ -67,7 +67,7 @@ def check_resumable(folder: Path, saved: dict[str, Any], asked: dict[str, Any]) 
     if isinstance(old, int) and isinstance(new, int) and new < old:
         differing.append(f"optimizer.total_steps = {old} here, {new} asked for: a run may become longer, not shorter")
     if differing:
-        raise UserError(f"{folder}: the run was started with other settings: {'; '.join(differing)}; use another --out")
+        raise UserError(f"{folder}: the run was started with other settings: {'; '.join(differing)}; use another `out`")
 
 
 def trained_ends(settings: dict[str, Any]) -> list[int]:

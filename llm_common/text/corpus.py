@@ -33,7 +33,7 @@ OTHER_KINDS = {
         ".mobi",
     ): "a document with a layout; extract its text to a .txt file",
     (".xls", ".xlsx", ".ods"): "a spreadsheet; save it as .csv",
-    (".npy", ".npz"): "tokens or arrays already; training reads them with --data",
+    (".npy", ".npz"): "tokens or arrays already; training reads them with `data`",
     (".pkl", ".pickle", ".pt", ".pth", ".bin"): "binary, and a pickle can run code; write its text as JSONL",
     (".safetensors", ".gguf", ".onnx"): "the weights of a model, not text",
     (".db", ".sqlite", ".sqlite3"): "a database; write its text as JSONL",
@@ -144,12 +144,12 @@ class Corpus:
         ending = _ending(file)
         for endings, what in OTHER_KINDS.items():
             if ending in endings:
-                raise UserError(f"{file}: {what}; or pass --as-text")
+                raise UserError(f"{file}: {what}; or pass `as_text`")
         if ending not in RECORDS and (what := looks_like_records(self._head(file))):
             raise UserError(
                 f"{file}: holds {what}, but its name does not end in {' or '.join(RECORDS[:3])}: rename it to read a "
                 "field of each "
-                "record, or pass --as-text to learn it as it stands"
+                "record, or pass `as_text` to learn it as it stands"
             )
 
     def _head(self, file: Path) -> str:
@@ -179,7 +179,7 @@ class Corpus:
                 content = content[at:]
             if self.errors == "strict" and b"\0" in content:
                 raise UserError(
-                    f"{file}: not text: a NUL at byte {at + content.index(0)}; pass --replace-invalid to read it anyway"
+                    f"{file}: not text: a NUL at byte {at + content.index(0)}; pass `replace_invalid` to read it anyway"
                 )
             try:
                 text = decoder.decode(content)
@@ -194,7 +194,7 @@ class Corpus:
 
     def _not_utf8(self, file: Path, position: int) -> UserError:
         where = " of its uncompressed content" if file.suffix.lower() == ".gz" else ""
-        return UserError(f"{file}: not UTF-8 at byte {position}{where}; convert the file, or pass --replace-invalid")
+        return UserError(f"{file}: not UTF-8 at byte {position}{where}; convert the file, or pass `replace_invalid`")
 
     def _bytes(self, file: Path, size: int = 1 << 20) -> Iterator[bytes]:
         """The content of a file, uncompressed, a megabyte at a time."""
@@ -227,7 +227,7 @@ class Corpus:
             text = record.get(self.field) if isinstance(record, dict) else record
             if not isinstance(text, str):
                 keys = ", ".join(map(str, record))[:300] if isinstance(record, dict) else type(record).__name__
-                raise UserError(f"{where}: no text in field {self.field!r} (found: {keys}); name it with --field")
+                raise UserError(f"{where}: no text in field {self.field!r} (found: {keys}); name it with `field`")
             yield text
 
 

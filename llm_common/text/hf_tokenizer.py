@@ -239,7 +239,7 @@ def open_tokenizer(path: Path) -> AnyTokenizer:
         if tokenizer is None:
             raise UserError(
                 f"{path}: has neither {FILE_NAME} nor tokenizer.json nor vocab.json and merges.txt; "
-                "give a tokenizer with --tokenizer"
+                "give a tokenizer with `tokenizer`"
             )
         return tokenizer
     return _open_hf(path.parent) if path.name == "tokenizer.json" and path.is_file() else Tokenizer.load(path)

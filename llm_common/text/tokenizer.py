@@ -162,7 +162,7 @@ class Tokenizer(WordEncoder):
         fails.
         """
         if self.folder is None:
-            raise UserError("the tokenizer has no chat template: --chat needs that of a Hugging Face folder")
+            raise UserError("the tokenizer has no chat template: `chat` needs that of a Hugging Face folder")
         return self.folder.chat(messages, add_generation_prompt)
 
     # --- encode and decode

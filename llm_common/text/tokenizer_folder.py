@@ -231,7 +231,7 @@ class TokenizerFolder:
     def chat(self, messages: list[dict[str, Any]], add_generation_prompt: bool) -> str:
         """Messages of {"role", "content"} in the chat template. Raises UserError if there is none or it fails."""
         if self.template is None:
-            raise UserError("the tokenizer has no chat template: leave out --chat")
+            raise UserError("the tokenizer has no chat template: leave out `chat`")
         return render_chat(self.template, messages, add_generation_prompt, self.named)
 
     # --- what is written with a model

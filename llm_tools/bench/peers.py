@@ -36,7 +36,7 @@ def find_peer(name: str) -> ModuleType | SimpleNamespace:
             raise UserError(f"--peer {name} cannot be imported: {type(error).__name__}: {error}") from None
         return module
     if name not in PEERS:
-        raise UserError(f"--peer {name}: unknown; known: {', '.join(PEERS)}, or a file with `train` and `decode`")
+        raise UserError(f"--peer {name}: unknown; known: {', '.join(PEERS)}, or a file with functions train and decode")
     for package in PEERS[name].packages:
         if importlib.util.find_spec(package) is None:
             raise UserError(f"--peer {name}: {package} is not installed")

@@ -196,7 +196,7 @@ def test_held_out_examples_count_answers_alone(tmp_path):
     assert counted == [[3, 4], [6], [1, 2], []]
     assert batches[0][0][0].tolist() == [1, 2, 3, 0]
     assert evaluation.summary(5.0, 5)["bytes"] == 3 + 4 + 6 + 1 + 2
-    with pytest.raises(UserError, match="longest example has 5 tokens, so --seq-len must be at least 4"):
+    with pytest.raises(UserError, match="longest example has 5 tokens, so `seq_len` must be at least 4"):
         ExampleEvaluation(tmp_path / "a.npz", 3, 2)
 
 

@@ -55,7 +55,7 @@ def test_batches_are_pure_and_shared_by_hosts(file):
 
 
 def test_long_examples_are_refused_or_left_out(file, tmp_path):
-    with pytest.raises(UserError, match="longest example has 7 tokens, so --seq-len must be at least 6"):
+    with pytest.raises(UserError, match="longest example has 7 tokens, so `seq_len` must be at least 6"):
         ExampleDataset(file, 5, 2, 0)
     pairs = read_examples(tmp_path / "qa.jsonl", "q", "a", TOKENIZER)
     info = write_examples(tmp_path / "short.npz", pairs, TOKENIZER, max_length=6)

@@ -1,6 +1,7 @@
 """Who may import whom, and that the two sides mirror each other file by file."""
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
@@ -168,3 +169,17 @@ def test_all_families_fit_two_short_files(side):
 def test_the_reference_of_the_tokenizer_is_short_and_imports_none_of_the_packages():
     assert len((ROOT / "llm_common/text/bpe_reference.py").read_text().splitlines()) <= 100
     assert imported(ROOT / "llm_common/text/bpe_reference.py") == {"itertools", "collections", "regex"}
+
+
+def test_messages_of_the_library_speak_of_fields():
+    """A program turns `some_field` into --some-field; a library knows no flags. Commands to type are another thing."""
+    known = re.compile(r"(?<![\w=-])--[a-z]")
+    command = re.compile(r"pip install|hf download|scripts/\w+\.py")
+    for package in ("llm_common", "jax_llm", "torch_llm"):
+        for path in (ROOT / package).rglob("*.py"):
+            for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+                if isinstance(node, ast.Raise):
+                    text = " ".join(
+                        x.value for x in ast.walk(node) if isinstance(x, ast.Constant) and isinstance(x.value, str)
+                    )
+                    assert command.search(text) or not known.search(text), f"{path}: {text}"

@@ -145,14 +145,14 @@ def test_generation_stops_at_every_id_that_anything_names(tmp_path):
 def test_a_tokenizer_without_an_end_lets_no_documents_run_together(tmp_path):
     t = HfTokenizer(byte_level(tmp_path, ("<a>", "<b>"), {}))
     with pytest.raises(
-        UserError, match=r"names no token that ends a document.*--document-end TOKEN \(it has <a>, <b>\)"
+        UserError, match=r"names no token that ends a document.*`document_end` TOKEN \(it has <a>, <b>\)"
     ):
         DocumentEncoder(t)
     assert DocumentEncoder(t, "<b>")("x")[-1] == t.token_id("<b>")
     assert DocumentEncoder(t, str(t.token_id("<a>")))("x")[-1] == t.token_id("<a>")
     assert DocumentEncoder(t, "none")("x") == t.encode("x")
     with pytest.raises(
-        UserError, match="--document-end <c>: the tokenizer has no such token; its special tokens: <a>, <b>"
+        UserError, match="`document_end` <c>: the tokenizer has no such token; its special tokens: <a>, <b>"
     ):
         DocumentEncoder(t, "<c>")
     with pytest.raises(UserError, match="no token that ends an answer"):

@@ -70,7 +70,7 @@ def join_hosts(device: str = "auto", timeout: float = 300) -> Hosts:
         if index >= torch.cuda.device_count():
             raise UserError(
                 f"process {rank} would use GPU {index}, but {torch.cuda.device_count()} are here; give a smaller "
-                "--mesh, or name more hosts (NNODES)"
+                "`mesh`, or name more hosts (NNODES)"
             )
         target = torch.device("cuda", index)
         torch.cuda.set_device(target)

@@ -1,4 +1,4 @@
-"""Properties of the JAX model. The twin is tests/torch/test_model.py."""
+"""Properties of the JAX model. The twin is tests/lesson/test_torch_model.py."""
 
 import dataclasses
 from functools import partial

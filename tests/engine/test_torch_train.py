@@ -1,4 +1,4 @@
-"""Properties of torch training: loss, clip, AdamW, skipped steps, resuming. The twin is tests/jax/test_train.py."""
+"""Properties of torch training: loss, clip, AdamW, skipped steps, resuming. The twin is test_jax_train.py."""
 
 import copy
 import dataclasses

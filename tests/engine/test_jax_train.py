@@ -1,4 +1,4 @@
-"""Properties of JAX training: loss, clip, AdamW, skipped steps, resuming. The twin is tests/torch/test_train.py."""
+"""Properties of JAX training: loss, clip, AdamW, skipped steps, resuming. The twin is test_torch_train.py."""
 
 import dataclasses
 import json

@@ -1,4 +1,4 @@
-"""Properties of the torch model. The twin is tests/jax/test_model.py."""
+"""Properties of the torch model. The twin is tests/lesson/test_jax_model.py."""
 
 import dataclasses
 
