@@ -14,6 +14,7 @@ from parity import spec, spec_run
 from parity.core.compare import Row, round_to, tensor_errors, verdict, worse_side, worst
 from parity.core.generated_dtypes import noted_dtypes
 from parity.core.inputs import Always, random_batch, random_weights, start_state
+from parity.core.ops import is_wide
 from parity.sides.settings import Settings
 from parity.trace.points import given, specification
 
@@ -31,14 +32,10 @@ def border_rows(s: Settings, cfg: ModelConfig, name: str, differing_allowed: flo
     shares: list[dict[str, float]] = []
     for side in s.sides(dtype, cfg):
         recorder, _, _ = side.tapped(weights, ids, targets, forward, backward)
-        wide = {
-            (p, k) for p, k in recorder.dtypes if (p == "loss" and k == "out") or (".apply_rope" in p and k != "in0")
-        }
-        wide -= {key for key in wide if ".apply_rope" in key[0] and key[1] == "out"}
-        of = lambda found, wide=wide: [
+        of = lambda found: [
             f"{point} ({which}): {x}"
             for (point, which), x in found.items()
-            if x != ("float32" if (point, which) in wide else dtype)
+            if x != ("float32" if is_wide(point, which) else dtype)
         ]
         wrong = of(recorder.dtypes) + [f"{x}, on the way back" for x in of(recorder.back_dtypes)]
         for decoding, start, _ in side.tapped_cache(weights, ids[:, :4], 1, lambda start, end: {}):

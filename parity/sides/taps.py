@@ -26,21 +26,10 @@ import jax_llm.model
 import torch_llm.attention
 import torch_llm.layers
 import torch_llm.model
+from parity.core.ops import FUNCTIONS, KERNELS, Op
 
 Key = tuple[str, str]  # a point, and which of its tensors: "in0", "in1", ..., "out"
 Values = dict[Key, np.ndarray]
-# The functions that count as points of their own: where they are called from, how many of their arguments are tensors
-# of interest, and the names of their calls within one module. The first two arguments after x of apply_rope are the
-# table.
-FUNCTIONS = (
-    ("attention", "apply_rope", 3, ("apply_rope(q)", "apply_rope(k)")),
-    ("model", "cross_entropy", 1, ("loss",)),
-)
-# The same of those that a model is given: their field of `Kernels`.
-KERNELS = (
-    ("attention", 3, ("attention",)),
-    ("activation", 2, ("swiglu",)),
-)
 
 
 class Recorder:
@@ -82,23 +71,25 @@ class Recorder:
             return (self.tap(output[0], (point, "out")), *output[1:])
         return self.tap(output, (point, "out"))
 
-    def tapped(self, f: Callable, n: int, names: Sequence[str]) -> Callable:
-        """A function under taps on its first n arguments and its result. names: of its calls in one module."""
+    def tapped(self, f: Callable, op: Op) -> Callable:
+        """A function under taps on its inputs and its result."""
+        n = len(op.inputs)
 
         def under_taps(*args, **kwargs):
-            points = [self.name(name) for name in names]
+            points = [self.name(name) for name in op.calls]
             point = next((p for p in points if not self.calls[p]), points[-1])
             return self.leave(point, f(*self.enter(point, args[:n]), *args[n:], **kwargs))
 
         return under_taps
 
-    def stand_in(self, module: Any, attribute: str, n: int, names: Sequence[str]):
-        """A patch: the function of a module under its taps."""
-        return mock.patch.object(module, attribute, self.tapped(getattr(module, attribute), n, names))
+    def stand_in(self, package: Any, op: Op):
+        """A patch: the function that a file of a package calls, under its taps."""
+        module = getattr(package, op.caller)
+        return mock.patch.object(module, op.function, self.tapped(getattr(module, op.function), op))
 
     def kernels(self, kernels: Any) -> Any:
         """A model's kernels under their taps."""
-        tapped = {field: self.tapped(getattr(kernels, field), n, names) for field, n, names in KERNELS}
+        tapped = {op.kernel: self.tapped(getattr(kernels, op.kernel), op) for op in KERNELS}
         return dataclasses.replace(kernels, **tapped)
 
     def store(self, kind: Values, key: Key, x: np.ndarray) -> None:
@@ -160,8 +151,8 @@ class JaxRecorder(Recorder):
         with contextlib.ExitStack() as stack:
             stack.enter_context(jax.disable_jit())
             stack.enter_context(nn.intercept_methods(intercept))
-            for module, name, n, names in functions:
-                stack.enter_context(self.stand_in(getattr(jax_llm, module), name, n, names))
+            for op in functions:
+                stack.enter_context(self.stand_in(jax_llm, op))
             yield
 
 
@@ -223,8 +214,8 @@ class TorchRecorder(Recorder):
             for module in model.modules():
                 if hasattr(module, "kernels"):
                     stack.enter_context(mock.patch.object(module, "kernels", self.kernels(module.kernels)))
-            for module, name, n, names in functions:
-                stack.enter_context(self.stand_in(getattr(torch_llm, module), name, n, names))
+            for op in functions:
+                stack.enter_context(self.stand_in(torch_llm, op))
             stack.enter_context(mock.patch.object(torch_llm.layers.Embedding, "attend", attend))
             yield
 

@@ -105,15 +105,6 @@ def given(points: list[Point]) -> tuple[Values, Values]:
     return forward, backward
 
 
-INPUT_NAMES = {
-    "apply_rope(q)": ("q", "cos", "sin"),
-    "apply_rope(k)": ("k", "cos", "sin"),
-    "attention": ("q", "k", "v"),
-    "swiglu": ("gate", "up"),
-    "loss": ("logits",),
-}
-
-
 def positions(x: np.ndarray, start: int, end: int) -> np.ndarray:
     """A piece of the sequence, whose axis is the second, or the first of a table."""
     return x[start:end] if x.ndim == 2 else x[:, start:end]

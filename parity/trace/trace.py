@@ -16,10 +16,11 @@ import numpy as np
 from llm_common.config import ModelConfig
 from parity.core.compare import BOTH, FLOOR, JAX, SHARED, TORCH, Row, Tensors, round_to, tensor_error, tensor_errors
 from parity.core.inputs import random_batch, random_weights
+from parity.core.ops import input_name
 from parity.sides.settings import Settings
 from parity.sides.taps import Recorder
 from parity.trace.optimizer_trace import OptimizerTrace, optimizer_fault, trace_optimizers
-from parity.trace.points import INPUT_NAMES, Fault, Point, given, piece_values, positions, specification
+from parity.trace.points import Fault, Point, given, piece_values, positions, specification
 
 # The error of one module given identical inputs, in units of the dtype's spacing at 1: a few roundings, and in float64
 # and float32 those inside a matrix product (some sqrt(n) / 3 for n terms). Measured over 20 seeds of 5 shapes, see
@@ -81,8 +82,9 @@ def trace_side(
     back_floor = FLOOR * max(float(np.linalg.norm(p.d_output)) for p in points if p.name != "loss")
     found = []
     for p in points:
-        names = INPUT_NAMES.get(p.name.rsplit(".", 1)[-1], ("x", "", ""))
-        received = {names[i]: relative(tapped.forward.get((p.name, f"in{i}")), x) for i, x in enumerate(p.inputs)}
+        received = {
+            input_name(p.name, i): relative(tapped.forward.get((p.name, f"in{i}")), x) for i, x in enumerate(p.inputs)
+        }
         leaving = [relative(tapped.backward.get((p.name, f"in{i}")), x, back_floor) for i, x in enumerate(p.d_inputs)]
         which = max(received, key=received.__getitem__) if received else ""
         found.append(
@@ -313,17 +315,17 @@ def _cache_fault(side: Any, weights: Tensors, ids: np.ndarray, prompt: int, poin
                 break
             if recorder.calls[p.name] != 1:
                 return Fault(_parent(p.name), f"runs {p.name} {recorder.calls[p.name]} times, not once", math.inf)
-            names = INPUT_NAMES.get(p.name.rsplit(".", 1)[-1], ("x", "", ""))
             for i, x in enumerate(p.inputs):
+                name = input_name(p.name, i)
                 got = recorder.forward.get((p.name, f"in{i}"))
-                if names[i] in ("cos", "sin") and got is not None and got.ndim == 3:
+                if name in ("cos", "sin") and got is not None and got.ndim == 3:
                     got = got[0]  # a table for each text; they are as long as each other
                 cached = p.name.endswith(".attention") and i > 0
                 wanted = x[:, :end] if cached else positions(x, start, end)
                 error = relative(got[:, :end] if cached and got is not None else got, wanted)
                 if error > allowed:
-                    where = "rotary table" if names[i] in ("cos", "sin") else "kv_cache" if cached else p.name
-                    return Fault(where, f"in what reaches {p.name} ({names[i]}), positions {start} to {end - 1}", error)
+                    where = "rotary table" if name in ("cos", "sin") else "kv_cache" if cached else p.name
+                    return Fault(where, f"in what reaches {p.name} ({name}), positions {start} to {end - 1}", error)
             error = relative(recorder.forward.get((p.name, "out")), positions(p.output, start, end))
             if error > allowed:
                 return Fault(p.name, f"in positions {start} to {end - 1}, given the right keys and values", error)

@@ -117,7 +117,10 @@ shared(
     "run.previous_step:PreviousStep.resolve",
     'self.count += not metrics["skipped"]',
     "self.count += 1",
-    "runs",
+    "precision",
+    place="fit (counters)",
+    side=JAX,
+    dtype="bfloat16",
 )
 shared(
     "one skipped update too many",
@@ -132,6 +135,58 @@ torch(
     "trainer.step, trainer.optimizer.count = saved.step, saved.adam_count",
     "trainer.step = saved.step",
     "resume",
+)
+
+area("bookkeeping")
+KEPT = {"check": "bookkeeping", "dtype": ""}
+shared(
+    "the newest checkpoint by its name",
+    "run.checkpoint:latest_checkpoint",
+    "int(folder.name[5:])",
+    "folder.name",
+    place="checkpoints",
+    **KEPT,
+)
+shared(
+    "later events stay in the log",
+    "run.log:RunLog._drop_later_rows",
+    "place(row) <= self.step",
+    "'event' in row or place(row) <= self.step",
+    place="RunLog",
+    **KEPT,
+)
+shared(
+    "no text ends at id 0",
+    "run.settings:trained_ends",
+    "0 <= x < 2**31",
+    "0 < x < 2**31",
+    place="trained_ends",
+    quick=True,
+    **KEPT,
+)
+shared(
+    "the first prompt's length alone",
+    "tensors:check_prompts",
+    "int(lengths.max()) + max_new_tokens",
+    "len(rows[0]) + max_new_tokens",
+    place="check_prompts",
+    **KEPT,
+)
+shared(
+    "a context of one id",
+    "data.evaluation:DocumentEvaluation._of",
+    "self.seq_len - len(self.context) + 1",
+    "self.seq_len",
+    place="DocumentEvaluation",
+    **KEPT,
+)
+shared(
+    "an answer that begins as the generation prompt goes on",
+    "data.answers:ExampleReader._conversation",
+    "zip(whole, start, other, strict=False)",
+    "zip(whole, start, strict=False)",
+    place="ExampleReader",
+    **KEPT,
 )
 
 area("data")
