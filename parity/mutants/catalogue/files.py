@@ -1,5 +1,6 @@
 """Planted bugs of checkpoints, data, held-out loss and tokenizer."""
 
+from parity.core.compare import JAX
 from parity.mutants.catalogue.mutant import area, jax, shared, torch
 
 # --- files
