@@ -21,7 +21,7 @@ from jax_llm.fast.chunked_loss import ChunkedLoss as JaxChunkedLoss
 from jax_llm.fast.layers import Layers
 from parity.checks.model import FLOAT64_ALLOWED
 from parity.checks.noise import ceiling
-from parity.core.compare import JAX, TORCH, Row, Tensors, tensor_error, tensor_errors, worst
+from parity.core.compare import JAX, TORCH, Row, Side, Tensors, tensor_error, tensor_errors, worst
 from parity.core.inputs import random_batch, random_weights
 from parity.sides.settings import Settings
 from torch_llm import model as torch_model
@@ -36,7 +36,7 @@ from torch_llm.fast.layers import Remat
 class Replacement:
     """A kernel, and how near the plain function's results it must come."""
 
-    side: str
+    side: Side
     kernels: dict[str, Callable[..., Any]]  # by field
     name: str
     bits: bool = False  # the same bits; otherwise float64's bound, or in float32 the ceiling of one ulp everywhere

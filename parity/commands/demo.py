@@ -23,7 +23,7 @@ from llm_common.text.corpus import documents
 from llm_common.text.tokenizer import FILE_NAME, Tokenizer
 from parity.checks.ladder import run_with_figures
 from parity.checks.training import LOSS_FACTOR, LOSS_FLOOR
-from parity.core.compare import JAX, TORCH, Row
+from parity.core.compare import JAX, TORCH, Row, Side
 from parity.core.inputs import start_state
 from parity.report.report import conclude, draw_curves, make_console, print_progress
 from parity.sides.jax_side import JaxSide
@@ -159,7 +159,7 @@ def _training_rows(curves, unigram: float) -> list[Row]:
             difference,
             allowed,
             ok,
-            "" if ok else "JAX or torch: the ladder below tells which",
+            Side.NOBODY if ok else Side.UNKNOWN,
             f"one ulp in every tenth weight within JAX: {noise:.1e}",
         )
     ]
@@ -196,4 +196,4 @@ def _generate(console: Console, folders: dict[str, Path], tokenizer: Tokenizer) 
     differing = sum(a != b for a, b in zip(texts["jax"], crossed, strict=False)) + abs(len(texts["jax"]) - len(crossed))
     ok = differing == 0
     item = f"tokens that differ of {len(texts['jax'])}, JAX's checkpoint read by torch"
-    return Row("text", item, "float32", differing, 0, ok, "" if ok else "JAX or torch: see the tokens check"), lines
+    return Row("text", item, "float32", differing, 0, ok, Side.NOBODY if ok else Side.UNKNOWN), lines

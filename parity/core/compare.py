@@ -5,6 +5,7 @@ that is zero up to rounding. Every check has three witnesses, so a verdict names
 """
 
 import dataclasses
+import enum
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -19,7 +20,21 @@ from llm_common.tensors import Tensors
 # that changes a tensor as small as 1e-5 of the global norm by one part in a million still shows as 1e-8.
 FLOOR = 1e-3
 EPS = {"float64": 2.0**-52, "float32": 2.0**-23, "bfloat16": 2.0**-7, "tf32": 2.0**-10}  # spacing of numbers at 1
-JAX, TORCH, BOTH, SHARED = "JAX", "torch", "JAX and torch, differently", "both alike: shared code or the specification"
+
+
+class Side(enum.StrEnum):
+    """Who is to blame; its value is how it is said."""
+
+    NOBODY = ""
+    JAX = "JAX"
+    TORCH = "torch"
+    BOTH = "JAX and torch, differently"
+    SHARED = "both alike: shared code or the specification"
+    CHECK = "the check itself"
+    UNKNOWN = "JAX or torch: a third witness would tell"
+
+
+JAX, TORCH, BOTH, SHARED = Side.JAX, Side.TORCH, Side.BOTH, Side.SHARED
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,10 +47,13 @@ class Row:
     measured: float
     allowed: float
     ok: bool
-    side: str = ""  # empty if ok
+    side: Side | str = Side.NOBODY  # nobody if ok; one of Side's values becomes that Side
     note: str = ""
     place: str = ""  # the tensor, module or function where it is worst
     noise: float | None = None  # what the frameworks' own choices (jit, batch size, kernels) do to this figure
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "side", Side(self.side))
 
 
 def global_norm(tensors: Tensors) -> float:
@@ -68,11 +86,11 @@ def worst(errors: dict[str, float]) -> tuple[str, float]:
     return name, errors[name]
 
 
-def verdict(jax_bad: bool, torch_bad: bool, alike: bool) -> str:
+def verdict(jax_bad: bool, torch_bad: bool, alike: bool) -> Side:
     """The side to blame, from which sides disagree with the specification and whether the two agree with each other."""
     if jax_bad and torch_bad:
         return SHARED if alike else BOTH
-    return JAX if jax_bad else TORCH if torch_bad else ""
+    return JAX if jax_bad else TORCH if torch_bad else Side.NOBODY
 
 
 def three_way(check: str, item: str, dtype: str, results: Sequence[Tensors], allowed: float, note: str = "") -> Row:
@@ -164,11 +182,11 @@ def crash(check: str, error: Exception) -> Row:
     side, frame = "", error.__traceback__
     while frame is not None:
         module = frame.tb_frame.f_globals.get("__name__", "")
-        for prefix, name in (("jax_llm", "JAX"), ("torch_llm", "torch"), ("llm_common", "shared code")):
+        for prefix, name in (("jax_llm", JAX), ("torch_llm", TORCH), ("llm_common", SHARED)):
             side = name if module.startswith(prefix) else side
         frame = frame.tb_next
     note = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-    return Row(check, "raised an error", "", float("nan"), 0, False, side or "the check itself", note)
+    return Row(check, "raised an error", "", float("nan"), 0, False, side or Side.CHECK, note)
 
 
 class Raised(Exception):

@@ -10,10 +10,10 @@ import numpy as np
 import optax
 import torch
 
-from parity.core.compare import EPS, Row, tensor_errors, worst
+from parity.core.compare import EPS, Row, Side, tensor_errors, worst
 from parity.pair.matching import Arrays
 
-EITHER = "JAX or torch: give a witness to tell"
+EITHER = Side.UNKNOWN
 
 
 # What is allowed is this many times what one ulp in every weight and input does within JAX, and at least FLOOR ulps:
