@@ -42,6 +42,7 @@ def write_tokens(
     if path.suffix != ".npy":
         raise UserError(f"{path}: a token file must end in .npy")
     encoder = encoder if isinstance(encoder, DocumentEncoder) else DocumentEncoder(encoder)
+    encoder.ends_inside = 0  # those of the file that was written before are not this one's
     dtype, n_documents, n_bytes = id_dtype(encoder.tokenizer), 0, 0
     parts: list[np.ndarray] = []
     for document in documents:

@@ -310,16 +310,14 @@ class Tokenizer(WordEncoder):
 
 
 def _place_before(end: int, normal: str, text: str) -> int:
-    """The place in a text that becomes the place `end` of its normal form: the first beginning of it that is long
-    enough.
-    """
+    """The place in a text that becomes the place `end` of its normal form: behind the marks of the last character."""
     low, high = 0, len(text)
     while low < high:
-        middle = (low + high) // 2
-        if len(unicodedata.normalize("NFC", text[:middle])) < end:
-            low = middle + 1
+        middle = (low + high + 1) // 2
+        if len(unicodedata.normalize("NFC", text[:middle])) <= end:
+            low = middle
         else:
-            high = middle
+            high = middle - 1
     return low
 
 

@@ -28,6 +28,7 @@ from llm_common.tensors import check_prompts
 from llm_common.text.hf_tokenizer import HfTokenizer, open_tokenizer
 from llm_common.text.tokenizer import Tokenizer
 from parity import spec_run
+from parity.checks.shared_rules import rule_rows
 from parity.core.compare import Row, shared
 from parity.core.workshop import load_script
 from parity.sides.settings import Settings
@@ -64,6 +65,7 @@ def check_bookkeeping(s: Settings) -> Iterator[Row]:
         yield row("ids of long words, merges in any order", _long_words(s), "Tokenizer.encode")
         yield row("bytes of ids in a Hugging Face folder", _bytes_of_ids(Path(folder)), "byte_lengths")
         yield row("conversations and where their answers begin", _conversations(Path(folder)), "ExampleReader")
+        yield from rule_rows(s, Path(folder))
 
 
 def _presets() -> int:
@@ -267,6 +269,10 @@ PLAIN = (
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 # The generation prompt opens a thought, which no conversation has; contents are written as JSON.
+INDENTED = (
+    "{% for m in messages %}\n    {% if true %}\n<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n    {% endif %}\n"
+    "{% endfor %}\n  {% if add_generation_prompt %}\n<|im_start|>assistant\n\n  {% endif %}"
+)
 THOUGHT = (
     "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}<|im_start|>{{ m.content | tojson }}{% else %}"
     "<|im_end|>{{ m.content }}{{ eos_token }}{% endif %}{% endfor %}"
@@ -325,11 +331,11 @@ def _conversations(folder: Path) -> int:
     """Questions and answers in two templates, special tokens written out among them, which stay text."""
     wrong = 0
     start, end, bos = SPECIAL
-    for template in (PLAIN, THOUGHT):
-        for tokenizer in _tokenizers(_folder(folder / f"chat-{template is PLAIN}", template)):
+    for number, template in enumerate((PLAIN, INDENTED, THOUGHT)):
+        for tokenizer in _tokenizers(_folder(folder / f"chat-{number}", template)):
             reader = ExampleReader(tokenizer, chat=True)
             for question, answer in itertools.product(QUESTIONS, ANSWERS):
-                if template is PLAIN:
+                if template is not THOUGHT:
                     head = _ids(start), _text(f"user\n{question}"), _ids(end), _text("\n"), _ids(start)
                     head, tail = (*head, _text("assistant\n")), (_text(answer), _ids(end), _text("\n"))
                 else:

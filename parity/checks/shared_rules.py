@@ -1,0 +1,237 @@
+"""Rules that both sides share, each written a second time: counts, texts of tables, merges, files, clocks.
+
+Rows of the check `bookkeeping`, with those of `parity.checks.bookkeeping`.
+"""
+
+import csv
+import dataclasses
+import io
+import itertools
+import json
+import unicodedata
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import regex
+
+from llm_common.config import OptimizerConfig, Recipe, RunConfig, TrainConfig
+from llm_common.data.answers import ExampleReader
+from llm_common.data.datasets import write_tokens
+from llm_common.data.sequences import DocumentEncoder, resolve_token
+from llm_common.files.tensor_files import plan_shards
+from llm_common.run import folder as run_folder
+from llm_common.run.estimates import attention_flops
+from llm_common.text import bpe_reference
+from llm_common.text.bpe_trainer import count_words, learn_merges
+from llm_common.text.corpus import Corpus
+from llm_common.text.hf_tokenizer import companions
+from llm_common.text.tokenizer import Tokenizer
+from llm_common.text.words import PATTERNS
+from parity import spec
+from parity.core.compare import Row, shared
+from parity.core.inputs import random_weights, start_state, variants
+from parity.core.workshop import END, call, load_script
+from parity.sides.settings import Settings
+
+# How published tokenizers cut a text into words, as their own files say. smollm2: GPT-2's, after digits are set apart.
+WORDS = {
+    "gpt2": r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+",
+    "cl100k": r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]|\s+(?!\S)|\s+",
+    "llama3": r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+",
+    "qwen2": r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+",
+}
+SAMPLES = (
+    "a  1", "a   12 3", "x 12345,  67", "don't DON'T we'LL it'S", "  two\n\n three \n", "=== ---\n\n", "naïve 你好 12",
+    "end  ", "\ttab\t9", "e\u0301 cafe\u0301s", "a\u00a0b", "'s 're''ve",
+)  # fmt: skip
+
+
+def rule_rows(s: Settings, folder: Path) -> Iterator[Row]:
+    """All of them, in a folder of their own."""
+    row = lambda item, wrong, place: shared("bookkeeping", item, wrong, place=place)
+    yield row("parameters and operations that are counted", _counts(s), "estimates")
+    yield row("words of published patterns", _words(), "PATTERNS")
+    yield row("texts of a table with line breaks", _tables(folder), "csv_records")
+    yield row("merges of runs of one sign", _runs(), "learn_merges")
+    yield row("ids of texts that are composed first", _composed(), "Tokenizer (NFC)")
+    yield row("tokens named by a number", _named(), "resolve_token")
+    yield row("special tokens in examples, which stay text", _examples(), "answer_encoder")
+    yield row("ends that stand inside documents", _ends_inside(folder), "write_tokens")
+    yield row("ends that a folder names for generation", _generation(folder), "companions")
+    yield row("files that tensors are divided into", _files(s), "plan_shards")
+    yield row("checkpoints by the clock", _clock(s, folder), "Run.after_step")
+    yield row("flags beside a TOML file", _flags(folder), "parse_with_toml")
+    yield row("merges of a corpus without its special token", _trained(folder), "train_tokenizer.py")
+
+
+def _counts(s: Settings) -> int:
+    wrong = 0
+    for cfg in variants(s.cfg).values():
+        wrong += cfg.num_parameters() != sum(int(np.prod(shape)) for shape in spec.weight_shapes(cfg).values())
+        for length in (1, 3, 4, 5, 9):
+            train = TrainConfig(batch_size=2, seq_len=length)
+            window = cfg.sliding_window or length
+            pairs = sum(min(t + 1, window) for t in range(length))  # each a product with k and one with v
+            wanted = 3 * 2 * 2 * 2 * pairs * cfg.num_hidden_layers * cfg.num_attention_heads * cfg.head_dim
+            wrong += not np.isclose(attention_flops(cfg, train), wanted, rtol=1e-12)
+    return wrong
+
+
+def _words() -> int:
+    """Every pattern on texts of spaces, digits, contractions, line breaks and marks."""
+    wrong = 0
+    for name, text in itertools.product(PATTERNS, SAMPLES):
+        pieces = regex.split(r"(\p{N})", text) if name == "smollm2" else [text]
+        wanted = [word for piece in pieces for word in regex.findall(WORDS.get(name, WORDS["gpt2"]), piece)]
+        wrong += regex.findall(PATTERNS[name], text) != wanted
+    return wrong
+
+
+def _tables(folder: Path) -> int:
+    """Rows as Python's own reader has them."""
+    texts = ["one \n two\t\n\nthree", 'quoted "x", y', " lead and trail ", "你好 \r\n café", "plain"]
+    file = io.StringIO(newline="")
+    writer = csv.writer(file)
+    writer.writerow(["n", "text"])
+    writer.writerows(enumerate(texts))
+    (folder / "table.csv").write_text(file.getvalue(), encoding="utf-8", newline="")
+    wanted = [row["text"] for row in csv.DictReader(io.StringIO(file.getvalue(), newline=""))]
+    found = list(Corpus([folder / "table.csv"]).documents())
+    clean = lambda text: text.replace("\r\n", "\n")
+    return sum(clean(a) != clean(b) for a, b in itertools.zip_longest(found, wanted, fillvalue="(none)"))
+
+
+def _runs() -> int:
+    """Rows of spaces, dashes and pairs of letters, of many lengths: pairs that overlap themselves."""
+    texts = [f"{sign * n} x" for sign in ("-", " ", "ab", "aab") for n in (1, 2, 3, 5, 8, 9, 16, 17, 31, 40)] * 3
+    wanted = bpe_reference.train(texts, 60, END)
+    words = count_words(texts, [END], "gpt2")
+    return sum(learn_merges(words, 60, "greater-bytes", many=many) != wanted for many in (0, 3, 10**9))
+
+
+def _composed() -> int:
+    """Texts not in NFC, in blocks with a border at every place, and where each of their ids ends."""
+    tokenizer, wrong = Tokenizer([], fast=False, normalization="NFC"), 0
+    for text in ("cafe\u0301 a\u0308b", "e\u0301\u0302x", "\u1112\u1161\u11ab yo", "plain"):
+        wanted = list(unicodedata.normalize("NFC", text).encode())
+        wrong += tokenizer.encode(text) != wanted
+        for size, block in itertools.product((1, 2, 3, len(text)), (1, 2, 3, 100)):
+            pieces = [text[i : i + size] for i in range(0, len(text), size)]
+            wrong += list(tokenizer.encode_iterable(pieces, block)) != wanted
+        ids, ends = tokenizer.encode_with_ends(text)
+        normal = unicodedata.normalize("NFC", text)
+        behind = {unicodedata.normalize("NFC", text[:i]): i for i in range(len(text) + 1)}  # the last of several
+        places = [behind[normal[: i + 1]] for i, c in enumerate(normal) for _ in c.encode()]
+        wrong += ids != wanted or list(ends) != places
+    return wrong
+
+
+def _named() -> int:
+    """A token's text goes before its id; a number that is no token's text is an id."""
+    tokenizer = Tokenizer([], [END, "17", "<x>"], fast=False)
+    cases = {"17": 257, "7": ord("7"), "30": 30, "<x>": 258, "257": 257, END: 256, "none": None}
+    return sum(resolve_token(tokenizer, text, "`turn_end`") != wanted for text, wanted in cases.items())
+
+
+def _examples() -> int:
+    """Without a chat template."""
+    tokenizer, wrong = Tokenizer([], [END, "<x>"], fast=False), 0
+    for question, answer in (("a <x> b ", "yes"), ("q ", f"no {END} <x>"), ("plain ", "text")):
+        for parse in (False, True):
+            reader = ExampleReader(tokenizer, parse_special=parse)
+            of = lambda text, parse=parse: _with_special(text) if parse else list(text.encode())
+            wrong += reader(question, answer) != (of(question), [*of(answer), 256])
+    return wrong
+
+
+def _with_special(text: str) -> list[int]:
+    parts = regex.split("(" + regex.escape(END) + "|<x>)", text)
+    return [i for part in parts for i in ([256] if part == END else [257] if part == "<x>" else part.encode())]
+
+
+def _ends_inside(folder: Path) -> int:
+    """Of each file by itself, though one encoder writes several."""
+    encoder, wrong = DocumentEncoder(Tokenizer([], fast=False), str(ord("e"))), 0
+    for i, texts in enumerate((["here", "eel"], ["no"], ["e", "tree"])):
+        said = write_tokens(folder / f"inside-{i}.npy", texts, encoder)
+        wrong += said["document_ends_inside"] != sum(text.count("e") for text in texts)
+    return wrong
+
+
+def _generation(folder: Path) -> int:
+    """The tokenizer's own end and those that the data of a run ended with."""
+    wrong = 0
+    for stops in ((), (7,), (7, 0), (256,)):
+        files = companions(Tokenizer([], fast=False), stops)
+        named = json.loads(files["generation_config.json"])["eos_token_id"]
+        wrong += {*(named if isinstance(named, list) else [named])} != {256, *stops}
+    return wrong
+
+
+def _files(s: Settings) -> int:
+    """In order, each as full as the next tensor lets it be."""
+    wrong, rng = 0, np.random.default_rng((s.seed, 38))
+    for limit in (1, 7, 20, 1000):
+        sizes = {f"t{i}": int(x) for i, x in enumerate(rng.integers(1, 12, 25))}
+        files: list[list[str]] = []
+        for name, size in sizes.items():
+            if not files or sum(sizes[x] for x in files[-1]) + size > limit:
+                files.append([])
+            files[-1].append(name)
+        wrong += list(plan_shards("model.safetensors", sizes, 1, limit).values()) != files
+    return wrong
+
+
+class _NoData:
+    def batch(self, step: int, host: int = 0, n_hosts: int = 1) -> Any:
+        raise NotImplementedError
+
+    def fingerprint(self) -> dict[str, Any]:
+        return {"tokens": 1}
+
+
+def _clock(s: Settings, folder: Path) -> int:
+    """Steps of 25 seconds and a checkpoint each minute: after the third, the sixth and the ninth."""
+    now, cfg = [0.0], dataclasses.replace(s.cfg, num_hidden_layers=1)
+    weights = random_weights(cfg, s.seed, "float32")
+    recipe = Recipe(cfg, TrainConfig(seq_len=1), OptimizerConfig(total_steps=10))
+    config, saved = RunConfig(save_minutes=1.0, keep_last=0), []
+    tell = lambda row: saved.append(row["step"]) if row.get("event") == "save" else None
+    run = run_folder.Run(folder / "clock", recipe, _NoData(), "jax", config=config, on_event=tell)
+    with mock.patch.object(run_folder.time, "monotonic", side_effect=lambda: now[0]), run:
+        run.resume()
+        for step in range(1, 11):
+            now[0] += 25.0
+            state = start_state(weights, "float32")
+            state.step = state.adam_count = step
+            metrics = {"loss": 1.0, "grad_norm": 1.0, "lr": 0.1, "skipped": False}
+            run.after_step(step, metrics, lambda state=state: state, lambda evaluation: (0.0, 1))
+    return int(saved != [3, 6, 9])
+
+
+def _flags(folder: Path) -> int:
+    """A flag goes before the file, the file before the default."""
+    program, wrong = load_script("train"), 0
+    (folder / "beside.toml").write_text("seed = 3\n[optimizer]\nlr_max = 0.5\nlr_min = 0.25\n", encoding="utf-8")
+    for flags, wanted in (([], (3, 0.5)), (["--seed", "4"], (4, 0.5)), (["--lr-max", "0.75"], (3, 0.75))):
+        arguments = [*flags, "--config", str(folder / "beside.toml")]
+        for order in (arguments, arguments[len(flags) :] + flags):
+            args = program.parse_with_toml(program.make_train_parser(), order)
+            wrong += (args.seed, args.lr_max) != wanted or (args.lr_min, args.beta1) != (0.25, 0.9)
+    return wrong
+
+
+def _trained(folder: Path) -> int:
+    """What is not among the special tokens is text, white space too."""
+    text = f"low lower{END}lowest\n\n   {END}   new  newer " * 6
+    (folder / "corpus.txt").write_text(text, encoding="utf-8")
+    call("train_tokenizer", "--data", folder / "corpus.txt", "--out", folder / "other.json", "--vocab-size", 277,
+         "--special-tokens", "<x>", "--processes", 1)  # fmt: skip
+    found = Tokenizer.load(folder / "other.json").merges
+    return sum(a != b for a, b in itertools.zip_longest(found, bpe_reference.train([text], 20, "<x>")))
