@@ -9,8 +9,6 @@ import argparse
 from llm_common.errors import run_main
 from llm_tools.side_by_side import PAGE, ROOT, render
 
-# --- equations in MathML
-
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

@@ -104,7 +104,7 @@ BOOKKEEPING: dict[type, dict[str, tuple[str, str]]] = {
     )
     | {
         "eval_batches": ("parity/checks/programs.py", "--eval-batches"),
-        "log_every": ("tests/tools/test_from_text_to_text.py", "log_every"),
+        "log_every": ("tests/tools/test_from_text_to_text.py", "--log-every"),
     },
     MeshConfig: dict.fromkeys(("data", "fsdp", "tensor"), ("parity/sharded/sharded.py", "")),
     RopeScaling: dict.fromkeys(

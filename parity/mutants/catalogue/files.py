@@ -139,7 +139,7 @@ torch(
 )
 
 area("bookkeeping")
-KEPT = {"check": "bookkeeping", "dtype": ""}
+KEPT = {"check": "bookkeeping"}
 shared(
     "the newest checkpoint by its name",
     "run.checkpoint:latest_checkpoint",
