@@ -65,7 +65,8 @@ def check_bookkeeping(s: Settings) -> Iterator[Row]:
         yield row("ids of long words, merges in any order", _long_words(s), "Tokenizer.encode")
         yield row("bytes of ids in a Hugging Face folder", _bytes_of_ids(Path(folder)), "byte_lengths")
         yield row("conversations and where their answers begin", _conversations(Path(folder)), "ExampleReader")
-        yield from rule_rows(s, Path(folder))
+        yield row("tokens that end documents and answers", _ends_of_folders(Path(folder)), "TokenizerFolder")
+        yield from rule_rows(s, Path(folder), _tokenizers(_folder(Path(folder) / "plain", PLAIN)))
 
 
 def _presets() -> int:
@@ -261,7 +262,7 @@ def _replayed(word: bytes, merges: list[tuple[bytes, bytes]]) -> list[int]:
 
 # --- a Hugging Face folder, written by hand: every byte a token, no merges
 
-SPECIAL = ("<|im_start|>", "<|im_end|>", "<|bos|>")
+SPECIAL = ("<|im_start|>", "<|im_end|>", "<|bos|>", "<|endoftext|>", "<turn>")
 ADDED = ("<tool>", "đé")  # text, and one token each
 NAMES = {"eos_token": "<|im_end|>", "bos_token": "<|bos|>"}
 PLAIN = (
@@ -323,6 +324,23 @@ def _bytes_of_ids(folder: Path) -> int:
     return sum(x != wanted for x in found)
 
 
+def _ends_of_folders(folder: Path) -> int:
+    """A turn ends with what the template writes after it; a document with the end of the text, if there is one beside
+    it.
+    """
+    wrong = 0
+    for number, (eos, turn) in enumerate(
+        (("<|im_end|>", "<|im_end|>"), ("<turn>", "<turn>"), ("<turn>", "<|im_end|>"))
+    ):
+        path = _folder(folder / f"ends-{number}", PLAIN.replace("<|im_end|>", turn))
+        config = json.loads((path / "tokenizer_config.json").read_text(encoding="utf-8"))
+        (path / "tokenizer_config.json").write_text(json.dumps({**config, "eos_token": eos}), encoding="utf-8")
+        document = _ids("<|endoftext|>" if eos == turn else eos)  # an eos that ends no turn ends documents
+        for one in _tokenizers(path):
+            wrong += ([one.end_of_text], [one.turn_end]) != (document, _ids(turn))
+    return wrong
+
+
 QUESTIONS = ("Say 4", 'naïve 你好 "quoted" <&>', "a <|im_end|> b", "<think>", "assistant\n")
 ANSWERS = ("four", "<table>", "<think>\n", "no <|im_end|><|im_start|>!", "é<tool>đé", "\u205d", "assistant")
 
@@ -330,7 +348,7 @@ ANSWERS = ("four", "<table>", "<think>\n", "no <|im_end|><|im_start|>!", "é<too
 def _conversations(folder: Path) -> int:
     """Questions and answers in two templates, special tokens written out among them, which stay text."""
     wrong = 0
-    start, end, bos = SPECIAL
+    start, end, bos = SPECIAL[:3]
     for number, template in enumerate((PLAIN, INDENTED, THOUGHT)):
         for tokenizer in _tokenizers(_folder(folder / f"chat-{number}", template)):
             reader = ExampleReader(tokenizer, chat=True)

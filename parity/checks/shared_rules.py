@@ -21,6 +21,7 @@ from llm_common.config import OptimizerConfig, Recipe, RunConfig, TrainConfig
 from llm_common.data.answers import ExampleReader
 from llm_common.data.datasets import write_tokens
 from llm_common.data.sequences import DocumentEncoder, resolve_token
+from llm_common.files.export import export
 from llm_common.files.tensor_files import plan_shards
 from llm_common.run import folder as run_folder
 from llm_common.run.estimates import attention_flops
@@ -29,7 +30,7 @@ from llm_common.text.bpe_trainer import count_words, learn_merges
 from llm_common.text.corpus import Corpus
 from llm_common.text.hf_tokenizer import companions
 from llm_common.text.tokenizer import Tokenizer
-from llm_common.text.words import PATTERNS
+from llm_common.text.words import PATTERNS, blocks
 from parity import spec
 from parity.core.compare import Row, shared
 from parity.core.inputs import random_weights, start_state, variants
@@ -46,14 +47,15 @@ WORDS = {
     "qwen2": r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+",
 }
+NAMED = "generation_config.json"
 SAMPLES = (
     "a  1", "a   12 3", "x 12345,  67", "don't DON'T we'LL it'S", "  two\n\n three \n", "=== ---\n\n", "naïve 你好 12",
     "end  ", "\ttab\t9", "e\u0301 cafe\u0301s", "a\u00a0b", "'s 're''ve",
 )  # fmt: skip
 
 
-def rule_rows(s: Settings, folder: Path) -> Iterator[Row]:
-    """All of them, in a folder of their own."""
+def rule_rows(s: Settings, folder: Path, tokenizers: list[Any]) -> Iterator[Row]:
+    """All of them, in a folder of their own. tokenizers: of a Hugging Face folder."""
     row = lambda item, wrong, place: shared("bookkeeping", item, wrong, place=place)
     yield row("parameters and operations that are counted", _counts(s), "estimates")
     yield row("words of published patterns", _words(), "PATTERNS")
@@ -63,7 +65,7 @@ def rule_rows(s: Settings, folder: Path) -> Iterator[Row]:
     yield row("tokens named by a number", _named(), "resolve_token")
     yield row("special tokens in examples, which stay text", _examples(), "answer_encoder")
     yield row("ends that stand inside documents", _ends_inside(folder), "write_tokens")
-    yield row("ends that a folder names for generation", _generation(folder), "companions")
+    yield row("ends that a folder names for generation", _generation(s, folder, tokenizers), "companions")
     yield row("files that tensors are divided into", _files(s), "plan_shards")
     yield row("checkpoints by the clock", _clock(s, folder), "Run.after_step")
     yield row("flags beside a TOML file", _flags(folder), "parse_with_toml")
@@ -126,6 +128,8 @@ def _composed() -> int:
             wrong += list(tokenizer.encode_iterable(pieces, block)) != wanted
         ids, ends = tokenizer.encode_with_ends(text)
         normal = unicodedata.normalize("NFC", text)
+        for size in range(1, len(text)):  # a long text is worked on in blocks
+            wrong += "".join(unicodedata.normalize("NFC", block) for block in blocks(text, size)) != normal
         behind = {unicodedata.normalize("NFC", text[:i]): i for i in range(len(text) + 1)}  # the last of several
         places = [behind[normal[: i + 1]] for i, c in enumerate(normal) for _ in c.encode()]
         wrong += ids != wanted or list(ends) != places
@@ -164,13 +168,17 @@ def _ends_inside(folder: Path) -> int:
     return wrong
 
 
-def _generation(folder: Path) -> int:
-    """The tokenizer's own end and those that the data of a run ended with."""
-    wrong = 0
-    for stops in ((), (7,), (7, 0), (256,)):
-        files = companions(Tokenizer([], fast=False), stops)
-        named = json.loads(files["generation_config.json"])["eos_token_id"]
-        wrong += {*(named if isinstance(named, list) else [named])} != {256, *stops}
+def _generation(s: Settings, folder: Path, tokenizers: list[Any]) -> int:
+    """The tokenizer's own end and those that the data of a run ended with, beside a checkpoint and in an export."""
+    wrong, cfg = 0, dataclasses.replace(s.cfg, num_hidden_layers=1, vocab_size=300, model_type="llama")
+    weights = random_weights(dataclasses.replace(cfg, sliding_window=None), s.seed, "float32")
+    for number, one in enumerate((Tokenizer([], fast=False), *tokenizers)):
+        for stops in ((), (7,), (7, 0), (256,)):
+            out = folder / f"export-{number}-{len(stops)}-{sum(stops)}"
+            export(out, dataclasses.replace(cfg, sliding_window=None), weights, one, stops=stops)
+            for content in (companions(one, stops)["generation_config.json"], (out / NAMED).read_bytes()):
+                named = json.loads(content)["eos_token_id"]
+                wrong += {*(named if isinstance(named, list) else [named])} != {*one.eos_ids, *stops}
     return wrong
 
 
