@@ -312,9 +312,11 @@ def _folder(path: Path, template: str) -> Path:
 
 
 def _tokenizers(path: Path) -> list[Any]:
-    """The folder's tokenizer as programs open it, and through the tokenizers library, if it is installed."""
-    library = importlib.util.find_spec("tokenizers") is not None
-    return [open_tokenizer(path), *([HfTokenizer(path)] if library else [])]
+    """The folder's tokenizer without the tokenizers library, and through it, if it is installed."""
+    find = importlib.util.find_spec
+    with mock.patch.object(importlib.util, "find_spec", side_effect=lambda x: None if x == "tokenizers" else find(x)):
+        plain = open_tokenizer(path)
+    return [plain, *([HfTokenizer(path)] if find("tokenizers") is not None else [])]
 
 
 def _bytes_of_ids(folder: Path) -> int:
