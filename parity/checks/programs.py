@@ -224,6 +224,7 @@ def _generated(shop: Workshop) -> Iterator[Row]:
         f"--- prompt {i // 2}, text {i % 2}\n{PROMPTS[i // 2]}{shop.text(text)}\n" for i, text in enumerate(expected)
     )
     arguments = [x for text in PROMPTS for x in ("--prompt", text)] + ["--texts", 2, "--compute-dtype", "float64"]
+    arguments += ["--batch-size", 4]  # the last texts are worked on after the others, under their own names
     run = lambda framework: call(
         "generate",
         "--framework",
