@@ -148,9 +148,8 @@ class AdamW(torch.optim.Optimizer):
         self.round_master(p)
 
     def round_master(self, p: nn.Parameter) -> None:
-        """Write a parameter's master, rounded, into the parameter."""
-        if (master := self.master(p)) is not p:
-            p.copy_(master)
+        """Write a parameter's master, rounded, into the parameter. One that is its own master stays."""
+        p.copy_(self.master(p))
 
 
 def make_optimizer(cfg: OptimizerConfig, module: nn.Module, kind: type[AdamW] = AdamW) -> AdamW:
