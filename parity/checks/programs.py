@@ -65,6 +65,7 @@ def check_programs(s: Settings) -> Iterator[Row]:
             yield from _trained(shop)
             yield from _evaluated(shop)
             yield from _generated(shop)
+            yield _exported(shop)
             yield from _tuned(shop)
             yield from _extended(shop)
             yield _bfloat16(shop)
@@ -361,6 +362,27 @@ def _saved_row(item: str, runs: Sequence[Path], start: Any, end: Any, step: int)
             return dataclasses.replace(row, place="state.json")
     row = three_way("programs", item, "float64", [*results, wanted], UPDATE_ALLOWED)
     return row if row.ok else dataclasses.replace(row, place="train.py")
+
+
+def _exported(shop: Workshop) -> Row:
+    """Files of an export, of which the first holds two tensors and not a byte more; in bfloat16 half as long."""
+    out, wrong = shop.folder / "exported", 0
+    shapes = spec.weight_shapes(architecture(CONFIG))
+    for dtype, size in (("float32", 4), ("bfloat16", 2)):
+        sizes = {name: size * math.prod(shape) for name, shape in shapes.items()}
+        most, files = sum(list(sizes.values())[:2]), []
+        for name, n in sizes.items():
+            if not files or sum(sizes[x] for x in files[-1]) + n > most:
+                files.append([])
+            files[-1].append(name)
+        path = out.with_name(f"exported-{dtype}")
+        call(
+            "export", "--checkpoint", shop.folder / "jax", "--out", path, "--dtype", dtype, "--shard-gib", most / 2**30
+        )
+        index = json.loads((path / "model.safetensors.index.json").read_text(encoding="utf-8"))["weight_map"]
+        found = [[name for name in shapes if index[name] == file] for file in sorted(set(index.values()))]
+        wrong += found != files
+    return shared("programs", "files that export.py divides weights into", wrong, place="export.py")
 
 
 def _tuned(shop: Workshop) -> Iterator[Row]:
