@@ -344,8 +344,22 @@ def _skips_row(s: Settings) -> Row:
     )
 
 
+def _after_skips_row(s: Settings) -> Row:
+    """What is learned over skips one by one and two in a row: the number of an update counts the updates alone."""
+    cfg = config_of({name: values[0] for name, values in MODEL.items()})
+    weights, data, opt = random_weights(cfg, s.seed), _Skipping(cfg, s.seed), OptimizerConfig(total_steps=6)
+    weights["model.embed_tokens.weight"][POISON] = np.nan
+    state = start_state(weights)
+    learned = lambda end: {name: np.asarray(end[name]) - weights[name] for name in end if "embed" not in name}
+    ends = on_both(s.sides("float64", cfg), lambda side: learned(side.train(state, opt, data, 6, batch_size=2).weights))
+    end, _ = spec_run.train((state.weights, state.mu, state.nu, 0, 0), data.batch, 6, cfg, opt)
+    row = three_way("runs", "update after skips", "float64", [*ends, learned(end[0])], UPDATE_ALLOWED)
+    return row if row.ok else dataclasses.replace(row, place="fit (skipped updates)")
+
+
 def _run_rows(s: Settings) -> Iterator[Row]:
     yield _skips_row(s)
+    yield _after_skips_row(s)
     for kind in HERE:
         space = SPACES[kind]
         cases = covering_cases(kind, s.full)

@@ -118,10 +118,9 @@ shared(
     "run.previous_step:PreviousStep.resolve",
     'self.count += not metrics["skipped"]',
     "self.count += 1",
-    "precision",
-    place="fit (counters)",
-    side=JAX,
-    dtype="bfloat16",
+    "runs",
+    place="fit (skipped updates)",
+    side=JAX,  # torch counts its own
 )
 shared(
     "one skipped update too many",
