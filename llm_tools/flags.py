@@ -13,7 +13,7 @@ import typing
 from pathlib import Path
 from typing import Any
 
-from llm_common.config import Recipe
+from llm_common.config import ExecutionConfig, ModelConfig, OptimizerConfig, Recipe, TrainConfig
 from llm_common.errors import UserError, read_small
 from llm_common.processes import end_with_launcher
 from llm_common.run.backend import Backend
@@ -55,6 +55,12 @@ def add_flags(parser: argparse.ArgumentParser, cls: type, title: str) -> None:
 def from_flags(cls: type, args: argparse.Namespace) -> Any:
     """The dataclass from parsed flags; its own validation names a wrong field and value."""
     return cls(**{field.name: getattr(args, field.name) for field in dataclasses.fields(cls)})
+
+
+def recipe_from_flags(args: argparse.Namespace, model: ModelConfig, optimizer: OptimizerConfig | None = None) -> Recipe:
+    """A recipe of the flags of TrainConfig and ExecutionConfig."""
+    train, execution = from_flags(TrainConfig, args), from_flags(ExecutionConfig, args)
+    return Recipe(model, train, optimizer or OptimizerConfig(), execution)
 
 
 def parse_with_toml(parser: argparse.ArgumentParser, argv: list[str] | None = None) -> argparse.Namespace:

@@ -262,7 +262,7 @@ def source(package: str, name: str) -> tuple[str, str]:
     for part in qualified.split("."):
         found = [n for n in body if isinstance(n, (ast.FunctionDef, ast.ClassDef)) and n.name == part]
         if not found:
-            raise KeyError(f"{path}: no definition {qualified!r}; mend the list in scripts/side_by_side.py")
+            raise KeyError(f"{path}: no definition {qualified!r}; mend the list in llm_tools/side_by_side.py")
         node = found[0]
         body = found[0].body
     assert isinstance(node, (ast.FunctionDef, ast.ClassDef))

@@ -171,6 +171,16 @@ def rolling_rows(documents, context, length):
     return np.array(inputs), np.array(targets)
 
 
+def divided(sizes, most):
+    """Names of tensors in files, in order: a file takes the next one as long as it holds at most so many bytes."""
+    files = []
+    for name, size in sizes.items():
+        if not files or sum(sizes[x] for x in files[-1]) + size > most:
+            files.append([])
+        files[-1].append(name)
+    return files
+
+
 # --- evaluation
 
 

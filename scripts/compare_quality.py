@@ -15,13 +15,13 @@ from pathlib import Path
 import numpy as np
 from rich.console import Console
 
-from llm_common.config import ExecutionConfig, OptimizerConfig, Recipe, TrainConfig, preset
+from llm_common.config import ExecutionConfig, OptimizerConfig, TrainConfig, preset
 from llm_common.data.datasets import TokenDataset
 from llm_common.data.evaluation import Evaluation
 from llm_common.errors import UserError, require_framework, require_package, run_main
 from llm_common.run.log import environment
 from llm_tools.bench.quality import ours, report, theirs
-from llm_tools.flags import add_flags, from_flags, make_parser, prepare_environment
+from llm_tools.flags import add_flags, make_parser, prepare_environment, recipe_from_flags
 
 
 def main() -> int:
@@ -42,7 +42,7 @@ def main() -> int:
     for framework in ("jax", "torch"):
         require_framework(framework)
     opt = OptimizerConfig(lr_max=2e-3, lr_min=2e-4, warmup_steps=args.steps // 10, total_steps=args.steps)
-    recipe = Recipe(preset(args.preset), from_flags(TrainConfig, args), opt, from_flags(ExecutionConfig, args))
+    recipe = recipe_from_flags(args, preset(args.preset), opt)
     cfg, train = recipe.model, recipe.train
     data = TokenDataset(args.data, train.seq_len, train.batch_size, train.seed, cfg.vocab_size)
     held_out = Evaluation(data.tokens[-min(len(data.tokens) // 10, 20_000) :], train.seq_len, train.batch_size)

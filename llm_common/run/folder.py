@@ -175,15 +175,12 @@ class Run:
         state = None if found is None else load_checkpoint(Path(found), self.recipe.model, verify=False)[1]
         step = 0 if state is None else state.step
         self._step = step
+        total = self.recipe.optimizer.total_steps
+        extended = found is not None and total_steps(saved) != total
         if found is not None:
             self._saved = (step, Path(found))
             before = saved.get("segments") or [{"from_step": 0, "total_steps": total_steps(saved)}]
-            longer = (
-                []
-                if total_steps(saved) == self.recipe.optimizer.total_steps
-                else [self.segments[0] | {"from_step": step}]
-            )
-            self.segments = before + longer
+            self.segments = before + ([self.segments[0] | {"from_step": step}] if extended else [])
         if self.hosts.index == 0:
             prune_checkpoints(self.folder, 0, 0)  # what a cut-off save left behind
             self._log = RunLog(self.folder / LOG_FILE, step, framework=self.framework, settings=self.settings)
@@ -191,18 +188,14 @@ class Run:
         self._start = self._last = self._last_save = time.monotonic()
         if state is not None:
             self._tell({"event": "resume", "step": step, "checkpoint": found}, log=False)
-            if (
-                len(self.segments) > 1
-                and self.segments[-1]["from_step"] == step
-                and total_steps(saved) != self.recipe.optimizer.total_steps
-            ):
+            if len(self.segments) > 1 and self.segments[-1]["from_step"] == step and extended:
                 self._saved = None  # saved again at once, as a step of the longer run
                 self._tell(
                     {
                         "event": "extend",
                         "step": step,
                         "from": total_steps(saved),
-                        "total_steps": self.recipe.optimizer.total_steps,
+                        "total_steps": total,
                     }
                 )
         return state

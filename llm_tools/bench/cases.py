@@ -14,13 +14,13 @@ from typing import Any
 
 import numpy as np
 
-from llm_common.config import ExecutionConfig, ModelConfig, OptimizerConfig, Recipe, SamplingConfig, TrainConfig, preset
+from llm_common.config import ModelConfig, OptimizerConfig, Recipe, SamplingConfig, preset
 from llm_common.data.datasets import TokenDataset
 from llm_common.run.estimates import attention_flops, decode_bytes, flops_per_step
 from llm_tools.bench.measure import RandomTokens, ceilings, profiled, quartiles, top_kernels, versions
 from llm_tools.bench.peers import find_peer
 from llm_tools.bench.tokenizer_cases import measure_tokenizer
-from llm_tools.flags import from_flags, keep_memory_of_a_small_step
+from llm_tools.flags import keep_memory_of_a_small_step, recipe_from_flags
 from llm_tools.frameworks import FRAMEWORKS, open_backend
 
 
@@ -29,8 +29,7 @@ def model_config(args: argparse.Namespace) -> ModelConfig:
 
 
 def recipe_of(args: argparse.Namespace, optimizer: OptimizerConfig | None = None) -> Recipe:
-    train, execution = from_flags(TrainConfig, args), from_flags(ExecutionConfig, args)
-    return Recipe(model_config(args), train, optimizer or OptimizerConfig(), execution)
+    return recipe_from_flags(args, model_config(args), optimizer)
 
 
 def work(args: argparse.Namespace, task: dict[str, Any]) -> dict[str, Any]:

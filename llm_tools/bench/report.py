@@ -7,10 +7,10 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
-from llm_common.config import ExecutionConfig, ModelConfig, Recipe, SamplingConfig, TrainConfig, check_length
+from llm_common.config import ModelConfig, SamplingConfig, TrainConfig, check_length
 from llm_common.errors import UserError
 from llm_common.run.estimates import GIB
-from llm_tools.bench.cases import model_config
+from llm_tools.bench.cases import model_config, recipe_of
 from llm_tools.bench.peers import find_peer
 from llm_tools.flags import at_least_one, from_flags
 from llm_tools.frameworks import FRAMEWORKS, open_backend
@@ -36,7 +36,6 @@ def check(args: argparse.Namespace) -> None:
         args.compute_dtype = args.compute_dtype or "bfloat16"
         args.compile = "on" if args.what == "decode" and args.compile == "auto" else args.compile
     cfg, train = model_config(args), from_flags(TrainConfig, args)
-    execution = from_flags(ExecutionConfig, args)
     for name in ("peer", "profile"):
         if getattr(args, name) and args.what not in ("train", "decode"):
             raise UserError(f"{args.what} takes no --{name}")
@@ -51,7 +50,9 @@ def check(args: argparse.Namespace) -> None:
     if not list_cases(args):
         raise UserError("nothing to measure: --framework none needs a --peer")
     if args.what in ("train", "attention", "startup", "input"):
-        check_length(cfg, train.seq_len, "seq_len")
+        recipe = recipe_of(args)  # do its settings fit together?
+        for side in frameworks(args):
+            open_backend(side).plan_run(recipe, args.device)
     if args.what == "decode":
         check_length(cfg, args.prompt_length + args.new_tokens, "--prompt-length + --new-tokens")
         SamplingConfig(args.temperature)
@@ -59,8 +60,7 @@ def check(args: argparse.Namespace) -> None:
             raise UserError(
                 "decode needs --new-tokens of at least 2, as the first is timed apart, and --batch of at least 1"
             )
-    for side in frameworks(args):
-        open_backend(side).plan_run(Recipe(cfg, train, execution=execution), args.device)  # is the device there?
+    # is the device there?
     kinds = {side: open_backend(side).device_kind(args.device) for side in {*frameworks(args), "torch"}}
     if len({kind.lower() == "cpu" for kind in kinds.values()}) > 1:
         raise UserError(f"{kinds}: install torch for this device too, as the ceilings are measured with it")

@@ -29,6 +29,7 @@ from llm_common.text.hf_tokenizer import HfTokenizer, open_tokenizer
 from llm_common.text.tokenizer import Tokenizer
 from parity import spec_run
 from parity.checks.shared_rules import rule_rows
+from parity.checks.streams import pieces_at
 from parity.core.compare import Row, shared
 from parity.core.workshop import load_script
 from parity.sides.settings import Settings
@@ -54,6 +55,7 @@ def check_bookkeeping(s: Settings) -> Iterator[Row]:
     row = lambda item, wrong, place: shared("bookkeeping", item, wrong, place=place)
     yield row("presets with another shape", _presets(), "PRESETS")
     with tempfile.TemporaryDirectory() as folder:
+        plain = _tokenizers(_folder(Path(folder) / "plain", PLAIN))
         yield row("checkpoints that are the newest, or are kept", _checkpoints(Path(folder)), "checkpoints")
         yield row("rows of a log that goes on from an earlier step", _logs(Path(folder)), "RunLog")
         yield row("settings that a TOML file gives otherwise than flags", _toml(Path(folder)), "parse_with_toml")
@@ -63,10 +65,10 @@ def check_bookkeeping(s: Settings) -> Iterator[Row]:
         yield row("places of numbers that are not finite", _not_finite(), "check_finite")
         yield row("windows of documents", _windows(s), "DocumentEvaluation")
         yield row("ids of long words, merges in any order", _long_words(s), "Tokenizer.encode")
-        yield row("bytes of ids in a Hugging Face folder", _bytes_of_ids(Path(folder)), "byte_lengths")
+        yield row("bytes of ids in a Hugging Face folder", _bytes_of_ids(plain), "byte_lengths")
         yield row("conversations and where their answers begin", _conversations(Path(folder)), "ExampleReader")
         yield row("tokens that end documents and answers", _ends_of_folders(Path(folder)), "TokenizerFolder")
-        yield from rule_rows(s, Path(folder), _tokenizers(_folder(Path(folder) / "plain", PLAIN)))
+        yield from rule_rows(s, Path(folder), plain)
 
 
 def _presets() -> int:
@@ -319,10 +321,10 @@ def _tokenizers(path: Path) -> list[Any]:
     return [plain, *([HfTokenizer(path)] if find("tokenizers") is not None else [])]
 
 
-def _bytes_of_ids(folder: Path) -> int:
+def _bytes_of_ids(tokenizers: list[Any]) -> int:
     """A special token stands for no text, another added one for its own bytes, not its characters."""
     wanted = [1] * 256 + [0] * len(SPECIAL) + [len(x.encode()) for x in ADDED]
-    found = [list(one.byte_lengths()) for one in _tokenizers(_folder(folder / "plain", PLAIN))]
+    found = [list(one.byte_lengths()) for one in tokenizers]
     return sum(x != wanted for x in found)
 
 
@@ -376,8 +378,4 @@ def _ids(token: str) -> list[int]:
 
 def _text(text: str) -> list[int]:
     """The ids of a text: bytes, but for the added tokens that are text."""
-    for token in ADDED:
-        before, found, after = text.partition(token)
-        if found:
-            return [*_text(before), *_ids(token), *_text(after)]
-    return list(text.encode())
+    return [i for piece in pieces_at(text, ADDED) for i in (_ids(piece) if piece in ADDED else piece.encode())]

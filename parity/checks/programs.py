@@ -370,18 +370,14 @@ def _exported(shop: Workshop) -> Row:
     shapes = spec.weight_shapes(architecture(CONFIG))
     for dtype, size in (("float32", 4), ("bfloat16", 2)):
         sizes = {name: size * math.prod(shape) for name, shape in shapes.items()}
-        most, files = sum(list(sizes.values())[:2]), []
-        for name, n in sizes.items():
-            if not files or sum(sizes[x] for x in files[-1]) + n > most:
-                files.append([])
-            files[-1].append(name)
+        most = sum(list(sizes.values())[:2])
         path = out.with_name(f"exported-{dtype}")
         call(
             "export", "--checkpoint", shop.folder / "jax", "--out", path, "--dtype", dtype, "--shard-gib", most / 2**30
         )
         index = json.loads((path / "model.safetensors.index.json").read_text(encoding="utf-8"))["weight_map"]
         found = [[name for name in shapes if index[name] == file] for file in sorted(set(index.values()))]
-        wrong += found != files
+        wrong += found != spec_run.divided(sizes, most)
     return shared("programs", "files that export.py divides weights into", wrong, place="export.py")
 
 

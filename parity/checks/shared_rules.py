@@ -31,7 +31,8 @@ from llm_common.text.corpus import Corpus
 from llm_common.text.hf_tokenizer import companions
 from llm_common.text.tokenizer import Tokenizer
 from llm_common.text.words import PATTERNS, blocks
-from parity import spec
+from parity import spec, spec_run
+from parity.checks.streams import pieces_at
 from parity.core.compare import Row, shared
 from parity.core.inputs import random_weights, start_state, variants
 from parity.core.workshop import END, call, load_script
@@ -155,8 +156,8 @@ def _examples() -> int:
 
 
 def _with_special(text: str) -> list[int]:
-    parts = regex.split("(" + regex.escape(END) + "|<x>)", text)
-    return [i for part in parts for i in ([256] if part == END else [257] if part == "<x>" else part.encode())]
+    tokens = {END: [256], "<x>": [257]}
+    return [i for piece in pieces_at(text, (*tokens,)) for i in tokens.get(piece, piece.encode())]
 
 
 def _ends_inside(folder: Path) -> int:
@@ -187,12 +188,7 @@ def _files(s: Settings) -> int:
     wrong, rng = 0, np.random.default_rng((s.seed, 38))
     for limit in (1, 7, 20, 1000):
         sizes = {f"t{i}": int(x) for i, x in enumerate(rng.integers(1, 12, 25))}
-        files: list[list[str]] = []
-        for name, size in sizes.items():
-            if not files or sum(sizes[x] for x in files[-1]) + size > limit:
-                files.append([])
-            files[-1].append(name)
-        wrong += list(plan_shards("model.safetensors", sizes, 1, limit).values()) != files
+        wrong += list(plan_shards("model.safetensors", sizes, 1, limit).values()) != spec_run.divided(sizes, limit)
     return wrong
 
 

@@ -57,7 +57,7 @@ def _files() -> int:
     return wrong
 
 
-def _pieces(text: str, tokens: Sequence[str]) -> Iterator[str]:
+def pieces_at(text: str, tokens: Sequence[str]) -> Iterator[str]:
     """A text cut at its tokens; at a place where several begin, the longest counts."""
     at = start = 0
     while at < len(text):
@@ -71,7 +71,7 @@ def _pieces(text: str, tokens: Sequence[str]) -> Iterator[str]:
 
 def _ids(text: str, tokenizer: Tokenizer, merges: list[tuple[bytes, bytes]], tokens: Sequence[str]) -> list[int]:
     ids: list[int] = []
-    for piece in _pieces(text, tokens):  # the definition's one special token is none of them
+    for piece in pieces_at(text, tokens):  # the definition's one special token is none of them
         ids += [tokenizer.added[piece]] if piece in tokens else bpe_reference.encode(piece, merges, "\0")
     return ids
 

@@ -7,7 +7,7 @@ that is zero up to rounding. Every check has three witnesses, so a verdict names
 import dataclasses
 import enum
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -166,15 +166,6 @@ def shared(check: str, item: str, wrong: float, allowed: float = 0.0, place: str
     """A row for what neither framework owns: what is wrong there is wrong on both sides alike."""
     ok = wrong <= allowed
     return Row(check, item, dtype, wrong, allowed, ok, "" if ok else SHARED, place=place)
-
-
-def joined(pieces: Iterable[list[list[int]]], n: int) -> list[list[int]]:
-    """The texts that a stream gives in pieces."""
-    texts: list[list[int]] = [[] for _ in range(n)]
-    for piece in pieces:
-        for text, ids in zip(texts, piece, strict=True):
-            text += ids
-    return texts
 
 
 def crash(check: str, error: Exception) -> Row:

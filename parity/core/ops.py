@@ -44,7 +44,7 @@ def op_of(point: str) -> Op | None:
 def input_name(point: str, i: int) -> str:
     """What the i-th input of a point is called; a module has one, x."""
     op = op_of(point)
-    return ("x", "", "")[i] if op is None else op.inputs[i]
+    return "x" if op is None else op.inputs[i]
 
 
 def is_wide(point: str, which: str) -> bool:

@@ -17,9 +17,9 @@ from llm_common.data.evaluation import Evaluation
 from llm_common.run.checkpoint import TrainingState
 from llm_common.sharding import MeshConfig
 from llm_common.tensors import Tensors
+from llm_common.text.drawn_texts import join
 from parity import spec, spec_run
 from parity.core import case_space, drawn
-from parity.core.compare import joined
 from parity.core.inputs import random_batch, random_weights, start_state
 from parity.core.run_control import Run, control_runs
 from parity.spec_run import rows_of_host
@@ -108,7 +108,7 @@ def mesh_case(name: str) -> MeshCase:
     if name not in SHAPES:
         return _drawn_case(name)
     cfg, (fields, hyper) = SHAPES[name], RECIPES[name]
-    settings = dataclasses.asdict(TRAIN) | dataclasses.asdict(EXECUTION) | fields
+    settings = Recipe(cfg, TRAIN, execution=EXECUTION).settings() | fields
     recipe = Recipe.from_settings(cfg, settings, dataclasses.replace(OPT, **hyper))
     state, poison = start_state(random_weights(cfg, SEED)), None
     if name == "overflow":  # in the middle of a run, with fewer updates than steps
@@ -170,7 +170,7 @@ def texts(stream: Callable[..., Iterator[list[list[int]]]]) -> list[int]:
     """The new ids of all prompts in a row, first greedy, then drawn."""
     ids: list[int] = []
     for sampling in (SamplingConfig(temperature=0), DRAWN):
-        ids += itertools.chain(*joined(stream(PROMPTS, NEW_TOKENS, sampling), len(PROMPTS)))
+        ids += itertools.chain(*join(stream(PROMPTS, NEW_TOKENS, sampling), len(PROMPTS)))
     return ids
 
 

@@ -32,7 +32,8 @@ from llm_common.config import ModelConfig, OptimizerConfig, Recipe, SamplingConf
 from llm_common.data.evaluation import Evaluation
 from llm_common.run.checkpoint import TrainingState
 from llm_common.schedule import StepScalars, bias_corrections
-from parity.core.compare import Tensors, joined
+from llm_common.text.drawn_texts import join
+from parity.core.compare import Tensors
 from parity.sides.taps import JaxRecorder, Values
 
 
@@ -324,7 +325,7 @@ class JaxSide:
         """Whole texts from the generator of the `Backend` that the scripts call."""
         device = self.device.platform
         with self.scope(), BACKEND.generator(self.cfg, weights, self.dtype, device, None, "auto") as stream:
-            return joined(stream(prompts, n_new, cfg, eos_ids, numbers, finished, chunk=chunk), len(prompts))
+            return join(stream(prompts, n_new, cfg, eos_ids, numbers, finished, chunk=chunk), len(prompts))
 
     def generate(
         self,

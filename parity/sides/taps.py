@@ -130,7 +130,7 @@ class JaxRecorder(Recorder):
         return dataclasses.replace(model, kernels=self.kernels(model.kernels))
 
     @contextlib.contextmanager
-    def attached(self, functions=FUNCTIONS) -> Iterator[None]:
+    def attached(self) -> Iterator[None]:
         """While this is open, whatever Linen module runs is tapped. To be run uncompiled."""
 
         def intercept(next_fun, args, kwargs, context):
@@ -151,7 +151,7 @@ class JaxRecorder(Recorder):
         with contextlib.ExitStack() as stack:
             stack.enter_context(jax.disable_jit())
             stack.enter_context(nn.intercept_methods(intercept))
-            for op in functions:
+            for op in FUNCTIONS:
                 stack.enter_context(self.stand_in(jax_llm, op))
             yield
 
@@ -188,7 +188,7 @@ class TorchRecorder(Recorder):
         )
 
     @contextlib.contextmanager
-    def attached(self, model: torch.nn.Module, functions=FUNCTIONS) -> Iterator[None]:
+    def attached(self, model: torch.nn.Module) -> Iterator[None]:
         """While this is open, the named modules of `model` are tapped."""
         handles = []
 
@@ -214,7 +214,7 @@ class TorchRecorder(Recorder):
             for module in model.modules():
                 if hasattr(module, "kernels"):
                     stack.enter_context(mock.patch.object(module, "kernels", self.kernels(module.kernels)))
-            for op in functions:
+            for op in FUNCTIONS:
                 stack.enter_context(self.stand_in(torch_llm, op))
             stack.enter_context(mock.patch.object(torch_llm.layers.Embedding, "attend", attend))
             yield

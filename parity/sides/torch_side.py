@@ -17,7 +17,8 @@ from llm_common.config import ModelConfig, OptimizerConfig, Recipe, SamplingConf
 from llm_common.data.evaluation import Evaluation
 from llm_common.run.checkpoint import TrainingState
 from llm_common.tensors import decays
-from parity.core.compare import Tensors, joined
+from llm_common.text.drawn_texts import join
+from parity.core.compare import Tensors
 from parity.sides.as_written import without_compiler
 from parity.sides.taps import TorchRecorder, Values
 from torch_llm import random_bits, sampling
@@ -274,7 +275,7 @@ class TorchSide:
     ) -> list[list[int]]:
         """Whole texts from the generator of the `Backend` that the scripts call."""
         with BACKEND.generator(self.cfg, weights, self.dtype, str(self.device), None, "auto") as stream:
-            return joined(stream(prompts, n_new, cfg, eos_ids, numbers, finished, chunk=chunk), len(prompts))
+            return join(stream(prompts, n_new, cfg, eos_ids, numbers, finished, chunk=chunk), len(prompts))
 
     def generate(
         self,

@@ -4,12 +4,14 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from llm_common.config import Recipe, TrainConfig, preset
+from llm_common.errors import UserError
 from llm_tools import flags
-from llm_tools.bench import measure
+from llm_tools.bench import measure, report
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"
 
@@ -126,3 +128,16 @@ def test_freed_memory_is_kept_for_small_steps_on_a_cpu_alone(device, seq_len, ke
     monkeypatch.setattr(flags, "keep_freed_memory", lambda: calls.append(True))
     flags.keep_memory_of_a_small_step(device, Recipe(preset("demo"), TrainConfig(seq_len=seq_len)))
     assert bool(calls) == kept
+
+
+def test_decoding_asks_for_no_training_length():
+    """The default `seq_len` is longer than the positions of a small model, which trains at another length."""
+    settings = Recipe(preset("demo")).settings() | {"compute_dtype": None}
+    args = SimpleNamespace(
+        what="decode", framework="both", peer=[], preset="tiny", model_config=None, device="cpu", profile=None,
+        prompt_length=4, new_tokens=4, temperature=0.0, batch=[1], groups=1, steps=1, warm_up=1, **settings,
+    )  # fmt: skip
+    report.check(args)
+    args.what = "train"
+    with pytest.raises(UserError, match="seq_len needs 128 positions"):
+        report.check(args)
