@@ -142,8 +142,9 @@ def head_name(cfg):
 def cross_entropy(logits, targets):
     """Mean of -log softmax(logits)[target] over the targets that are not IGNORE_INDEX; 0 if there is none."""
     counted = targets != IGNORE_INDEX
-    picked = np.take_along_axis(softmax(logits), np.where(counted, targets, 0)[..., None], axis=-1)[..., 0]
-    return -np.log(picked[counted]).sum() / max(counted.sum(), 1)
+    shifted = logits - logits.real.max(axis=-1, keepdims=True)
+    picked = np.take_along_axis(shifted, np.where(counted, targets, 0)[..., None], axis=-1)[..., 0]
+    return (np.log(np.exp(shifted).sum(axis=-1)) - picked)[counted].sum() / max(counted.sum(), 1)
 
 
 # --- gradients, by hand

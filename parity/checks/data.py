@@ -61,15 +61,18 @@ def check_tokenizer(s: Settings) -> Iterator[Row]:
     yield from stream_rows(merges)
 
 
+NUL = "\0"  # its id is 0, which is an id like others
+
+
 def _documents_row(merges: list[tuple[bytes, bytes]]) -> Row:
     """What stands around a document; where an answer begins."""
     letters, wrong = [bytes([b]) for b in range(256)] + [a + b for a, b in merges], 0
-    for prefixed, end in itertools.product((False, True), (END, "none")):
+    for prefixed, end in itertools.product((False, True), (END, "none", NUL)):
         text = "a naïve café, 你好"
         one = Tokenizer(merges, fast=False, prompt_prefix=[END] if prefixed else [])
         ids = bpe_reference.encode(text, merges, END)
         prefix = [one.special_tokens[END]] if prefixed else []
-        last = None if end == "none" else one.special_tokens[END]
+        last = {"none": None, NUL: 0}.get(end, one.special_tokens[END])
         wrong += DocumentEncoder(one, end)(text) != spec_run.document(prefix, ids, last)
         for at in range(1, len(text)):
             head, answer = answer_encoder(one, end)(text[:at], text[at:])

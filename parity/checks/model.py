@@ -6,7 +6,8 @@ import dataclasses
 import math
 import re
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import numpy as np
 
@@ -20,6 +21,7 @@ from parity.core.compare import (
     Row,
     Tensors,
     one_ulp_noise,
+    round_to,
     spacing,
     tensor_errors,
     tensor_sizes,
@@ -86,10 +88,15 @@ def check_init(s: Settings) -> Iterator[Row]:
                 cfg = dataclasses.replace(families(s.cfg)[name], tie_word_embeddings=tied)
                 what = f"; {name}{', tied' if tied else ''}"
                 yield _init_row(dataclasses.replace(s, cfg=cfg), "float64", s.seed, what)
+        deep = dataclasses.replace(s.cfg, num_hidden_layers=12)  # "10" sorts before "2", and ends as "0" does
+        yield _init_row(dataclasses.replace(s, cfg=deep), "float64", s.seed, "; 12 layers")
+    if "bfloat16" in s.dtypes:
+        yield _init_row(s, "bfloat16", s.seed, "; of the model alone", lambda side: side.initial_model(s.seed))
 
 
-def _init_row(s: Settings, dtype: str, seed: int, what: str = "") -> Row:
-    sides = [side.initial_weights(seed) for side in s.sides(dtype)]
+def _init_row(s: Settings, dtype: str, seed: int, what: str = "", made: Callable[[Any], Tensors] | None = None) -> Row:
+    """made: by what a side makes them, if not as a run does; such weights have `dtype`, not that of masters."""
+    sides = [side.initial_weights(seed) if made is None else made(side) for side in s.sides(dtype)]
     expected = {}
     for i, (name, shape) in enumerate(spec.weight_shapes(s.cfg).items()):
         x = spec.initial_weight(seed, i, name, shape, s.cfg.num_hidden_layers)
@@ -98,7 +105,7 @@ def _init_row(s: Settings, dtype: str, seed: int, what: str = "") -> Row:
             width = spec.initial_width(name, s.cfg.num_hidden_layers)
             u = spec.uniform(spec.fold_in((0, seed), i), math.prod(shape)).reshape(shape)
             x = (u - 0.5).astype(np.float32) * np.float32(width)
-        expected[name] = x.astype(np.float64)
+        expected[name] = round_to(x.astype(np.float64), dtype) if made is not None else x.astype(np.float64)
     differing = [_differing_elements(a, expected) for a in sides]
     pair = _differing_elements(sides[0], sides[1])
     side = verdict(differing[0] > 0, differing[1] > 0, pair == 0)

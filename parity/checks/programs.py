@@ -66,9 +66,10 @@ def check_programs(s: Settings) -> Iterator[Row]:
             yield from _evaluated(shop)
             yield from _generated(shop)
             yield _exported(shop)
+            yield _converted(shop)
             yield from _tuned(shop)
             yield from _extended(shop)
-            yield _bfloat16(shop)
+            yield from _bfloat16(shop)
             yield from text_rows(shop, FLAGS)
         except Raised as error:
             note = f"raised {error.note}"
@@ -267,7 +268,7 @@ def _generated(shop: Workshop) -> Iterator[Row]:
 SAME_LOSS = 1e-5
 
 
-def _bfloat16(shop: Workshop) -> Row:
+def _bfloat16(shop: Workshop) -> Iterator[Row]:
     """The held-out loss of a bfloat16 run, as its log has it and as evaluate.py has it of the checkpoint of
     that step.
     """
@@ -293,7 +294,29 @@ def _bfloat16(shop: Workshop) -> Row:
     jax, torch = on_both(FRAMEWORKS, run)
     side = verdict(not jax <= SAME_LOSS, not torch <= SAME_LOSS, True)
     item, place = "held-out loss of a run, beside evaluate.py of its checkpoint", "evaluate (in a run)" if side else ""
-    return Row("programs", item, "bfloat16", max(jax, torch), SAME_LOSS, not side, side, place=place)
+    yield Row("programs", item, "bfloat16", max(jax, torch), SAME_LOSS, not side, side, place=place)
+    yield _masters_row(shop, arguments)
+
+
+def _masters_row(shop: Workshop, arguments: list[Any]) -> Row:
+    """What a bfloat16 run makes of float32 weights that it begins with: a step at a rate of nothing leaves masters as
+    they are.
+    """
+    folder = shop.folder
+    given = safetensors.numpy.load_file(folder / "other" / "model.safetensors")
+
+    def run(framework: str) -> int:
+        path = folder / f"masters-{framework}"
+        more = flat({"--init-from": folder / "other", "--lr-max": 1e-30, "--lr-min": 0.0})
+        rest = arguments[: arguments.index("--model-config")] + arguments[arguments.index("--model-config") + 2 :]
+        call("train", "--framework", framework, "--out", path, *rest, *more)
+        found = safetensors.numpy.load_file(path / "step-00000001" / "model.safetensors")
+        return sum(int((found[name] != x).sum()) if name in found else x.size for name, x in given.items())
+
+    wrong = on_both(FRAMEWORKS, run)
+    side = verdict(wrong[0] > 0, wrong[1] > 0, wrong[0] == wrong[1])
+    item, place = "weights that a bfloat16 run begins with otherwise", "train.py --init-from (masters)" if side else ""
+    return Row("programs", item, "float32", max(wrong), 0, not side, side, place=place)
 
 
 LONGER = STEPS + 3
@@ -379,6 +402,21 @@ def _exported(shop: Workshop) -> Row:
         found = [[name for name in shapes if index[name] == file] for file in sorted(set(index.values()))]
         wrong += found != spec_run.divided(sizes, most)
     return shared("programs", "files that export.py divides weights into", wrong, place="export.py")
+
+
+def _converted(shop: Workshop) -> Row:
+    """A checkpoint in torch's distributed format and back: the same bits of weights and moments, the same counters."""
+    source, wrong = max((shop.folder / "jax").glob("step-*")), 0
+    call("convert_checkpoint", "--from", source, "--to-dcp", shop.folder / "dcp")
+    call("convert_checkpoint", "--from-dcp", shop.folder / "dcp", "--like", source, "--to", shop.folder / "back")
+    again = shop.folder / "back" / source.name
+    for file in ("model.safetensors", "optimizer.safetensors"):
+        before, after = (safetensors.numpy.load_file(path / file) for path in (source, again))
+        wrong += len(before.keys() ^ after.keys())
+        wrong += sum(x.dtype != after[k].dtype or int((x != after[k]).sum()) for k, x in before.items() if k in after)
+    counters = [json.loads((path / "state.json").read_text(encoding="utf-8")) for path in (source, again)]
+    wrong += sum(counters[0][name] != counters[1][name] for name in ("step", "adam_count"))
+    return shared("programs", "what a checkpoint loses in another format", wrong, place="convert_checkpoint.py")
 
 
 def _tuned(shop: Workshop) -> Iterator[Row]:

@@ -21,7 +21,20 @@ from parity.checks.model import CEILING, FLOAT64_ALLOWED
 from parity.checks.tokens import allowed_margin, draw_margin
 from parity.checks.training import MOMENTS_ALLOWED, UPDATE_ALLOWED, update_of
 from parity.core import drawn
-from parity.core.case_space import MODEL, OTHERWISE, PLACES, POISON, SEPARATORS, SPACES, config_of, fix, recipe
+from parity.core.case_space import (
+    MODEL,
+    OTHERWISE,
+    PLACES,
+    POISON,
+    SEPARATORS,
+    SPACES,
+    config_of,
+    fix,
+    poison,
+    poisonous,
+    recipe,
+    without_poison,
+)
 from parity.core.compare import (
     EPS,
     Raised,
@@ -47,18 +60,16 @@ Outcome = dict[str, Tensors]
 
 
 def _outcome(case: Case, start: TrainingState, state: TrainingState, rows: list[dict[str, float]]) -> Outcome:
-    """What is compared of a run, by kind. A row of the embedding that is not finite by design is left out."""
+    """What is compared of a run, by kind. Rows that overflow by design are left out."""
 
     def clean(tensors: Tensors) -> Tensors:
-        tensors = {name: np.array(x, np.float64) for name, x in tensors.items()}
-        if case["overflow"] != "none":
-            tensors["model.embed_tokens.weight"][POISON] = 0.0
-        return tensors
+        return without_poison(tensors) if case["overflow"] != "none" else tensors
 
     numbers = {}
     for i, row in enumerate(rows):
-        # a loss that is not finite has no value to compare; that it is skipped is compared
-        of_step = {f"{key} of step {i + 1}": np.array(float(x)) for key, x in row.items() if math.isfinite(float(x))}
+        # what is not finite, or its square is not, cannot be compared; that the step is skipped is
+        has_norm = lambda x: math.isfinite(float(x) * float(x))
+        of_step = {f"{key} of step {i + 1}": np.array(float(x)) for key, x in row.items() if has_norm(x)}
         numbers |= of_step
     numbers |= {"step": np.array(float(state.step)), "adam_count": np.array(float(state.adam_count))}
     moments = {f"mu.{k}": x for k, x in clean(state.mu).items()} | {f"nu.{k}": x for k, x in clean(state.nu).items()}
@@ -294,14 +305,15 @@ def check_runs(s: Settings) -> Iterator[Row]:
 class _Skipping:
     """Batches of which some overflow: one, none, then two in a row."""
 
-    def __init__(self, cfg: ModelConfig, seed: int) -> None:
-        self.cfg, self.seed = cfg, seed
+    def __init__(self, cfg: ModelConfig, seed: int, overflow: str) -> None:
+        self.cfg, self.seed, self.overflow = cfg, seed, overflow
 
     def batch(self, step: int, host: int = 0, n_hosts: int = 1) -> tuple[np.ndarray, np.ndarray]:
         inputs, targets = random_batch(self.cfg, self.seed + step, 2, 6, ignored=False)
-        inputs[inputs == POISON] = POISON + 1
+        for ids in (inputs, targets):
+            ids[ids == POISON] = POISON + 1
         if step in (0, 2, 3):
-            inputs[0, 0] = POISON
+            poison(self.overflow, inputs, targets)
         return inputs.astype(np.int32), targets.astype(np.int32)
 
 
@@ -310,8 +322,8 @@ def _skips_row(s: Settings) -> Row:
     specification.
     """
     cfg = config_of({name: values[0] for name, values in MODEL.items()})
-    weights, data, opt = random_weights(cfg, s.seed), _Skipping(cfg, s.seed), OptimizerConfig(total_steps=6)
-    weights["model.embed_tokens.weight"][POISON] = np.nan
+    weights, data, opt = random_weights(cfg, s.seed), _Skipping(cfg, s.seed, "nan"), OptimizerConfig(total_steps=6)
+    poisonous("nan", weights)
     state = start_state(weights)
 
     def ended(run: Callable[[], Any]) -> str:
@@ -344,22 +356,24 @@ def _skips_row(s: Settings) -> Row:
     )
 
 
-def _after_skips_row(s: Settings) -> Row:
+def _after_skips_row(s: Settings, overflow: str) -> Row:
     """What is learned over skips one by one and two in a row: the number of an update counts the updates alone."""
     cfg = config_of({name: values[0] for name, values in MODEL.items()})
-    weights, data, opt = random_weights(cfg, s.seed), _Skipping(cfg, s.seed), OptimizerConfig(total_steps=6)
-    weights["model.embed_tokens.weight"][POISON] = np.nan
-    state = start_state(weights)
-    learned = lambda end: {name: np.asarray(end[name]) - weights[name] for name in end if "embed" not in name}
+    weights, data, opt = random_weights(cfg, s.seed), _Skipping(cfg, s.seed, overflow), OptimizerConfig(total_steps=6)
+    poisonous(overflow, weights)
+    state, start = start_state(weights), without_poison(weights)
+    learned = lambda end: {name: x - start[name] for name, x in without_poison(end).items()}
     ends = on_both(s.sides("float64", cfg), lambda side: learned(side.train(state, opt, data, 6, batch_size=2).weights))
     end, _ = spec_run.train((state.weights, state.mu, state.nu, 0, 0), data.batch, 6, cfg, opt)
-    row = three_way("runs", "update after skips", "float64", [*ends, learned(end[0])], UPDATE_ALLOWED)
+    item = f"update after skips; {overflow}"
+    row = three_way("runs", item, "float64", [*ends, learned(end[0])], UPDATE_ALLOWED)
     return row if row.ok else dataclasses.replace(row, place="fit (skipped updates)")
 
 
 def _run_rows(s: Settings) -> Iterator[Row]:
     yield _skips_row(s)
-    yield _after_skips_row(s)
+    for overflow in ("nan", "gradient"):
+        yield _after_skips_row(s, overflow)
     for kind in HERE:
         space = SPACES[kind]
         cases = covering_cases(kind, s.full)

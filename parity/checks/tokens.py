@@ -29,7 +29,8 @@ def settings(seed: int) -> dict[str, SamplingConfig]:
         # draws
         "temperature 1.5, top-k 3": SamplingConfig(temperature=1.5, top_k=3, seed=seed + 1),
         "temperature 1.3, top-p 0.6": SamplingConfig(temperature=1.3, top_p=0.6, seed=seed + 2),
-        "top-k 12, top-p 0.9, min-p 0.2": SamplingConfig(top_k=12, top_p=0.9, min_p=0.2, seed=seed + 3),
+        # the highest bit of a seed counts, too
+        "top-k 12, top-p 0.9, min-p 0.2": SamplingConfig(top_k=12, top_p=0.9, min_p=0.2, seed=seed ^ 2**31),
     }
 
 

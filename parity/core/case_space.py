@@ -15,6 +15,7 @@ import numpy as np
 from llm_common.config import ModelConfig, OptimizerConfig, RopeScaling
 from llm_common.run.checkpoint import TrainingState
 from parity import spec
+from parity.core.compare import Tensors
 from parity.core.drawn import Case, Space
 from parity.core.inputs import random_batch, random_weights
 from parity.spec_run import rows_of_host
@@ -50,7 +51,8 @@ RUN: Space = MODEL | {
     "schedule": ((0, 9), (2, 5), (1, 3)),  # warmup and total: past the end, too
     "lr": ((1e-3, 1e-4), (3e-2, 0.0)),
     "resumed": (False, True),  # from a state with fewer updates than steps
-    "overflow": ("none", "nan", "inf", "-inf"),  # in the second step, then on
+    # in the second step, then on; gradient: that alone, of a loss that is finite
+    "overflow": ("none", "nan", "gradient", "inf", "-inf"),
 }
 TEXT: Space = {name: MODEL[name] for name in ("family", "tied", "heads", "window")} | {
     "prompts": ((3, 3), (1, 4, 2), (5,)),  # how long they are
@@ -123,9 +125,11 @@ STEPS = 3
 
 
 def fix(case: Case) -> Case:
-    """What cannot be together: a tied head has the row of the embedding that overflows in every batch. And a window is
-    Mistral's.
+    """What cannot be together: a tied head has the row of the embedding that overflows in every batch; of a mesh a loss
+    of 1e200 would hide all others. And a window is Mistral's.
     """
+    if case.get("overflow") == "gradient" and "framework" in case:
+        case = {**case, "overflow": "inf"}
     if case.get("tied") and case.get("overflow", "none") != "none":
         case = {**case, "overflow": "none"}
     return {**case, "window": 4} if case.get("family") != "mistral" and "window" in case else case
@@ -160,6 +164,38 @@ SEPARATORS = ((), (0,), (7, 11))  # by how many; id 0 is one as well
 POISON = 5  # a token whose row of the embedding is not finite
 
 
+def poisonous(overflow: str, weights: Tensors) -> None:
+    """Makes a step that meets POISON overflow, and no other. In place.
+
+    gradient: the logit of POISON is about -1e200 everywhere, so that it has no share in any other loss, but as a target
+    its loss is 1e200, and the square of the gradient's norm is not finite.
+    """
+    if overflow != "gradient":
+        weights["model.embed_tokens.weight"][POISON] = float(overflow)
+        return
+    weights["model.embed_tokens.weight"][:, 0] = 20.0  # of the same sign behind all layers
+    weights["model.norm.weight"][0] = 1.0
+    weights["lm_head.weight"][POISON] = 0.0
+    weights["lm_head.weight"][POISON, 0] = -1e200
+
+
+def poison(overflow: str, inputs: np.ndarray, targets: np.ndarray) -> None:
+    """Lets a batch meet POISON, where a counted target sees it. In place."""
+    if overflow == "gradient":
+        targets[0, -1] = POISON
+    else:
+        inputs[0, 0], targets[0, -1] = POISON, 3
+
+
+def without_poison(tensors: Tensors, token: int = POISON) -> dict[str, np.ndarray]:
+    """Copies in float64, without the rows that are not finite, or too large to compare others with, by design."""
+    copies = {name: np.array(x, np.float64) for name, x in tensors.items()}
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        if name in copies:
+            copies[name][token] = 0.0
+    return copies
+
+
 class Batches:
     """A batch for each step; in the second of the run the token that overflows, where the case has one."""
 
@@ -190,8 +226,9 @@ class Batches:
         if case["counted"] == "none" and step != self.first:
             counted[:] = True
         targets[~counted] = spec.IGNORE_INDEX
+        targets[targets == POISON] = POISON + 1
         if case["overflow"] != "none" and step == self.first + 1:
-            inputs[0, 0], targets[0, -1] = POISON, 3  # a counted target sees it
+            poison(case["overflow"], inputs, targets)
         return inputs.astype(np.int32), targets.astype(np.int32)
 
     def fingerprint(self) -> dict[str, Any]:
@@ -227,7 +264,7 @@ def recipe(case: Case, seed: int) -> Recipe:
     }
     state = TrainingState(weights, zero(0.01), zero(1e-4), step, count)
     if case["overflow"] != "none":
-        weights["model.embed_tokens.weight"][POISON] = float(case["overflow"])
+        poisonous(case["overflow"], weights)
     (warmup, total), (lr_max, lr_min), (beta1, beta2) = case["schedule"], case["lr"], case["betas"]
     opt = OptimizerConfig(
         lr_max=lr_max,

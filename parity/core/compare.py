@@ -54,6 +54,10 @@ class Row:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "side", Side(self.side))
+        if self.ok and not (math.isfinite(self.measured) and math.isfinite(self.allowed)):
+            object.__setattr__(self, "ok", False)  # nothing was measured, or anything would have been let through
+            object.__setattr__(self, "side", Side.CHECK)
+            object.__setattr__(self, "note", f"no finite figure or bound; {self.note}")
 
 
 def global_norm(tensors: Tensors) -> float:

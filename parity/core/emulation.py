@@ -11,6 +11,9 @@ import jax
 import jax.numpy as jnp
 from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
 
+# under what name a primitive that calls a function once holds it; others hold a rule, as a scatter does its sum
+CALLED = ("jaxpr", "call_jaxpr", "fun_jaxpr")
+
 
 def with_bfloat16_operands(function: Callable[..., Any]) -> Callable[..., Any]:
     """The same function of arrays, forward and, if it makes them, gradients, with the factors of all matrix products
@@ -29,8 +32,8 @@ def _run(program: Jaxpr, consts: Sequence[Any], args: Sequence[Any]) -> list[Any
     values: dict[Any, Any] = dict(zip((*program.constvars, *program.invars), (*consts, *args), strict=True))
     for step in program.eqns:
         inputs = [x.val if isinstance(x, Literal) else values[x] for x in step.invars]
-        inner = next((x for x in step.params.values() if isinstance(x, ClosedJaxpr)), None)
-        if inner is not None and step.primitive.name not in ("scan", "while", "cond"):  # a function called by name
+        inner = next((x for name, x in step.params.items() if name in CALLED and isinstance(x, ClosedJaxpr)), None)
+        if inner is not None and step.primitive.name != "scan":  # a function called by name
             outputs = _run(inner.jaxpr, inner.consts, inputs)
         else:
             if step.primitive.name == "dot_general":

@@ -95,11 +95,8 @@ class MeshCase:
         return Evaluation(held_out, self.train.seq_len, self.train.batch_size)
 
     def without_poison(self, tensors: Tensors) -> dict[str, np.ndarray]:
-        """Tensors without the row of the embedding that is not finite by design."""
-        table = np.array(tensors["model.embed_tokens.weight"])
-        if self.poison is not None:
-            table[self.poison] = 0.0
-        return {**tensors, "model.embed_tokens.weight": table}
+        """Tensors without the rows that are not finite, or too large to compare others with, by design."""
+        return dict(tensors) if self.poison is None else case_space.without_poison(tensors, self.poison)
 
 
 @functools.cache

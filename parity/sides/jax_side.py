@@ -20,14 +20,14 @@ from jax_llm.engine.backend import BACKEND
 from jax_llm.engine.decoding import decoding_params
 from jax_llm.engine.device import matmul_precision, select_device
 from jax_llm.engine.generate import generate
-from jax_llm.engine.gradients import loss_and_grads
+from jax_llm.engine.gradients import cast, loss_and_grads
 from jax_llm.engine.train import compiled_train_step, fit, init_state
 from jax_llm.fast.attention import resolve_backend
 from jax_llm.fast.kernels import make_kernels
 from jax_llm.kernels import Kernels
 from jax_llm.kv_cache import init_cache
 from jax_llm.loss import IGNORE_INDEX
-from jax_llm.model import CausalLM
+from jax_llm.model import CausalLM, init_params
 from llm_common.config import ModelConfig, OptimizerConfig, Recipe, SamplingConfig, TrainConfig
 from llm_common.data.evaluation import Evaluation
 from llm_common.run.checkpoint import TrainingState
@@ -99,6 +99,11 @@ class JaxSide:
         with self.scope():
             recipe = Recipe(self.cfg, TrainConfig(seed=seed, compute_dtype=self.dtype, seq_len=1))
             return self._tensors(init_state(recipe).params)
+
+    def initial_model(self, seed: int) -> Tensors:
+        """The initial weights as a model computes with them: rounded to its dtype, not the masters."""
+        with self.scope():
+            return self._tensors(cast(init_params(self.cfg, seed), jnp.dtype(self.dtype)))
 
     def logits(self, weights: Tensors, ids: np.ndarray) -> np.ndarray:
         with self.scope():

@@ -34,7 +34,7 @@ from torch_llm.fast.kernels import make_kernels
 from torch_llm.kernels import Kernels
 from torch_llm.kv_cache import KVCache
 from torch_llm.loss import IGNORE_INDEX
-from torch_llm.model import CausalLM, empty_model
+from torch_llm.model import CausalLM, empty_model, init_model
 from torch_llm.optim import gradient, make_optimizer
 
 
@@ -74,6 +74,11 @@ class TorchSide:
     def initial_weights(self, seed: int) -> Tensors:
         recipe = Recipe(self.cfg, TrainConfig(seed=seed, compute_dtype=self.dtype, seq_len=1))
         return _float64(checkpoint.to_training_state(Trainer(recipe, self.device)).weights)
+
+    def initial_model(self, seed: int) -> Tensors:
+        """The initial weights as a model computes with them: rounded to its dtype, not the masters."""
+        model = init_model(self.cfg, seed, getattr(torch, self.dtype), self.device)
+        return {name: p.detach().double().cpu().numpy() for name, p in model.named_parameters()}
 
     def logits(self, weights: Tensors, ids: np.ndarray) -> np.ndarray:
         with torch.no_grad(), self.scope():
