@@ -4,6 +4,7 @@ conversations.
 Both sides share all of it, so each row has the rule written a second time, in a line or a literal table.
 """
 
+import dataclasses
 import importlib.util
 import itertools
 import json
@@ -16,7 +17,15 @@ from unittest import mock
 
 import numpy as np
 
-from llm_common.config import PRESETS
+from llm_common.config import (
+    PRESETS,
+    ExecutionConfig,
+    ModelConfig,
+    OptimizerConfig,
+    RunConfig,
+    SamplingConfig,
+    TrainConfig,
+)
 from llm_common.data.answers import ExampleReader
 from llm_common.data.evaluation import DocumentEvaluation
 from llm_common.errors import UserError
@@ -54,6 +63,7 @@ def check_bookkeeping(s: Settings) -> Iterator[Row]:
     """Every row against a rule of its own; nothing here runs a model."""
     row = lambda item, wrong, place: shared("bookkeeping", item, wrong, place=place)
     yield row("presets with another shape", _presets(), "PRESETS")
+    yield row("settings with another default", _defaults(), "config defaults")
     with tempfile.TemporaryDirectory() as folder:
         plain = _tokenizers(_folder(Path(folder) / "plain", PLAIN))
         yield row("checkpoints that are the newest, or are kept", _checkpoints(Path(folder)), "checkpoints")
@@ -69,6 +79,43 @@ def check_bookkeeping(s: Settings) -> Iterator[Row]:
         yield row("conversations and where their answers begin", _conversations(Path(folder)), "ExampleReader")
         yield row("tokens that end documents and answers", _ends_of_folders(Path(folder)), "TokenizerFolder")
         yield from rule_rows(s, Path(folder), plain)
+
+
+# What a setting is if nothing is said, as docs and DESIGN say it. `auto` and None are resolved by rows of their own.
+DEFAULTS: dict[type, dict[str, Any]] = {
+    ModelConfig: {
+        "head_dim": 0, "max_position_embeddings": 2048, "rope_theta": 1e4, "rms_norm_eps": 1e-5,
+        "tie_word_embeddings": False, "model_type": "llama", "rope_scaling": None, "sliding_window": None,
+    },
+    TrainConfig: {
+        "seed": 0, "batch_size": 16, "seq_len": 128, "compute_dtype": "float32", "document_separator": None,
+        "max_skipped_steps": 10,
+    },
+    ExecutionConfig: {
+        "attention_backend": "auto", "gradient_accumulation_steps": 1, "loss_chunks": 1, "remat": "none",
+        "compile": "auto", "scan_layers": False, "deterministic": False,
+    },
+    OptimizerConfig: {
+        "lr_max": 1e-3, "lr_min": 1e-4, "warmup_steps": 0, "total_steps": 1000, "beta1": 0.9, "beta2": 0.95,
+        "eps": 1e-8, "weight_decay": 0.1, "max_grad_norm": 1.0,
+    },
+    SamplingConfig: {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "seed": 0},
+    RunConfig: {
+        "save_every": None, "save_minutes": None, "keep_last": 3, "keep_best": 1, "eval_every": None,
+        "eval_batches": None, "log_every": 10,
+    },
+}  # fmt: skip
+
+
+def _defaults() -> int:
+    """Each by its type, too: False is not 0."""
+    wrong = 0
+    for config, wanted in DEFAULTS.items():
+        missing = dataclasses.MISSING
+        found = {f.name: f.default for f in dataclasses.fields(config) if f.default is not missing}
+        names = found.keys() | wanted.keys()
+        wrong += sum(repr(found.get(name, missing)) != repr(wanted.get(name, missing)) for name in names)
+    return wrong
 
 
 def _presets() -> int:
@@ -356,6 +403,12 @@ def _conversations(folder: Path) -> int:
     for number, template in enumerate((PLAIN, INDENTED, THOUGHT)):
         for tokenizer in _tokenizers(_folder(folder / f"chat-{number}", template)):
             reader = ExampleReader(tokenizer, chat=True)
+            if number == 0:  # special tokens that a text is said to have are those tokens
+                question, answer = f"a{end}b", f"{bos}c"
+                head = _ids(start), _text("user\na"), _ids(end), _text("b"), _ids(end), _text("\n"), _ids(start)
+                head, tail = (*head, _text("assistant\n")), (_ids(bos), _text("c"), _ids(end), _text("\n"))
+                found = ExampleReader(tokenizer, chat=True, parse_special=True)(question, answer)
+                wrong += found != tuple(list(itertools.chain(*part)) for part in (head, tail))
             for question, answer in itertools.product(QUESTIONS, ANSWERS):
                 if template is not THOUGHT:
                     head = _ids(start), _text(f"user\n{question}"), _ids(end), _text("\n"), _ids(start)

@@ -21,9 +21,10 @@ from llm_common.files.tensor_files import open_model_files
 from llm_common.run.checkpoint import load_checkpoint, save_checkpoint
 from parity import spec_run
 from parity.checks.training import UPDATE_ALLOWED, spec_train, update_of
-from parity.core.compare import TORCH, Row, round_to, shared, three_way
+from parity.core.compare import TORCH, Row, on_both, round_to, shared, three_way
 from parity.core.inputs import RandomBatches, families, random_weights, start_state
 from parity.sides.settings import Settings
+from parity.trace.trace import located
 from torch_llm.engine.checkpoint import to_training_state
 
 SCHEDULE_ALLOWED = 1e-15  # two float64 spellings of one formula, relative to lr_max; one step early shows above 1e-6
@@ -114,10 +115,16 @@ def check_resume(s: Settings) -> Iterator[Row]:
         return
     data, weights = RandomBatches(s.cfg, s.seed, batch=s.batch, length=s.length), random_weights(s.cfg, s.seed)
     opt = OptimizerConfig(lr_max=1e-3, lr_min=1e-4, warmup_steps=2, total_steps=6, max_grad_norm=1.0)
-    expected = spec_train(s, start_state(weights), opt, data, 6)[0]
+    sides = s.sides("float64")
+    first_half, expected = (spec_train(s, start_state(weights), opt, data, n)[0] for n in (3, 6))
+    halves = on_both(sides, lambda side: side.train(start_state(weights), opt, data, 3))
+    updates = [update_of(end.weights, weights) for end in (*halves, first_half)]
+    row = three_way("resume", "steps before", "float64", updates, UPDATE_ALLOWED)
+    if not row.ok:  # what has gone wrong already is not that the run goes on
+        yield dataclasses.replace(located(dataclasses.replace(row, check="adamw"), s), check="resume")
+        return
     ends = []
-    for first, second in (s.sides("float64"), s.sides("float64")[::-1]):
-        half = first.train(start_state(weights), opt, data, 3)
+    for half, second in zip(halves, sides[::-1], strict=True):
         with tempfile.TemporaryDirectory() as folder:
             _, loaded, _ = load_checkpoint(save_checkpoint(Path(folder), s.cfg, half, {}), s.cfg)
         ends.append(second.train(loaded, opt, data, 6))

@@ -4,6 +4,7 @@ no line with them, can see a mistake there.
 
 import dataclasses
 import itertools
+import json
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -46,6 +47,7 @@ def check_tokenizer(s: Settings) -> Iterator[Row]:
             found = learn_merges(words, 120, tie_rule, many=many)
             differing += sum(a != b for a, b in itertools.zip_longest(found, expected))
     differing += train_bpe(TEXTS, 256 + 120 + 1).merges != merges
+    differing += train_bpe("".join(TEXTS), 256 + 120 + 1).merges != bpe_reference.train(["".join(TEXTS)], 120, END)
     yield shared("tokenizer", f"merges that differ, of {7 * len(merges)}", differing, place="train_bpe")
     tokenizer = Tokenizer(merges, fast=False)
     wrong = back = 0
@@ -86,6 +88,26 @@ def _documents_row(merges: list[tuple[bytes, bytes]]) -> Row:
     return shared("tokenizer", "documents and answers with other ids", wrong, place="DocumentEncoder")
 
 
+def _same_data(s: Settings) -> int:
+    """Whether a run would notice that its data has another id somewhere, another seed or another shape of batches;
+    and that the same data, read again, is the same.
+    """
+    tokens = np.arange(40, dtype=np.int32)
+    others = [tokens.copy() for _ in range(3)]
+    for other, at in zip(others, (0, 20, 39), strict=True):
+        other[at] += 1
+    with tempfile.TemporaryDirectory() as name:
+
+        def of(ids: np.ndarray, length: int = 4, size: int = 2, seed: int = s.seed) -> str:
+            np.save(Path(name) / "t.npy", ids)
+            return json.dumps(TokenDataset(Path(name) / "t.npy", length, size, seed).fingerprint())
+
+        first = of(tokens)
+        found = [of(x) for x in (*others, tokens[:-1])]
+        found += [of(tokens, length=5), of(tokens, size=3), of(tokens, seed=(s.seed + 1) % 2**32)]
+        return len(found) + 1 - len({first, *found}) + (of(tokens) != first)
+
+
 def check_data(s: Settings) -> Iterator[Row]:
     """Batches of a small token file: consecutive tokens, targets one to the right, the order, the rows of each host."""
     length, n = s.length, 7
@@ -103,6 +125,7 @@ def check_data(s: Settings) -> Iterator[Row]:
     order = np.concatenate([spec_run.order(s.seed, epoch, n) for epoch in (0, 1)])
     wrong = int((inputs[:, 0] != 1 + length * order).sum())
     yield shared("data", "windows out of order in two epochs", wrong, place="Order")
+    yield shared("data", "other data taken for the same", _same_data(s), place="fingerprint")
     wrong = sum(int((np.concatenate(pair) != batches[step][0]).sum()) for step, pair in enumerate(hosts))
     yield shared("data", "tokens that two hosts see otherwise", wrong, place="host_rows")
 

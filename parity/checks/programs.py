@@ -73,7 +73,7 @@ def check_programs(s: Settings) -> Iterator[Row]:
             yield from text_rows(shop, FLAGS)
         except Raised as error:
             note = f"raised {error.note}"
-            yield Row("programs", "a program", "float64", math.nan, 0, False, error.side, note)
+            yield Row("programs", "a program", "float64", math.nan, 0, False, error.side, note, error.place)
 
 
 def _prepared(shop: Workshop) -> Iterator[Row]:

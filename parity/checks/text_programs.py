@@ -3,6 +3,7 @@ stops.
 """
 
 import contextlib
+import itertools
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -56,6 +57,11 @@ def _shards_row(shop: Workshop) -> Row:
     found = _shard_ids(folder)
     wanted = [i for text in shop.documents for i in spec_run.document([], shop.ids(text), shop.end)]
     wrong = mismatches(found, wanted) + (len(manifest["shards"]) < 3)
+    tokens = shards.ShardedTokens(
+        folder / "train" / "manifest.json"
+    )  # slices within shards, over the border of two, and over several
+    for start, stop in itertools.combinations(range(0, len(wanted) + 1, 37), 2):
+        wrong += tokens[start:stop].tolist() != wanted[start:stop]
     return shared("programs", "tokens of shards after a kill", wrong, place="shards.prepare")
 
 

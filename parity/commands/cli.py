@@ -56,6 +56,19 @@ def _parser() -> argparse.ArgumentParser:
     mutants.add_argument("--list", action="store_true", help="show what would be planted, and where")
     mutants.add_argument("--jobs", type=int, help="processes (default: one for each core)")
     mutants.add_argument("--out", type=Path, default=OUT)
+    mutants.add_argument(
+        "--generated",
+        metavar="N",
+        nargs="?",
+        type=int,
+        const=100,
+        help="N small edits drawn by the seed (default: 100)",
+    )
+    mutants.add_argument("--seed", type=int, default=0, help="of --generated")
+    mutants.add_argument("--name", action="append", default=[], help="of --generated: this mutant again")
+    mutants.add_argument("--file", action="append", default=[], help="of --generated: of this file alone")
+    mutants.add_argument("--seconds", type=float, default=math.inf, help="of --generated: begin none after so many")
+    mutants.add_argument("--tests", action="store_true", help="of --generated: unit tests for what parity does not see")
     pair = commands.add_parser("pair", help="compare a pair of your own: a script that makes a parity.pair.Pair")
     pair.add_argument("script", type=Path, help="Python file; every Pair among its names is compared")
     pair.add_argument("--dtype", action="append", choices=("float64", "float32"), help="float64 and float32 by default")
@@ -200,7 +213,54 @@ def _trace(args: argparse.Namespace) -> bool:
     return found.faults() == (None, None)
 
 
+def _generated(args: argparse.Namespace) -> bool:
+    from parity.mutants.generated.campaign import Outcome, drawn, named, run_campaign, test_survivors
+    from parity.mutants.generated.scope import IN
+    from parity.mutants.generated.table import markdown, reasons, sentence, summary
+    from parity.report.report import make_console
+
+    unknown = [file for file in args.file if file not in IN]
+    if unknown:
+        raise UserError(f"--file {unknown[0]}: not in parity/mutants/generated/scope.py; known: {', '.join(IN)}")
+    console, start, folder = make_console(), time.perf_counter(), args.out / "generated"
+    chosen = named(args.name) if args.name else drawn(args.generated, args.seed, args.file or tuple(IN))
+    if args.list:
+        for mutation in chosen:
+            console.print(str(mutation), markup=False, soft_wrap=True)
+        return True
+    jobs, known, count = args.jobs or os.cpu_count() or 1, reasons(), [0]
+    console.print(f"planting {len(chosen)} generated mutants; outcomes so far are kept in {folder}")
+
+    def tell(outcome: Outcome) -> None:
+        count[0] += 1
+        if outcome.how == "survived" and outcome.name not in known:
+            edit = " -> ".join(repr(" ".join(text.split())[:60]) for text in (outcome.old, outcome.new))
+            console.print(
+                f"  survived: {outcome.name} {outcome.file}:{outcome.line} {outcome.operator} {edit}",
+                markup=False,
+                soft_wrap=True,
+            )
+        elif count[0] % 25 == 0:
+            console.print(f"  {count[0]} ({time.perf_counter() - start:.0f} s)")
+
+    cover = lambda key, seconds: console.print(f"  without a mutant: {key} ({seconds:.0f} s)")
+    outcomes = run_campaign(chosen, folder, jobs, tell, cover, again=bool(args.name), seconds=args.seconds)
+    if args.tests:
+        outcomes = test_survivors(outcomes, folder, jobs, lambda text: console.print(text, markup=False))
+    for outcome in outcomes if args.name else []:
+        console.print(outcome, markup=False)
+    console.print(sentence(outcomes))
+    if not args.name:
+        (folder / "generated.md").write_text(
+            markdown(outcomes, args.seed, time.perf_counter() - start), encoding="utf-8"
+        )
+        console.print(f"{folder / 'generated.md'}")
+    return summary(outcomes)["survived"] == 0
+
+
 def _mutants(args: argparse.Namespace) -> bool:
+    if args.generated is not None or args.name:
+        return _generated(args)
     from parity.mutants.score import print_outcomes, run_mutants, select, to_json
     from parity.report.report import make_console
 

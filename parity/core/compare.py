@@ -172,36 +172,53 @@ def shared(check: str, item: str, wrong: float, allowed: float = 0.0, place: str
     return Row(check, item, dtype, wrong, allowed, ok, "" if ok else SHARED, place=place)
 
 
+PACKAGES = {"jax_llm": JAX, "torch_llm": TORCH, "llm_common": SHARED}
+
+
+def raised_in(error: BaseException) -> tuple[Side | str, str]:
+    """The side and the function of ours in which an exception was raised, or in which what raised it was called."""
+    side, place, frame = "", "", error.__traceback__
+    while frame is not None:
+        package, code = frame.tb_frame.f_globals.get("__name__", "").split(".")[0], frame.tb_frame.f_code
+        if package in PACKAGES:
+            side, place = PACKAGES[package], code.co_qualname.replace("<locals>.", "").removesuffix(".<lambda>")
+        frame = frame.tb_next
+    return side, place
+
+
+def said(error: Exception) -> str:
+    return f"{type(error).__name__}: {first_line(error)}"
+
+
 def crash(check: str, error: Exception) -> Row:
     """A row for an exception; the side is the one whose package the traceback ends in."""
-    side, frame = "", error.__traceback__
-    while frame is not None:
-        module = frame.tb_frame.f_globals.get("__name__", "")
-        for prefix, name in (("jax_llm", JAX), ("torch_llm", TORCH), ("llm_common", SHARED)):
-            side = name if module.startswith(prefix) else side
-        frame = frame.tb_next
-    note = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-    return Row(check, "raised an error", "", float("nan"), 0, False, side or Side.CHECK, note)
+    if isinstance(error, Raised):
+        return Row(check, "raised an error", "", math.nan, 0, False, error.side, f"raised {error.note}", error.place)
+    side, place = raised_in(error)
+    return Row(check, "raised an error", "", math.nan, 0, False, side or Side.CHECK, said(error), place)
 
 
 class Raised(Exception):
     """One side raised, or both did."""
 
-    def __init__(self, side: str, note: str) -> None:
+    def __init__(self, side: str, note: str, place: str = "") -> None:
         super().__init__(note)
-        self.side, self.note = side, note
+        self.side, self.note, self.place = side, note, place
 
 
 def on_both(sides: Any, call: Callable[[Any], Any]) -> list[Any]:
-    """What both sides give. Raises Raised, with the side that raised something."""
-    results, raised = [], []
+    """What both sides give. Raises Raised, with the side that raised something, and the function."""
+    results: list[Any] = []
+    raised: list[Exception | None] = []
     for side in sides:
         try:
             results.append(call(side))
-            raised.append("")
+            raised.append(None)
         except Exception as error:  # whatever a broken side raises is a finding
-            raised.append(f"{type(error).__name__}: {first_line(error)}")
-    if any(raised):
-        alike = raised[0].split(":")[0] == raised[1].split(":")[0]
-        raise Raised(verdict(bool(raised[0]), bool(raised[1]), alike), next(filter(None, raised)))
+            raised.append(error)
+    errors = [error for error in raised if error is not None]
+    if errors:
+        alike = len(errors) == 2 and type(errors[0]) is type(errors[1])
+        side = verdict(raised[0] is not None, raised[1] is not None, alike)
+        raise Raised(side, said(errors[0]), raised_in(errors[0])[1]) from errors[0]
     return results
