@@ -42,8 +42,3 @@ def random_bits(key: np.ndarray, n: int) -> np.ndarray:
     counter = np.arange(n, dtype=np.uint32)
     b0, b1 = threefry2x32(key[..., None, :], np.zeros_like(counter), counter)
     return b0 ^ b1
-
-
-def uniform(bits: np.ndarray, dtype=np.float64) -> np.ndarray:
-    """Numbers in (0, 1) from the upper 23 bits, at the middle of each cell: never 0 and exact in float32."""
-    return ((bits >> np.uint32(9)).astype(dtype) + dtype(0.5)) * dtype(2.0**-23)

@@ -294,6 +294,10 @@ def _long_words(s: Settings) -> int:
         for n in (1, 3, 20, 255, 256, 300):
             word = "".join(rng.choice(list("abc"), n))
             wrong += tokenizer.encode(word) != _replayed(word.encode(), order)
+        for a, b in order:  # what is joined at the very start and at the very end of a long word
+            pair = (a + b).decode()
+            for word in (pair + "c" * 256, "c" * 256 + pair):
+                wrong += tokenizer.encode(word) != _replayed(word.encode(), order)
     return wrong
 
 

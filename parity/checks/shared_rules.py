@@ -8,6 +8,7 @@ import dataclasses
 import io
 import itertools
 import json
+import math
 import unicodedata
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,7 +25,7 @@ from llm_common.data.sequences import DocumentEncoder, resolve_token
 from llm_common.files.export import export
 from llm_common.files.tensor_files import plan_shards
 from llm_common.run import folder as run_folder
-from llm_common.run.estimates import attention_flops
+from llm_common.run.estimates import attention_flops, flops_per_step
 from llm_common.text import bpe_reference
 from llm_common.text.bpe_trainer import count_words, learn_merges
 from llm_common.text.corpus import Corpus
@@ -83,6 +84,12 @@ def _counts(s: Settings) -> int:
             pairs = sum(min(t + 1, window) for t in range(length))  # each a product with k and one with v
             wanted = 3 * 2 * 2 * 2 * pairs * cfg.num_hidden_layers * cfg.num_attention_heads * cfg.head_dim
             wrong += not np.isclose(attention_flops(cfg, train), wanted, rtol=1e-12)
+            # each weight of a product once for a token: all but gains, biases and a table that is looked up
+            shapes = spec.weight_shapes(cfg)
+            of_products = sum(math.prod(x) for name, x in shapes.items() if len(x) == 2 and "embed" not in name)
+            of_products += math.prod(shapes["model.embed_tokens.weight"]) * cfg.tie_word_embeddings
+            wanted += 6 * of_products * 2 * length
+            wrong += not np.isclose(flops_per_step(cfg, train), wanted, rtol=1e-12)
     return wrong
 
 

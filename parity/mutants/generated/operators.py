@@ -50,6 +50,7 @@ DTYPES = {
 CASTS = ("astype", "to", "float", "upcast", "type_as")  # methods and functions that give their argument another dtype
 # calls that tell people something, and decide no number
 QUIET = ("print", "warn", "warnings", "notice", "note", "info", "tell", "show", "report", "filterwarnings", "progress")
+COMMUTATIVE = ("min", "max", "minimum", "maximum", "array_equal")
 AXES = ("axis", "dim", "axes", "dims")
 # names that a slip confuses: one for the other, as whole words between underscores
 TWINS = (
@@ -387,6 +388,8 @@ class _Finder(ast.NodeVisitor):
             first, second = node.args[i : i + 2]
             simple = (ast.Name, ast.Attribute, ast.Subscript)
             if isinstance(first, simple) and isinstance(second, simple) and self.text(first) != self.text(second):
+                if name in COMMUTATIVE:
+                    continue
                 middle = self.source[self.end(first) : self.start(second)].decode()
                 new = f"{self.text(second)}{middle}{self.text(first)}"
                 self.add("argument swapped", self.start(first), self.end(second), new)
@@ -396,6 +399,10 @@ class _Finder(ast.NodeVisitor):
         if isinstance(x, ast.keyword):
             return self.lines[x.lineno - 1] + x.col_offset, self.end(x.value)
         return self.start(x), self.end(x)
+
+    def visit_keyword(self, node: ast.keyword) -> None:
+        if node.arg != "strict":
+            self.visit(node.value)
 
     def axis(self, value: ast.expr) -> None:
         text = self.text(value)
@@ -436,8 +443,8 @@ def _is_text(node: ast.expr) -> bool:
 
 
 def _refuses(node: ast.If) -> bool:
-    """Whether all that it does is to refuse bad input."""
-    return all(isinstance(x, ast.Raise) for x in node.body) and not node.orelse
+    """Whether all that it does is to refuse bad input, and to say what was wrong with it."""
+    return isinstance(node.body[-1], ast.Raise) and not node.orelse
 
 
 def _is_quiet(statement: ast.stmt) -> bool:
