@@ -49,7 +49,7 @@ ULPS_ALLOWED = {"rms_norm": 2.0, "attention": 2.0, "chunked head gradient": 2.0}
 FLOAT32_UNITS = 16.0
 
 
-def _inputs(seed: int, dtype: str) -> dict[str, np.ndarray]:
+def op_inputs(seed: int, dtype: str) -> dict[str, np.ndarray]:
     rng = np.random.default_rng((seed, 7))
     draw = lambda scale, *shape: round_to(scale * rng.standard_normal(shape), dtype)
     return {
@@ -114,7 +114,7 @@ def _scatter(cotangent: np.ndarray, ids: np.ndarray) -> np.ndarray:
     return table
 
 
-def _jax_ops(i: dict[str, np.ndarray], dtype: str) -> dict[str, Callable[[], Any]]:
+def ops_in_jax(i: dict[str, np.ndarray], dtype: str) -> dict[str, Callable[[], Any]]:
     a = {name: jnp.array(x, jnp.dtype(dtype)) for name, x in i.items()}
     table_dtype = jnp.promote_types(jnp.dtype(dtype), jnp.float32)
     cos, sin = jnp.array(np.cos(ANGLES), table_dtype), jnp.array(np.sin(ANGLES), table_dtype)
@@ -136,7 +136,7 @@ def _jax_ops(i: dict[str, np.ndarray], dtype: str) -> dict[str, Callable[[], Any
     }
 
 
-def _torch_ops(i: dict[str, np.ndarray], dtype: str, device: torch.device) -> dict[str, Callable[[], Any]]:
+def ops_in_torch(i: dict[str, np.ndarray], dtype: str, device: torch.device) -> dict[str, Callable[[], Any]]:
     a = {name: torch.tensor(x, device=device).to(getattr(torch, dtype)) for name, x in i.items()}
     table_dtype = torch.promote_types(getattr(torch, dtype), torch.float32)
     cos, sin = (torch.tensor(f(ANGLES), device=device).to(table_dtype) for f in (np.cos, np.sin))
@@ -167,15 +167,15 @@ def _torch_ops(i: dict[str, np.ndarray], dtype: str, device: torch.device) -> di
 def check_precision(s: Settings) -> Iterator[Row]:
     """Every reference op on identical rounded inputs, and the declared dtypes inside them."""
     for dtype in [d for d in ("float32", "bfloat16") if d in s.dtypes]:
-        inputs = _inputs(s.seed, dtype)
+        inputs = op_inputs(s.seed, dtype)
         expected = _spec_ops(inputs, dtype)
         # eager on purpose: a fused JAX program may drop a rounding in the middle
         jax_side, torch_side = s.sides(dtype)
         with jax_side.scope():
             jax_results = {
-                n: np.asarray(f().astype(jnp.float32), np.float64) for n, f in _jax_ops(inputs, dtype).items()
+                n: np.asarray(f().astype(jnp.float32), np.float64) for n, f in ops_in_jax(inputs, dtype).items()
             }
-        torch_ops = _torch_ops(inputs, dtype, torch_side.device)
+        torch_ops = ops_in_torch(inputs, dtype, torch_side.device)
         with torch_side.scope():
             torch_results = {name: op().double().cpu().numpy() for name, op in torch_ops.items()}
         magnitudes = _summed_magnitudes(inputs)
@@ -297,11 +297,11 @@ DECLARED = (
 
 
 def _dtype_rows(s: Settings, dtype: str) -> Iterator[Row]:
-    inputs = _inputs(s.seed, dtype)
+    inputs = op_inputs(s.seed, dtype)
     wide = "float64" if dtype == "float64" else "float32"
     with jax.enable_x64(dtype == "float64"):
-        jax_ops = {name: _jaxpr_dtypes(op) for name, op in _jax_ops(inputs, dtype).items()}
-    torch_ops = {name: _dispatched_dtypes(op) for name, op in _torch_ops(inputs, dtype, torch.device("cpu")).items()}
+        jax_ops = {name: _jaxpr_dtypes(op) for name, op in ops_in_jax(inputs, dtype).items()}
+    torch_ops = {name: _dispatched_dtypes(op) for name, op in ops_in_torch(inputs, dtype, torch.device("cpu")).items()}
     found: list[tuple[str, set[str], set[str]]] = [
         (what, _dtypes_of(primitives, jax_ops[op]), _dtypes_of(operators, torch_ops[op]))
         for what, op, primitives, operators in DECLARED

@@ -64,6 +64,7 @@ def _parser() -> argparse.ArgumentParser:
         const=100,
         help="N small edits drawn by the seed (default: 100)",
     )
+    mutants.add_argument("--gates", action="store_true", help="what tolerances that others publish let through")
     mutants.add_argument("--seed", type=int, default=0, help="of --generated")
     mutants.add_argument("--name", action="append", default=[], help="of --generated: this mutant again")
     mutants.add_argument("--file", action="append", default=[], help="of --generated: of this file alone")
@@ -258,7 +259,30 @@ def _generated(args: argparse.Namespace) -> bool:
     return summary(outcomes)["survived"] == 0
 
 
+def _gates(args: argparse.Namespace) -> bool:
+    from parity.mutants.gates import GATES, Verdict, bugs, draw, markdown, run_gates, to_json
+    from parity.report.report import make_console
+
+    console, start, done = make_console(), time.perf_counter(), [0]
+    console.print(f"{len(bugs())} bugs of one side before {len(GATES)} published rules")
+
+    def tell(verdict: Verdict) -> None:
+        done[0] += 1
+        if done[0] % 20 == 0:
+            console.print(f"  {done[0]} ({time.perf_counter() - start:.0f} s)")
+
+    verdicts = run_gates(args.jobs, tell)
+    args.out.mkdir(parents=True, exist_ok=True)
+    (args.out / "gates.json").write_text(to_json(verdicts), encoding="utf-8")
+    (args.out / "gates.md").write_text(markdown(verdicts), encoding="utf-8")
+    draw(verdicts, args.out / "gates.png")
+    console.print(f"{time.perf_counter() - start:.0f} s; {args.out / 'gates.md'}, {args.out / 'gates.png'}")
+    return True
+
+
 def _mutants(args: argparse.Namespace) -> bool:
+    if args.gates:
+        return _gates(args)
     if args.generated is not None or args.name:
         return _generated(args)
     from parity.mutants.score import print_outcomes, run_mutants, select, to_json

@@ -1,7 +1,9 @@
 """threefry in NumPy, torch, JAX and the specification: the same bits."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -24,15 +26,18 @@ def test_all_four_draw_the_same_bits(seed, data, n):
     )
     for other in bits[1:]:
         np.testing.assert_array_equal(bits[0], other)
-    uniform = llm_common.random_bits.uniform(bits[0].astype(np.uint32))
+    key = torch_llm.random_bits.fold_in(torch_llm.random_bits.key(seed), data)
+    uniform = torch_llm.random_bits.uniform(torch_llm.random_bits.random_bits(key, n), torch.float64)
     np.testing.assert_array_equal(spec.uniform(spec.fold_in((0, seed), data), n), uniform)
 
 
 def test_uniform_numbers_are_never_zero_or_one():
-    ends = np.array([0, 2**32 - 1], np.uint32)
-    for dtype in (np.float32, np.float64):
-        u = llm_common.random_bits.uniform(ends, dtype)
-        assert 0 < u[0] < u[1] < 1
+    with jax.enable_x64(True):
+        for dtype in ("float32", "float64"):
+            of_jax = jax_llm.random_bits.uniform(jnp.array([0, 2**32 - 1], jnp.uint32), jnp.dtype(dtype))
+            of_torch = torch_llm.random_bits.uniform(torch.tensor([0, 2**32 - 1]), getattr(torch, dtype))
+            for low, high in (map(float, of_jax), map(float, of_torch)):
+                assert 0 < low < high < 1
 
 
 def test_known_answers():
