@@ -70,9 +70,10 @@ def load_script(name: str) -> ModuleType:
 
 
 def call(name: str, *arguments: object) -> str:
-    """What a program prints, called as from a command line."""
-    module, out = load_script(name), io.StringIO()
-    with mock.patch.object(sys, "argv", [f"{name}.py", *map(str, arguments)]), contextlib.redirect_stdout(out):
+    """What a program prints, called as from a command line; its notes are for who calls it by hand."""
+    module, out, notes = load_script(name), io.StringIO(), io.StringIO()
+    argv = mock.patch.object(sys, "argv", [f"{name}.py", *map(str, arguments)])
+    with argv, contextlib.redirect_stdout(out), contextlib.redirect_stderr(notes):
         module.main()
     return out.getvalue()
 
