@@ -91,16 +91,17 @@ class Outcome:
         return any(word and word in said for word in (*words, *IN[self.file]))
 
 
-def population(files: Sequence[str] = tuple(IN)) -> list[Mutation]:
+@functools.cache
+def population(files: tuple[str, ...] = tuple(IN)) -> tuple[Mutation, ...]:
     """Every mutation of the files in scope, in the order of the scope and of the text."""
     defaults = defaults_of(ModelConfig, TrainConfig, OptimizerConfig, SamplingConfig, ExecutionConfig)
     found = [m for file in files for m in mutations(file, (ROOT / file).read_text(encoding="utf-8"), defaults)]
-    return [m for m in found if (m.file, m.function.split(".")[0]) not in OUT_FUNCTIONS]
+    return tuple(m for m in found if (m.file, m.function.split(".")[0]) not in OUT_FUNCTIONS)
 
 
 def drawn(count: int, seed: int, files: Sequence[str] = tuple(IN)) -> list[Mutation]:
     """`count` of them, each as likely as any other. A larger count begins with the same ones."""
-    found = population(files)
+    found = list(population(tuple(files)))
     random.Random(seed).shuffle(found)
     return found[:count]
 
