@@ -129,8 +129,14 @@ def processes(jobs: int) -> Iterator[ProcessPoolExecutor]:
 
 
 def _start(jobs: int, cache: str, flags: str) -> None:
-    """XLA reads its threads when it is first used."""
     end_with_parent()
+    share_cores(jobs, cache, flags)
+
+
+def share_cores(jobs: int, cache: str, flags: str) -> None:
+    """Lets this process be one of `jobs` that share the cores, and what they compile. XLA reads its threads when it is
+    first used.
+    """
     keep_freed_memory()
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // jobs))
     add_flags(flags)

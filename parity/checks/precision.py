@@ -164,20 +164,25 @@ def ops_in_torch(i: dict[str, np.ndarray], dtype: str, device: torch.device) -> 
     }
 
 
+def results_of_ops(
+    s: Settings, inputs: dict[str, np.ndarray], dtype: str
+) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+    """What every op of JAX and of torch gives for the same inputs, as float64."""
+    jax_side, torch_side = s.sides(dtype)
+    with jax_side.scope():
+        of_jax = {n: np.asarray(f().astype(jnp.float32), np.float64) for n, f in ops_in_jax(inputs, dtype).items()}
+    torch_ops = ops_in_torch(inputs, dtype, torch_side.device)
+    with torch_side.scope():
+        return of_jax, {name: op().double().cpu().numpy() for name, op in torch_ops.items()}
+
+
 def check_precision(s: Settings) -> Iterator[Row]:
     """Every reference op on identical rounded inputs, and the declared dtypes inside them."""
     for dtype in [d for d in ("float32", "bfloat16") if d in s.dtypes]:
         inputs = op_inputs(s.seed, dtype)
         expected = _spec_ops(inputs, dtype)
         # eager on purpose: a fused JAX program may drop a rounding in the middle
-        jax_side, torch_side = s.sides(dtype)
-        with jax_side.scope():
-            jax_results = {
-                n: np.asarray(f().astype(jnp.float32), np.float64) for n, f in ops_in_jax(inputs, dtype).items()
-            }
-        torch_ops = ops_in_torch(inputs, dtype, torch_side.device)
-        with torch_side.scope():
-            torch_results = {name: op().double().cpu().numpy() for name, op in torch_ops.items()}
+        jax_results, torch_results = results_of_ops(s, inputs, dtype)
         magnitudes = _summed_magnitudes(inputs)
         for name, exact in expected.items():
             yield _op_row(name, dtype, jax_results[name], torch_results[name], exact, magnitudes.get(name))

@@ -19,7 +19,7 @@ import safetensors.numpy
 from parity import spec, spec_run
 from parity.checks.text_programs import mismatches, text_rows
 from parity.checks.training import UPDATE_ALLOWED
-from parity.core.compare import Raised, Row, Tensors, each_number, on_both, shared, three_way, verdict
+from parity.core.compare import Raised, Row, Tensors, crash, each_number, on_both, shared, three_way, verdict
 from parity.core.inputs import random_weights, start_state
 from parity.core.workshop import CONFIG, END, FRAMEWORKS, SCRIPTS, Workshop, call, flat, log_numbers, recorded_losses
 from parity.sides.settings import Settings
@@ -72,8 +72,7 @@ def check_programs(s: Settings) -> Iterator[Row]:
             yield from _bfloat16(shop)
             yield from text_rows(shop, FLAGS)
         except Raised as error:
-            note = f"raised {error.note}"
-            yield Row("programs", "a program", "float64", math.nan, 0, False, error.side, note, error.place)
+            yield dataclasses.replace(crash("programs", error), item="a program", dtype="float64")
 
 
 def _prepared(shop: Workshop) -> Iterator[Row]:
@@ -273,19 +272,13 @@ def _bfloat16(shop: Workshop) -> Iterator[Row]:
     that step.
     """
     folder = shop.folder
-    arguments = [
-        "--model-config",
-        folder / "config.json",
-        "--data",
-        folder / "t.npy",
-        "--tokenizer",
-        folder / "bpe.json",
-    ]
+    arguments = ["--data", folder / "t.npy", "--tokenizer", folder / "bpe.json"]
     arguments += flat({**FLAGS, "--compute-dtype": "bfloat16", "--total-steps": 1, "--warmup-steps": 0})
 
     def run(framework: str) -> float:
         path = folder / f"bfloat16-{framework}"
-        call("train", "--framework", framework, "--out", path, *arguments)
+        config = ["--model-config", folder / "config.json"]
+        call("train", "--framework", framework, "--out", path, *config, *arguments)
         in_run = log_numbers(path / "log.jsonl")["held-out loss after step 1"]
         flags = ["--data", folder / "t-validation.npy", "--device", "cpu", "--json"]
         found = json.loads(call("evaluate", "--framework", framework, "--checkpoint", path, *flags).splitlines()[-1])
@@ -308,8 +301,7 @@ def _masters_row(shop: Workshop, arguments: list[Any]) -> Row:
     def run(framework: str) -> int:
         path = folder / f"masters-{framework}"
         more = flat({"--init-from": folder / "other", "--lr-max": 1e-30, "--lr-min": 0.0})
-        rest = arguments[: arguments.index("--model-config")] + arguments[arguments.index("--model-config") + 2 :]
-        call("train", "--framework", framework, "--out", path, *rest, *more)
+        call("train", "--framework", framework, "--out", path, *arguments, *more)
         found = safetensors.numpy.load_file(path / "step-00000001" / "model.safetensors")
         return sum(int((found[name] != x).sum()) if name in found else x.size for name, x in given.items())
 

@@ -259,8 +259,6 @@ def case_row(s: Settings, kind: str, case: Case, item: str, seed: int) -> Row:
     """The row of a case; whatever a side raises is a failed row."""
     try:
         return ROWS[kind](s, case, item, seed)
-    except Raised as error:
-        return Row("runs", item, "", math.inf, 0, False, error.side, f"raised {error.note}", error.place)
     except Exception as error:
         return dataclasses.replace(crash("runs", error), item=item)
 

@@ -216,6 +216,7 @@ def _trace(args: argparse.Namespace) -> bool:
 
 def _generated(args: argparse.Namespace) -> bool:
     from parity.mutants.generated.campaign import Outcome, drawn, named, run_campaign, test_survivors
+    from parity.mutants.generated.operators import described
     from parity.mutants.generated.scope import IN
     from parity.mutants.generated.table import markdown, reasons, sentence, summary
     from parity.report.report import make_console
@@ -235,12 +236,7 @@ def _generated(args: argparse.Namespace) -> bool:
     def tell(outcome: Outcome) -> None:
         count[0] += 1
         if outcome.how == "survived" and outcome.name not in known:
-            edit = " -> ".join(repr(" ".join(text.split())[:60]) for text in (outcome.old, outcome.new))
-            console.print(
-                f"  survived: {outcome.name} {outcome.file}:{outcome.line} {outcome.operator} {edit}",
-                markup=False,
-                soft_wrap=True,
-            )
+            console.print(f"  survived: {described(outcome)}", markup=False, soft_wrap=True)
         elif count[0] % 25 == 0:
             console.print(f"  {count[0]} ({time.perf_counter() - start:.0f} s)")
 

@@ -16,14 +16,12 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
-import torch
 
 from llm_common.config import ModelConfig, OptimizerConfig, SamplingConfig, preset
 from llm_common.run.log import environment
 from parity.checks.ladder import processes
-from parity.checks.precision import op_inputs, ops_in_jax, ops_in_torch
+from parity.checks.precision import op_inputs, results_of_ops
 from parity.core.compare import JAX, TORCH, Tensors
 from parity.core.inputs import RandomBatches, random_batch, random_weights, start_state
 from parity.core.planting import Edit, planted
@@ -38,7 +36,7 @@ class Evidence:
     """What a gate may ask of the two sides, made when it is first asked for."""
 
     def __init__(self, side: str, seed: int = 0, cfg: ModelConfig | None = None) -> None:
-        settings = Settings(cfg=cfg or preset("tiny"), seed=seed)
+        self.settings = settings = Settings(cfg=cfg or preset("tiny"), seed=seed)
         pair = settings.sides("float32")
         self.reference, self.candidate = pair if side == TORCH else pair[::-1]
         self.cfg, self.seed = settings.cfg, seed
@@ -115,17 +113,9 @@ class Evidence:
     @functools.cached_property
     def operations(self) -> list[tuple[np.ndarray, np.ndarray]]:
         """Each operation by itself, on the same inputs."""
-        inputs = op_inputs(self.seed, "float32")
-        of_jax, of_torch = ops_in_jax(inputs, "float32"), ops_in_torch(inputs, "float32", torch.device("cpu"))
-        jax_side, torch_side = (
-            (self.reference, self.candidate) if self.reference.name == "JAX" else (self.candidate, self.reference)
-        )
-        with jax_side.scope():
-            a = {name: np.asarray(f().astype(jnp.float32), np.float64) for name, f in of_jax.items()}
-        with torch_side.scope():
-            b = {name: f().double().numpy() for name, f in of_torch.items()}
-        first, second = (a, b) if self.reference.name == "JAX" else (b, a)
-        return [(first[name], second[name]) for name in a]
+        results = results_of_ops(self.settings, op_inputs(self.seed, "float32"), "float32")
+        first, second = results if self.reference.name == JAX else results[::-1]
+        return [(first[name], second[name]) for name in first]
 
 
 def _log_softmax(x: np.ndarray) -> np.ndarray:
@@ -249,9 +239,14 @@ def run_gates(jobs: int | None = None, on_verdict: Callable[[Verdict], None] | N
 EQUAL = "equal by mathematics"
 
 
+def divided(verdicts: Sequence[Verdict]) -> tuple[list[Verdict], list[Verdict]]:
+    """Those of bugs, and those of code that is equal by mathematics."""
+    return [v for v in verdicts if v.area != EQUAL], [v for v in verdicts if v.area == EQUAL]
+
+
 def table(verdicts: Sequence[Verdict]) -> Iterator[tuple[Gate, int, int, dict[str, tuple[int, int]]]]:
     """For each gate: bugs seen, refusals of equal code, and by area how many of how many are seen."""
-    real, equal = ([v for v in verdicts if (v.area == EQUAL) is same] for same in (False, True))
+    real, equal = divided(verdicts)
     for gate in GATES:
         seen = lambda v, gate=gate: gate.who not in v.let_through
         areas = {
@@ -262,7 +257,7 @@ def table(verdicts: Sequence[Verdict]) -> Iterator[tuple[Gate, int, int, dict[st
 
 
 def markdown(verdicts: Sequence[Verdict]) -> str:
-    real, equal = ([v for v in verdicts if (v.area == EQUAL) is same] for same in (False, True))
+    real, equal = divided(verdicts)
     versions = ", ".join(f"{name} {version}" for name, version in environment()["versions"].items() if version)
     rows = list(table(verdicts))
     areas = list(rows[0][3])
@@ -312,7 +307,7 @@ def draw(verdicts: Sequence[Verdict], path: Path) -> None:
     from matplotlib import pyplot
 
     rows = sorted(table(verdicts), key=lambda row: row[1])
-    n = sum(v.area != EQUAL for v in verdicts)
+    n = len(divided(verdicts)[0])
     figure, axes = pyplot.subplots(figsize=(8, 0.42 * len(rows) + 1.2), layout="constrained")
     names = [f"{gate.who}: {gate.what}" for gate, *_ in rows]
     shares = [100 * seen / n for _, seen, _, _ in rows]

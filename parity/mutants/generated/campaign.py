@@ -119,7 +119,7 @@ def named(names: Sequence[str]) -> list[Mutation]:
 
 
 class Servers:
-    """Some processes of `server.py`; `answers` hands each job to the next that is free."""
+    """Some processes of `server.py`; `each` hands a job to the next that is free."""
 
     def __init__(self, jobs: int, cache: str) -> None:
         from parity.core.compile_time import known_flags
@@ -199,8 +199,8 @@ class Covered:
         ladder = [f"{go} {check}" for go in ("quick", "whole") for check in CHECKS]
         wanted = lines_of(mutation)
         runs = [key for key, files in self.lines.items() if files.get(mutation.file, frozenset()) & wanted]
-        dear = lambda key: self.seconds[key] > WORTH * self.seconds[key.replace("whole", "quick")]
-        runs = [key for key in runs if key.startswith("whole") or dear(key.replace("quick", "whole"))]
+        dear = {x for x in CHECKS if self.seconds.get(f"whole {x}", 0.0) > WORTH * self.seconds.get(f"quick {x}", 0.0)}
+        runs = [key for key in runs if key.startswith("whole") or key.split()[1] in dear]
         rank = lambda key: (0, ladder.index(key) % len(CHECKS)) if self.seconds[key] < CHEAP else (1, self.seconds[key])
         return sorted(runs or BEGINNING_PROCESSES, key=rank)
 

@@ -6,23 +6,24 @@ call of `check_...`), which decide no number.
 """
 
 import ast
+import contextlib
+import dataclasses
 import hashlib
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
-COMPARISONS: dict[type[ast.cmpop], tuple[str, ...]] = {
-    ast.Lt: ("<=", ">"),
-    ast.LtE: ("<", ">="),
-    ast.Gt: (">=", "<"),
-    ast.GtE: (">", "<="),
-    ast.Eq: ("!=",),
-    ast.NotEq: ("==",),
-    ast.In: ("not in",),
-    ast.NotIn: ("in",),
-    ast.Is: ("is not",),
-    ast.IsNot: ("is",),
+COMPARISONS: dict[type[ast.cmpop], tuple[str, ...]] = {  # how it is written, and what it becomes
+    ast.Lt: ("<", "<=", ">"),
+    ast.LtE: ("<=", "<", ">="),
+    ast.Gt: (">", ">=", "<"),
+    ast.GtE: (">=", ">", "<="),
+    ast.Eq: ("==", "!="),
+    ast.NotEq: ("!=", "=="),
+    ast.In: ("in", "not in"),
+    ast.NotIn: ("not in", "in"),
+    ast.Is: ("is", "is not"),
+    ast.IsNot: ("is not", "is"),
 }
 ARITHMETIC: dict[type[ast.operator], tuple[str, str]] = {  # how it is written, and what it becomes
     ast.Add: ("+", "-"),
@@ -98,7 +99,7 @@ TWINS = (
 )
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Mutation:
     """One edit of one file."""
 
@@ -119,8 +120,13 @@ class Mutation:
         return (text[: self.start] + self.new.encode() + text[self.end :]).decode()
 
     def __str__(self) -> str:
-        short = lambda text: " ".join(text.split())[:80]
-        return f"{self.name} {self.file}:{self.line} {self.operator}: {short(self.old)!r} -> {short(self.new)!r}"
+        return described(self)
+
+
+def described(one: Any) -> str:
+    """A line for people, of a mutation or of its outcome."""
+    short = lambda text: " ".join(text.split())[:80]
+    return f"{one.name} {one.file}:{one.line} {one.operator}: {short(one.old)!r} -> {short(one.new)!r}"
 
 
 def mutations(file: str, source: str, defaults: dict[str, Any] | None = None) -> list[Mutation]:
@@ -128,19 +134,21 @@ def mutations(file: str, source: str, defaults: dict[str, Any] | None = None) ->
     said.
     """
     finder = _Finder(file, source, defaults or {})
-    finder.visit(ast.parse(source))
-    original, found, seen = ast.dump(ast.parse(source)), [], set()
+    tree = ast.parse(source)
+    finder.visit(tree)
+    text, found, seen = source.encode(), [], set()
+    # an edit lies within one statement of the module, which is parsed again by itself
+    whole = [(finder.start(x), finder.end(x), ast.dump(ast.parse(finder.text(x)))) for x in tree.body]
     for one in sorted(finder.found, key=lambda m: (m.start, m.end, m.operator, m.new)):
         span = (one.start, one.end, one.new)
         if span in seen:
             continue
         seen.add(span)
-        try:
-            changed = ast.parse(one.apply(source))
-        except SyntaxError:
-            continue
-        if ast.dump(changed) != original:
-            found.append(one)
+        start, end, original = next(x for x in whole if x[0] <= one.start and one.end <= x[1])
+        changed = text[start : one.start] + one.new.encode() + text[one.end : end]
+        with contextlib.suppress(SyntaxError):
+            if ast.dump(ast.parse(changed)) != original:
+                found.append(one)
     return found
 
 
@@ -305,8 +313,8 @@ class _Finder(ast.NodeVisitor):
     def visit_Compare(self, node: ast.Compare) -> None:
         operands = [node.left, *node.comparators]
         for left, op, right in zip(operands, node.ops, operands[1:], strict=False):
-            written = _WRITTEN[type(op)]
-            for new in COMPARISONS[type(op)]:
+            written, *others = COMPARISONS[type(op)]
+            for new in others:
                 self.between("comparison", left, right, written, new)
         self.generic_visit(node)
 
@@ -417,20 +425,6 @@ class _Finder(ast.NodeVisitor):
             self.replace("dtype", node, self.text(node.args[0]))
 
 
-_WRITTEN = {
-    ast.Lt: "<",
-    ast.LtE: "<=",
-    ast.Gt: ">",
-    ast.GtE: ">=",
-    ast.Eq: "==",
-    ast.NotEq: "!=",
-    ast.In: "in",
-    ast.NotIn: "not in",
-    ast.Is: "is",
-    ast.IsNot: "is not",
-}
-
-
 def _blank(match: re.Match[str]) -> str:
     return " " * len(match.group())
 
@@ -482,8 +476,6 @@ def _twins(name: str) -> Iterator[str]:
 
 def defaults_of(*configs: Any) -> dict[str, Any]:
     """Field of a frozen config -> its default, for those that have a plain one."""
-    import dataclasses
-
     plain = (int, float, bool, str, type(None))
     return {
         field.name: field.default

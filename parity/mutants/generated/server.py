@@ -42,17 +42,10 @@ def plant(root: Path, edit: dict[str, Any]) -> None:
 
 def run_checks(job: dict[str, Any], cache: str, tell: Any) -> None:
     """Runs the checks of a job in order until a row is red."""
-    import torch
-
-    from parity.checks.ladder import rows_of
-    from parity.core.compile_time import add_flags, share_compiled
+    from parity.checks.ladder import rows_of, share_cores
     from parity.sides.settings import Settings
 
-    torch.set_num_threads(1)
-    add_flags("--xla_cpu_multi_thread_eigen=false")
-    if job["flags"]:
-        add_flags(job["flags"])
-    share_compiled(cache)
+    share_cores(os.cpu_count() or 1, cache, job["flags"])
     for key in job["checks"]:
         tell({"check": key})
         go, check = key.split()

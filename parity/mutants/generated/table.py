@@ -27,7 +27,7 @@ def room(file: str) -> str:
 
 def summary(outcomes: Sequence[Outcome]) -> dict[str, int]:
     known = reasons()
-    real = [o for o in outcomes if o.by_parity or o.how == "tests" or o.name not in known]
+    real = [o for o in outcomes if o.how != "survived" or o.name not in known]
     named = [o for o in real if o.how in ("row", "error")]
     return {
         "drawn": len(outcomes),
@@ -93,7 +93,7 @@ def markdown(outcomes: Sequence[Outcome], seed: int, seconds: float) -> str:
 
 
 def _table(title: str, outcomes: Sequence[Outcome], key: Callable[[Outcome], str]) -> list[str]:
-    known, groups = reasons(), {}
+    groups: dict[str, list[Outcome]] = {}
     for o in outcomes:
         groups.setdefault(key(o), []).append(o)
     lines = [
@@ -101,13 +101,10 @@ def _table(title: str, outcomes: Sequence[Outcome], key: Callable[[Outcome], str
         "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for name, group in sorted(groups.items()):
-        real = [o for o in group if o.how != "survived" or o.name not in known]
-        how = Counter("error" if o.how == "import" else o.how for o in real)
-        rows = [o for o in real if o.how in ("row", "error")]
+        s, how = summary(group), Counter("error" if o.how == "import" else o.how for o in group)
         lines.append(
-            f"| {name} | {len(real)} | {how['row']} | {how['error']} | {how['late']} | {how['tests']} | "
-            f"{how['survived']} | {share(sum(o.by_parity for o in real), len(real))} | "
-            f"{share(sum(o.right_side for o in rows), len(rows))} | "
-            f"{share(sum(o.right_place for o in rows), len(rows))} | {len(group) - len(real)} |"
+            f"| {name} | {s['judged']} | {how['row']} | {how['error']} | {how['late']} | {s['tests alone']} | "
+            f"{s['survived']} | {share(s['parity'], s['judged'])} | {share(s['right side'], s['named'])} | "
+            f"{share(s['right place'], s['named'])} | {s['equivalent']} |"
         )
     return lines
