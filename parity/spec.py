@@ -266,10 +266,14 @@ def fold_in(key, data):
     return tuple(int(word[0]) for word in threefry2x32(key, np.zeros(1, np.uint64), np.full(1, data, np.uint64)))
 
 
+def random_bits(key, n):
+    b0, b1 = threefry2x32(key, np.zeros(n, np.uint64), np.arange(n, dtype=np.uint64))
+    return b0 ^ b1
+
+
 def uniform(key, n):
     """n numbers in (0, 1): the middles of 2^23 cells, picked by the upper bits of the two encrypted words' xor."""
-    b0, b1 = threefry2x32(key, np.zeros(n, np.uint64), np.arange(n, dtype=np.uint64))
-    return (((b0 ^ b1) >> np.uint64(9)).astype(np.float64) + 0.5) * 2.0**-23
+    return ((random_bits(key, n) >> np.uint64(9)).astype(np.float64) + 0.5) * 2.0**-23
 
 
 def weight_shapes(cfg):

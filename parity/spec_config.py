@@ -36,6 +36,11 @@ NULLS = {"num_key_value_heads": "num_attention_heads", "head_dim": "hidden_size 
 BIASED = {"qwen2"}  # q_proj, k_proj and v_proj add a bias
 HEAD_NORMS = {"qwen3"}  # every head of q and of k passes a norm before the rotation
 WINDOWED = {"mistral"}  # the other families' sliding_window does nothing unless use_sliding_window is set
+# Keys whose other values are other mathematics. Null says what a missing key says, except of the activation.
+FIXED = {
+    "hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "use_sliding_window": False,
+    "partial_rotary_factor": 1.0, "rope_interleaved": False, "quantization_config": None, "attention_dropout": 0.0,
+}  # fmt: skip
 SCALING = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 
 
@@ -64,17 +69,23 @@ def architecture(config):
         values["num_key_value_heads"] = values["num_attention_heads"]
     if values["head_dim"] == "hidden_size / heads":
         values["head_dim"] = values["hidden_size"] // values["num_attention_heads"]
+    for key, needed in FIXED.items():
+        value = config.get(key, needed)
+        if value != needed and (value is not None or key == "hidden_act"):
+            raise ValueError(f"{key} is {value!r}, not {needed!r}")
     kinds = set(config.get("layer_types") or ())
     if len(kinds) > 1 or not kinds <= {"full_attention", *(["sliding_attention"] if family in WINDOWED else [])}:
         raise ValueError(f"layer_types {sorted(kinds)} are not of one kind that the family has")
     if family not in WINDOWED or kinds == {"full_attention"}:
         values["sliding_window"] = None
-    rope = {
-        **(config.get("rope_scaling") or {}),
-        **(config.get("rope_parameters") or {}),
-    }  # of transformers 4, and of 5
+    said = [config[key] for key in ("rope_scaling", "rope_parameters") if config.get(key)]  # of transformers 4, and 5
+    kind_of = lambda rope: rope.get("rope_type", rope.get("type", "default"))
+    thetas = {rope.get("rope_theta", config.get("rope_theta")) for rope in said} | {config.get("rope_theta")}
+    if len({kind_of(rope) for rope in said}) > 1 or len(thetas - {None}) > 1:
+        raise ValueError("the file contradicts itself on RoPE")
+    rope = {key: value for part in said for key, value in part.items()}
     values["rope_theta"] = rope.get("rope_theta", values["rope_theta"])
-    kind = rope.get("rope_type", rope.get("type", "default"))
+    kind = kind_of(rope)
     if kind not in ("default", "llama3"):
         raise ValueError(f"rope_type {kind!r} is not known")
     scaling = SimpleNamespace(**{key: rope[key] for key in SCALING}) if kind == "llama3" else None

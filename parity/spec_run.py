@@ -71,12 +71,11 @@ def train(state, batch, until, cfg, opt, separator=None, max_skipped=10):
 def order(seed, epoch, n):
     """The numbers of an epoch's n windows, out of a table of the whole permutation of a square's cells."""
     key = spec.fold_in(spec.fold_in((0, seed), ORDER), epoch)
-    b0, b1 = spec.threefry2x32(key, np.zeros(6, np.uint64), np.arange(6, dtype=np.uint64))
     side = 2
     while side * side < n:
         side *= 2
     column, row = (x.astype(np.uint64) for x in np.divmod(np.arange(side * side), side))
-    for word in (b0 ^ b1).astype(np.uint64):
+    for word in spec.random_bits(key, 6):
         x = (row ^ word) & np.uint64(2**32 - 1)
         for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B)):
             x = ((x ^ (x >> np.uint64(shift))) * np.uint64(factor)) % np.uint64(2**32)

@@ -67,7 +67,11 @@ class Tokenizer(WordEncoder):
         self.merges, self.pattern, self.ignore_merges, self.fast = list(merges), pattern, ignore_merges, fast
         self.normalization, self.prompt_prefix, self.end_token = normalization, tuple(prompt_prefix), end_token
         if vocab is None:
-            vocab = dict(enumerate([bytes([b]) for b in range(256)] + [a + b for a, b in self.merges]))
+            made = [a + b for a, b in self.merges]
+            if len(set(made)) < len(made):
+                twice = next(token for i, token in enumerate(made) if token in made[:i])
+                raise UserError(f"two merges make {twice!r}, which would have two ids; give a vocab that says which")
+            vocab = dict(enumerate([bytes([b]) for b in range(256)] + made))
         self.vocab, self.folder = dict(vocab), folder
         self.special_tokens, self.added_tokens = self._take(special_tokens), self._take(added_tokens)
         self.added = {**self.special_tokens, **self.added_tokens}

@@ -5,7 +5,9 @@ Both sides share all of it, so each row has the rule written a second time, in a
 """
 
 import dataclasses
+import hashlib
 import importlib.util
+import inspect
 import itertools
 import json
 import math
@@ -76,6 +78,8 @@ def check_bookkeeping(s: Settings) -> Iterator[Row]:
         yield row("windows of documents", _windows(s), "DocumentEvaluation")
         yield row("ids of long words, merges in any order", _long_words(s), "Tokenizer.encode")
         yield row("bytes of ids in a Hugging Face folder", _bytes_of_ids(plain), "byte_lengths")
+        yield row("texts of a vocabulary that lacks bytes", _lacking(Path(folder)), "WordEncoder._encode_word")
+        yield row("fingerprints of Hugging Face folders", _fingerprints(Path(folder)), "Tokenizer.fingerprint")
         yield row("conversations and where their answers begin", _conversations(Path(folder)), "ExampleReader")
         yield row("tokens that end documents and answers", _ends_of_folders(Path(folder)), "TokenizerFolder")
         yield from rule_rows(s, Path(folder), plain)
@@ -107,9 +111,19 @@ DEFAULTS: dict[type, dict[str, Any]] = {
 }  # fmt: skip
 
 
+TOKENIZER: dict[str, Any] = {
+    "special_tokens": ("<|endoftext|>",), "pattern": "gpt2", "vocab": None, "ignore_merges": False,
+    "normalization": None, "prompt_prefix": (), "end_token": "<|endoftext|>", "fast": True, "added_tokens": (),
+    "folder": None,
+}  # fmt: skip
+
+
 def _defaults() -> int:
     """Each by its type, too: False is not 0."""
     wrong = 0
+    parameters = inspect.signature(Tokenizer).parameters
+    for name, value in TOKENIZER.items():
+        wrong += repr(parameters[name].default) != repr(value)
     for config, wanted in DEFAULTS.items():
         missing = dataclasses.MISSING
         found = {f.name: f.default for f in dataclasses.fields(config) if f.default is not missing}
@@ -287,7 +301,9 @@ def _long_words(s: Settings) -> int:
     for _ in range(12):
         tokens, merges = [b"a", b"b", b"c"], set()
         for _ in range(12):
-            merges.add(tuple(tokens[int(i)] for i in rng.integers(0, len(tokens), 2)))
+            a, b = (tokens[int(i)] for i in rng.integers(0, len(tokens), 2))
+            if a + b not in (x + y for x, y in merges):  # a token has one id
+                merges.add((a, b))
             tokens = [b"a", b"b", b"c", *(a + b for a, b in sorted(merges) if len(a + b) < 5)]
         order = [sorted(merges)[i] for i in rng.permutation(len(merges))]
         tokenizer = Tokenizer(order, fast=False)
@@ -309,7 +325,7 @@ def _replayed(word: bytes, merges: list[tuple[bytes, bytes]]) -> list[int]:
     while found := [merges.index(pair) for pair in itertools.pairwise(tokens) if pair in merges]:
         at = next(i for i, pair in enumerate(itertools.pairwise(tokens)) if pair == merges[min(found)])
         tokens[at : at + 2] = [tokens[at] + tokens[at + 1]]
-    number = {a + b: 256 + i for i, (a, b) in reversed(list(enumerate(merges)))}
+    number = {a + b: 256 + i for i, (a, b) in enumerate(merges)}
     return [number[x] if len(x) > 1 else x[0] for x in tokens]
 
 
@@ -341,10 +357,12 @@ def _letters() -> list[str]:
     return [chr(b if b in printable else next(others)) for b in range(256)]
 
 
-def _folder(path: Path, template: str) -> Path:
+def _folder(path: Path, template: str, lacks: str = "") -> Path:
+    """lacks: letters of bytes that are not in its vocabulary."""
     path.mkdir(parents=True, exist_ok=True)
+    letters = [x for x in _letters() if x not in lacks]
     added = [
-        {"id": 256 + i, "content": text, "special": text in SPECIAL, "single_word": False, "lstrip": False,
+        {"id": len(letters) + i, "content": text, "special": text in SPECIAL, "single_word": False, "lstrip": False,
          "rstrip": False, "normalized": False}
         for i, text in enumerate((*SPECIAL, *ADDED))
     ]  # fmt: skip
@@ -355,7 +373,7 @@ def _folder(path: Path, template: str) -> Path:
         "model": {
             "type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None,
             "end_of_word_suffix": None, "fuse_unk": False, "byte_fallback": False, "ignore_merges": False,
-            "vocab": {letter: i for i, letter in enumerate(_letters())}, "merges": [],
+            "vocab": {letter: i for i, letter in enumerate(letters)}, "merges": [],
         },
     }  # fmt: skip
     config = {"tokenizer_class": "PreTrainedTokenizerFast", "chat_template": template, **NAMES}
@@ -377,6 +395,28 @@ def _bytes_of_ids(tokenizers: list[Any]) -> int:
     wanted = [1] * 256 + [0] * len(SPECIAL) + [len(x.encode()) for x in ADDED]
     found = [list(one.byte_lengths()) for one in tokenizers]
     return sum(x != wanted for x in found)
+
+
+def _lacking(folder: Path) -> int:
+    """A text loses the bytes that no token stands for, in words of every length."""
+    wrong, kept = 0, [b for b in range(256) if b not in b"bX"]
+    for one in _tokenizers(_folder(folder / "lacking", PLAIN, lacks="bX")):
+        for text in ("abc", "b", "bXb", "X a", "ab" * 200, "cab" * 100 + "X"):
+            wrong += one.encode(text) != [kept.index(b) for b in text.encode() if b in kept]
+    return wrong
+
+
+def _fingerprints(folder: Path) -> int:
+    """The hash of the file that has the vocabulary; not of what else is in the folder."""
+    wrong, found = 0, set()
+    for name, lacks in (("one", ""), ("two", "b")):
+        path = _folder(folder / f"fingerprint-{name}", PLAIN, lacks)
+        wanted = hashlib.sha256((path / "tokenizer.json").read_bytes()).hexdigest()
+        wrong += sum(one.fingerprint() != wanted for one in _tokenizers(path))
+        found.add(wanted)
+        (path / "generation_config.json").write_text("{}", encoding="utf-8")
+        wrong += sum(one.fingerprint() != wanted for one in _tokenizers(path))
+    return wrong + (len(found) < 2)
 
 
 def _ends_of_folders(folder: Path) -> int:

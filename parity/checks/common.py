@@ -14,20 +14,45 @@ from typing import Any
 import numpy as np
 import safetensors.numpy
 
-from llm_common import schedule
+from llm_common import random_bits, schedule
 from llm_common.config import ModelConfig, OptimizerConfig
 from llm_common.files.export import export
 from llm_common.files.tensor_files import open_model_files
 from llm_common.run.checkpoint import load_checkpoint, save_checkpoint
-from parity import spec_run
+from parity import spec, spec_run
 from parity.checks.training import UPDATE_ALLOWED, spec_train, update_of
-from parity.core.compare import TORCH, Row, on_both, round_to, shared, three_way
+from parity.core.compare import TORCH, Row, on_both, round_to, shared, three_way, verdict
 from parity.core.inputs import RandomBatches, families, random_weights, start_state
 from parity.sides.settings import Settings
 from parity.trace.trace import located
 from torch_llm.engine.checkpoint import to_training_state
 
 SCHEDULE_ALLOWED = 1e-15  # two float64 spellings of one formula, relative to lr_max; one step early shows above 1e-6
+
+
+def check_random(s: Settings) -> Iterator[Row]:
+    """Random words of seeds and integers of every size, and the uniform numbers that they give: what initial weights,
+    the order of batches and sampled tokens are drawn from.
+    """
+    cases = list(itertools.product((0, s.seed, 2**31 - 1, 2**31 + 5, 2**32 - 1), (0, 1, 1000, 2**31 + 7), (1, 5, 64)))
+    keys = {(seed, folded): spec.fold_in((0, seed), folded) for seed, folded, _ in cases}
+    wrong = 0
+    for seed, folded, n in cases:
+        found = random_bits.random_bits(random_bits.fold_in(random_bits.key(seed), folded), n)
+        wrong += not np.array_equal(found, spec.random_bits(keys[seed, folded], n))
+    yield shared("random", "draws of NumPy with other words", wrong, place="llm_common.random_bits")
+    for dtype in s.dtypes:
+        words, numbers = [0, 0], [0, 0]
+        for i, side in enumerate(s.sides(dtype)):
+            for seed, folded, n in cases:
+                bits, uniform = side.random(seed, folded, n)
+                words[i] += not np.array_equal(bits, spec.random_bits(keys[seed, folded], n))
+                numbers[i] += not np.array_equal(uniform, spec.uniform(keys[seed, folded], n))
+        for what, counts in (("words", words), ("uniform numbers", numbers)):
+            blamed = verdict(bool(counts[0]), bool(counts[1]), alike=True)
+            place = "random_bits.uniform" if what != "words" else "random_bits.threefry2x32"
+            item = f"draws of other {what}, of {len(cases)}"
+            yield Row("random", item, dtype, max(counts), 0, not blamed, blamed, place=place if blamed else "")
 
 
 def check_schedule(s: Settings) -> Iterator[Row]:

@@ -56,7 +56,7 @@ OTHERS: dict[str, list[Any]] = {
     "tie_word_embeddings": [ABSENT, True],
     "sliding_window": [ABSENT, None, 5, 4096],
     "model_type": [ABSENT, None, "gpt2"],
-    "use_sliding_window": [ABSENT, False],
+    "use_sliding_window": [ABSENT, False, None, True],
     "rope_scaling": [None, LLAMA3, {"type": "llama3", **LLAMA3}, {"type": "default"}],
     "rope_parameters": [
         None,
@@ -65,7 +65,13 @@ OTHERS: dict[str, list[Any]] = {
         {"rope_theta": 123.0},
     ],
     "layer_types": [None, ["full_attention"] * 2, ["sliding_attention"] * 2],
-    "attention_bias": [False],
+    "hidden_act": [ABSENT, None, "gelu", "swish"],
+    "attention_bias": [False, None, True],
+    "mlp_bias": [None, True],
+    "partial_rotary_factor": [None, 1.0, 0.5],
+    "rope_interleaved": [None, True],
+    "attention_dropout": [None, 0.1],
+    "quantization_config": [None, {"quant_method": "fp8"}],
     "bos_token_id": [7],
     "torch_dtype": ["bfloat16"],
 }
@@ -86,6 +92,10 @@ def configs(family: str) -> Iterator[tuple[str, dict[str, Any]]]:
             if key in ("rope_scaling", "rope_parameters") and isinstance(value, dict) and "rope_theta" in value:
                 del changed["rope_theta"]
             yield f"{key} = {_text(value)}", {name: x for name, x in changed.items() if x is not ABSENT}
+    for other in (LLAMA3, {"type": "default"}):  # two keys that say the same, or not
+        both = {"rope_parameters": {"rope_type": "default"}, "rope_scaling": other}
+        yield f"both keys of RoPE, {other}", {**base, **both}
+    yield "two values of rope_theta", {**base, "rope_parameters": {"rope_type": "default", "rope_theta": 1e3}}
     classes = [f"{family.capitalize()}ForCausalLM"]
     yield "architectures alone", {**{k: x for k, x in base.items() if k != "model_type"}, "architectures": classes}
     yield "only what it must have", {name: base[name] for name in (*NEEDED, "model_type")}

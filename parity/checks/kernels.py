@@ -6,6 +6,7 @@ forgotten.
 """
 
 import dataclasses
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -15,6 +16,8 @@ import torch
 
 from jax_llm import model as jax_model
 from jax_llm.attention import reference_attention
+from jax_llm.documents import DocumentPlaces as JaxDocumentPlaces
+from jax_llm.fast import kernels as jax_kernels
 from jax_llm.fast import products as jax_products
 from jax_llm.fast.attention import FusedAttention
 from jax_llm.fast.chunked_loss import ChunkedLoss as JaxChunkedLoss
@@ -26,8 +29,10 @@ from parity.core.inputs import random_batch, random_weights
 from parity.sides.settings import Settings
 from torch_llm import model as torch_model
 from torch_llm.attention import reference_attention as torch_reference_attention
+from torch_llm.documents import DocumentPlaces as TorchDocumentPlaces
+from torch_llm.fast import kernels as torch_kernels
 from torch_llm.fast import products as torch_products
-from torch_llm.fast.attention import fused_attention
+from torch_llm.fast.attention import BlockPlaces, block_mask, fused_attention
 from torch_llm.fast.chunked_loss import ChunkedLoss as TorchChunkedLoss
 from torch_llm.fast.layers import Remat
 
@@ -77,8 +82,56 @@ def replacements(length: int) -> tuple[Replacement, ...]:
     )
 
 
+# Settings of a run, and the kernels that they put in the place of what a run without them has.
+ASKED: dict[Side, tuple[tuple[dict[str, Any], dict[str, Any]], ...]] = {
+    JAX: (
+        ({}, {}),
+        ({"attention": "xla"}, {"attention": FusedAttention("xla")}),
+        (
+            {"attention": "cudnn"},
+            {"attention": FusedAttention("cudnn"), "gate_up": jax_products.separated_gate_up},
+        ),
+        ({"remat": "full"}, {"layers": Layers("full")}),
+        ({"remat": "dots", "scan_layers": True}, {"layers": Layers("dots", True)}),
+        ({"scan_layers": True}, {"layers": Layers(scan=True)}),
+        ({"loss_chunks": 3}, {"loss": JaxChunkedLoss(3)}),
+        ({"separator": (3, 0)}, {"places": JaxDocumentPlaces((3, 0))}),
+        ({"separator": 0}, {"places": JaxDocumentPlaces(0)}),
+        ({"fused_projections": True}, {"qkv": jax_products.fused_qkv, "gate_up": jax_products.fused_gate_up}),
+    ),
+    TORCH: (
+        ({}, {}),
+        ({"attention": "sdpa"}, {"attention": fused_attention}),
+        ({"remat": "full"}, {"layer": Remat("full")}),
+        ({"remat": "dots"}, {"layer": Remat("dots")}),
+        ({"loss_chunks": 3}, {"loss": TorchChunkedLoss(3)}),
+        ({"separator": (3, 0)}, {"places": TorchDocumentPlaces((3, 0))}),
+        ({"separator": 0}, {"places": TorchDocumentPlaces(0)}),
+        ({"block_masks": True}, {"places": BlockPlaces(torch_model.PLAIN.places)}),
+        ({"block_masks": True, "separator": 4}, {"places": BlockPlaces(TorchDocumentPlaces(4))}),
+    ),
+}
+
+
+def _asked() -> Iterator[Row]:
+    """That a run which asks for a kernel has it: another one would give the same numbers."""
+    always = {JAX: {"linear": jax_products.flat_linear}, TORCH: {"embedding": torch_products.lean_embedding}}
+    plain = {JAX: jax_model.PLAIN, TORCH: torch_model.PLAIN}
+    make = {JAX: jax_kernels.make_kernels, TORCH: torch_kernels.make_kernels}
+    for side, cases in ASKED.items():
+        wrong = []
+        for settings, wanted in cases:
+            found, expected = make[side](**settings), dataclasses.replace(plain[side], **always[side] | wanted)
+            fields = [f.name for f in dataclasses.fields(found)]
+            wrong += [f"{settings}: {name}" for name in fields if getattr(found, name) != getattr(expected, name)]
+        item, blamed = f"{side}, kernels that are not what the settings ask for", side if wrong else ""
+        place = "make_kernels" if wrong else ""
+        yield Row("kernels", item, "", len(wrong), 0, not wrong, blamed, "; ".join(wrong[:3]), place)
+
+
 def check_kernels(s: Settings) -> Iterator[Row]:
     """Loss, gradients and logits with one kernel replaced, against the plain model of the same side."""
+    yield from _asked()
     yield from _windows(s)
     weights = random_weights(s.cfg, s.seed)
     ids, targets = random_batch(s.cfg, s.seed, s.batch, s.length)
@@ -103,6 +156,13 @@ def check_kernels(s: Settings) -> Iterator[Row]:
             yield Row("kernels", item, dtype, error, allowed, ok, "" if ok else one.side, place="" if ok else one.name)
 
 
+def _in_blocks(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Attention of two sequences with a mask (T, T) as FlexAttention takes it."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that it is slow without a compiler
+        return fused_attention(q, k, v, block_mask(mask.expand(len(q), 1, *mask.shape)))
+
+
 def _windows(s: Settings) -> Iterator[Row]:
     """Attention that takes a window by itself, against a mask of that window, around the length T of a sequence;
     without cache.
@@ -122,7 +182,10 @@ def _windows(s: Settings) -> Iterator[Row]:
             mask = (distance >= 0) & (distance < window)
             a, b, c = put(q), put(k), put(v)
             expected = np.asarray(plain(a, b, c, put(mask)), np.float64)
-            found = [np.asarray(kernel(a, b, c, None, window), np.float64) for kernel in (fused, plain)]
+            found = [kernel(a, b, c, None, window) for kernel in (fused, plain)]
+            if name is TORCH:
+                found.append(_in_blocks(a, b, c, put(mask)))
+            found = [np.asarray(x, np.float64) for x in found]
             size = float(np.linalg.norm(expected))
             errors[f"window {window} of {t}"] = max(tensor_error(x, expected, size) for x in found)
         at, error = worst(errors)

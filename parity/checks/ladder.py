@@ -16,7 +16,7 @@ from llm_common.processes import end_with_parent
 from llm_common.run.host_memory import keep_freed_memory
 from parity.checks.bookkeeping import check_bookkeeping
 from parity.checks.calls import check_calls
-from parity.checks.common import check_files, check_resume, check_schedule
+from parity.checks.common import check_files, check_random, check_resume, check_schedule
 from parity.checks.configs import check_config
 from parity.checks.data import check_data, check_evaluation, check_tokenizer
 from parity.checks.devices import check_device
@@ -36,6 +36,7 @@ from parity.sides.settings import Settings
 CHECKS: dict[str, Callable[[Settings], Iterator[Row]]] = {
     "spec": check_spec,
     "config": check_config,
+    "random": check_random,
     "tokenizer": check_tokenizer,
     "data": check_data,
     "bookkeeping": check_bookkeeping,

@@ -5,6 +5,7 @@ Rows of the check `bookkeeping`, with those of `parity.checks.bookkeeping`.
 
 import csv
 import dataclasses
+import hashlib
 import io
 import itertools
 import json
@@ -18,14 +19,16 @@ from unittest import mock
 import numpy as np
 import regex
 
-from llm_common.config import OptimizerConfig, Recipe, RunConfig, TrainConfig
+from llm_common.config import ExecutionConfig, OptimizerConfig, Recipe, RunConfig, TrainConfig
 from llm_common.data.answers import ExampleReader
 from llm_common.data.datasets import write_tokens
 from llm_common.data.sequences import DocumentEncoder, resolve_token
+from llm_common.errors import UserError
 from llm_common.files.export import export
 from llm_common.files.tensor_files import plan_shards
 from llm_common.run import folder as run_folder
-from llm_common.run.estimates import attention_flops, flops_per_step
+from llm_common.run.estimates import attention_flops, decode_bytes, flops_per_step
+from llm_common.run.settings import check_resumable, run_settings, well_formed_settings
 from llm_common.text import bpe_reference
 from llm_common.text.bpe_trainer import count_words, learn_merges
 from llm_common.text.corpus import Corpus
@@ -59,7 +62,11 @@ SAMPLES = (
 def rule_rows(s: Settings, folder: Path, tokenizers: list[Any]) -> Iterator[Row]:
     """All of them, in a folder of their own. tokenizers: of a Hugging Face folder."""
     row = lambda item, wrong, place: shared("bookkeeping", item, wrong, place=place)
-    yield row("parameters and operations that are counted", _counts(s), "estimates")
+    for place, wrong in _counts(s).items():
+        yield row(f"what {place} counts", wrong, place)
+    yield row("settings that make another run", _settings(s), "settings.differences")
+    yield row("settings of a form that no run gives", _forms(), "settings.well_formed_settings")
+    yield row("tokenizers that are saved and read again", _saved(folder), "Tokenizer.load")
     yield row("words of published patterns", _words(), "PATTERNS")
     yield row("texts of a table with line breaks", _tables(folder), "csv_records")
     yield row("merges of runs of one sign", _runs(), "learn_merges")
@@ -74,22 +81,132 @@ def rule_rows(s: Settings, folder: Path, tokenizers: list[Any]) -> Iterator[Row]
     yield row("merges of a corpus without its special token", _trained(folder), "train_tokenizer.py")
 
 
-def _counts(s: Settings) -> int:
-    wrong = 0
-    for cfg in variants(s.cfg).values():
-        wrong += cfg.num_parameters() != sum(int(np.prod(shape)) for shape in spec.weight_shapes(cfg).values())
+def _counts(s: Settings) -> dict[str, int]:
+    wrong: dict[str, int] = dict.fromkeys(("num_parameters", "attention_flops", "flops_per_step", "decode_bytes"), 0)
+    tied = dataclasses.replace(s.cfg, tie_word_embeddings=True)
+    for cfg in (*variants(s.cfg).values(), tied):
+        shapes = spec.weight_shapes(cfg)
+        parameters = sum(math.prod(shape) for shape in shapes.values())
+        wrong["num_parameters"] += cfg.num_parameters() != parameters
+        # each weight of a product once for a token: all but gains, biases and a table that is looked up
+        of_products = sum(math.prod(x) for name, x in shapes.items() if len(x) == 2 and "embed" not in name)
+        of_products += math.prod(shapes["model.embed_tokens.weight"]) * cfg.tie_word_embeddings
         for length in (1, 3, 4, 5, 9):
             train = TrainConfig(batch_size=2, seq_len=length)
             window = cfg.sliding_window or length
             pairs = sum(min(t + 1, window) for t in range(length))  # each a product with k and one with v
             wanted = 3 * 2 * 2 * 2 * pairs * cfg.num_hidden_layers * cfg.num_attention_heads * cfg.head_dim
-            wrong += not np.isclose(attention_flops(cfg, train), wanted, rtol=1e-12)
-            # each weight of a product once for a token: all but gains, biases and a table that is looked up
-            shapes = spec.weight_shapes(cfg)
-            of_products = sum(math.prod(x) for name, x in shapes.items() if len(x) == 2 and "embed" not in name)
-            of_products += math.prod(shapes["model.embed_tokens.weight"]) * cfg.tie_word_embeddings
+            wrong["attention_flops"] += not np.isclose(attention_flops(cfg, train), wanted, rtol=1e-12)
             wanted += 6 * of_products * 2 * length
-            wrong += not np.isclose(flops_per_step(cfg, train), wanted, rtol=1e-12)
+            wrong["flops_per_step"] += not np.isclose(flops_per_step(cfg, train), wanted, rtol=1e-12)
+            # all weights but a table in which one row is looked up; k and v of every position before
+            read = parameters - (0 if cfg.tie_word_embeddings else math.prod(shapes["model.embed_tokens.weight"]))
+            read += 2 * 3 * length * cfg.num_hidden_layers * cfg.num_key_value_heads * cfg.head_dim
+            for dtype, size in (("float64", 8), ("float32", 4), ("bfloat16", 2)):
+                wrong["decode_bytes"] += decode_bytes(cfg, 3, length, dtype) != size * read
+    return wrong
+
+
+# Of what a run is made, a value that is not the default; what may change from one start to the next.
+OTHER: dict[str, Any] = {
+    "seed": 5, "batch_size": 3, "seq_len": 7, "compute_dtype": "bfloat16", "document_separator": 4, "lr_max": 0.5,
+    "lr_min": 5e-5, "warmup_steps": 4, "beta1": 0.5, "beta2": 0.6, "eps": 1e-3, "weight_decay": 0.7,
+    "max_grad_norm": 9.0, "tokens": 2, "sha256": "b", "order": 3,
+}  # fmt: skip
+MAY_CHANGE = {
+    "attention_backend": "reference", "gradient_accumulation_steps": 2, "loss_chunks": 2, "remat": "full",
+    "compile": "off", "scan_layers": True, "deterministic": True, "max_skipped_steps": 3, "total_steps": 2000,
+}  # fmt: skip
+
+
+class _Data:
+    def __init__(self, **fields: Any) -> None:
+        self.fields = {"tokens": 1, "sha256": "a", "order": 2} | fields
+
+    def batch(self, step: int, host: int = 0, n_hosts: int = 1) -> Any:
+        raise NotImplementedError
+
+    def fingerprint(self) -> dict[str, Any]:
+        return self.fields
+
+
+def _settings(s: Settings) -> int:
+    """Every field by itself: whether a run that was begun without it may go on with it. And fewer steps, which no run
+    takes.
+    """
+
+    def of(**fields: Any) -> dict[str, Any]:
+        take = lambda kind: {f.name: fields[f.name] for f in dataclasses.fields(kind) if f.name in fields}
+        train, optimizer = TrainConfig(**take(TrainConfig)), OptimizerConfig(**take(OptimizerConfig))
+        data = _Data(**{key: x for key, x in fields.items() if key in ("tokens", "sha256", "order")})
+        recipe = Recipe(
+            dataclasses.replace(s.cfg, max_position_embeddings=256),
+            train,
+            optimizer,
+            ExecutionConfig(**take(ExecutionConfig)),
+        )
+        return json.loads(json.dumps(run_settings(recipe, data)))
+
+    def goes_on(asked: dict[str, Any]) -> bool:
+        try:
+            check_resumable(Path("run"), of(), asked)
+        except UserError:
+            return False
+        return True
+
+    wrong = sum(goes_on(of(**{key: x})) for key, x in OTHER.items())
+    wrong += sum(not goes_on(of(**{key: x})) for key, x in MAY_CHANGE.items())
+    declared = {f.name for kind in (TrainConfig, OptimizerConfig, ExecutionConfig) for f in dataclasses.fields(kind)}
+    return wrong + (not goes_on(of())) + goes_on(of(total_steps=999)) + len(declared - {*OTHER, *MAY_CHANGE})
+
+
+def _forms() -> int:
+    good: dict[str, Any] = {"train": {}, "optimizer": {}, "data": {}, "segments": [{}, {}]}
+    bad = [{**good, key: x} for key in ("train", "optimizer", "data", "segments") for x in (None, 3, "x", True, "[]")]
+    bad += [{**good, "segments": x} for x in ({"a": {}}, [3], [{}, []])]
+    bad += [{**good, key: []} for key in ("train", "optimizer", "data", "roles", "evaluation")]
+    found = [well_formed_settings(x) for x in (good, {}, *bad, [], None, 3)]
+    return sum(a != b for a, b in zip(found, [True, True, *[False] * (len(bad) + 3)], strict=True))
+
+
+def _saved(folder: Path) -> int:
+    """Every setting that decides ids: the file, written by hand, too; what is read from it; its fingerprint."""
+    merges, letters = [(b"a", b"b"), (b"ab", b"c")], {i: bytes([i * 7 % 256]) for i in range(256)}
+    vocab, wrong = letters | {260: b"ab", 258: b"abc"}, 0
+    cases: tuple[dict[str, Any], ...] = (
+        {},
+        {"ignore_merges": True},
+        {"normalization": "NFC"},
+        {"pattern": "llama3"},
+        {"prompt_prefix": [END]},
+        {"special_tokens": [END, "<x>"], "end_token": "<x>"},
+        {"added_tokens": ["<x>"]},
+    )
+    for fields in cases:
+        one = Tokenizer(merges, vocab=vocab, fast=False, **fields)
+        one.save(folder / "saved.json")
+        special, added = fields.get("special_tokens", [END]), fields.get("added_tokens", [])
+        numbers = {text: 261 + i for i, text in enumerate([*special, *added])}
+        content = {
+            "format": 1,
+            "pattern": fields.get("pattern", "gpt2"),
+            "special_tokens": {text: numbers[text] for text in special},
+            "merges": ["61 62", "6162 63"],
+            "vocab": {str(i): token.hex() for i, token in vocab.items()}
+            | {str(i): text.encode().hex() for text, i in numbers.items()},
+        }
+        as_given = ("ignore_merges", "normalization", "prompt_prefix", "end_token")
+        content |= {key: fields[key] for key in as_given if key in fields}
+        content |= {"added_tokens": {text: numbers[text] for text in added}} if added else {}
+        written = json.dumps(content, indent=0)
+        wrong += (folder / "saved.json").read_text(encoding="utf-8") != written
+        wrong += one.fingerprint() != hashlib.sha256(written.encode()).hexdigest()
+        again = Tokenizer.load(folder / "saved.json")
+        for text in ("abc abcab", "e\u0301 <x>", f"q{END}abc"):
+            wrong += one.encode(text) != again.encode(text) or one.decode(one.encode(text)) != again.decode(
+                again.encode(text)
+            )
+        wrong += (one.end_of_text, one.prompt_prefix) != (again.end_of_text, tuple(again.prompt_prefix))
     return wrong
 
 

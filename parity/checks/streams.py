@@ -31,6 +31,7 @@ def stream_rows(merges: list[tuple[bytes, bytes]]) -> Iterator[Row]:
         "tokenizer", "ids of streams with special tokens at every border", _streams(merges), place="stream_blocks"
     )
     yield shared("tokenizer", "ids whose bytes are counted wrong", _bytes(merges), place="byte_lengths")
+    yield shared("tokenizer", "texts given out in pieces of characters", _pieces(merges), place="TextStream.feed")
     yield shared("tokenizer", "texts that end at another stop string", _stops(merges), place="TextStream")
 
 
@@ -105,11 +106,30 @@ def _bytes(merges: list[tuple[bytes, bytes]]) -> int:
     return int(np.sum(lengths != expected)) if len(lengths) == len(expected) else len(expected)
 
 
+def _pieces(merges: list[tuple[bytes, bytes]]) -> int:
+    """Characters whose bytes are several tokens are given out whole, when the last of them is there; what never becomes
+    one, at the end.
+    """
+    tokenizer, wrong = Tokenizer(merges, fast=False), 0
+    for text in ("naïve 你好 low", "😀😀 é", "e\u0301x"):
+        ids = tokenizer.encode(text)
+        stream, out = TextStream(tokenizer), ""
+        for n in range(1, len(ids) + 1):
+            out += stream.feed(ids[n - 1 : n])
+            complete = b"".join(tokenizer.vocab[i] for i in ids[:n]).decode("utf-8", "ignore")
+            wrong += out != complete
+        broken = TextStream(tokenizer)
+        cut = broken.feed(ids) + broken.feed([0xE4, 0xBD], last=True)
+        wrong += cut != text + "\ufffd"
+    return wrong
+
+
 def _stops(merges: list[tuple[bytes, bytes]]) -> int:
     """Texts given out otherwise than as if their characters came one by one: the stop that is complete first ends a
     text.
     """
-    tokenizer, wrong = Tokenizer([*merges, (b"a", b"b"), (b"c", b" "), (b"d", b"e")], fast=False), 0
+    more = [pair for pair in ((b"a", b"b"), (b"c", b" "), (b"d", b"e")) if pair not in merges]
+    tokenizer, wrong = Tokenizer([*merges, *more], fast=False), 0
     text = "low xabc def é zz"
     # ids of one, two and more characters, and one that completes several stops at once
     whole = tokenizer.encode(text)

@@ -3,15 +3,19 @@
 import dataclasses
 import itertools
 import math
+import operator
 from collections.abc import Iterator
+from unittest import mock
 
 import numpy as np
 
 from llm_common.config import SamplingConfig
 from parity import spec
-from parity.core.compare import Row, three_way, verdict
+from parity.core.compare import TORCH, Row, three_way, verdict
 from parity.core.inputs import random_batch, random_weights
 from parity.sides.settings import Settings
+from torch_llm.engine import decoding, generate
+from torch_llm.engine.decoding import GraphCache
 
 # A draw may differ where the float64 margin is below 4 x the measured logit error over the temperature, and such draws
 # are rare: at most 5 in 20,000.
@@ -63,6 +67,7 @@ def check_tokens(s: Settings) -> Iterator[Row]:
         yield _noise(s)
         yield from _filters(s)
         yield from _texts(s)
+        yield _captured(s)
     for dtype in [d for d in ("float32", "bfloat16") if d in s.dtypes]:
         yield from _draws(s, dtype)
     if "bfloat16" in s.dtypes:
@@ -154,6 +159,24 @@ def _texts(s: Settings) -> Iterator[Row]:
         place = "generate" if side else ""
         item = f"texts that differ, of {len(expected)}; {name}"
         yield Row("tokens", item, "float64", max(differing), 0, not side, side, "", place)
+
+
+def _captured(s: Settings) -> Row:
+    """Texts of torch's steps that are captured once and played again: the same programs for prompts and seeds that come
+    later, which find what the earlier ones left, with prompts that are captured and with some that are too many.
+    """
+    weights, (prompts, n_new) = random_weights(s.cfg, s.seed), _prompts(s)
+    side, n_new, wrong, n = s.sides("float64")[1], min(6, n_new), 0, 0
+    for limit in (decoding.CAPTURED_PROMPTS, 0):
+        programs = GraphCache(compile=False)
+        with mock.patch.object(generate, "CAPTURED_PROMPTS", limit):
+            for given, name in itertools.product((prompts, [prompts[0][::-1], *prompts[:2]]), WHOLE_TEXTS):
+                sampling = dataclasses.replace(settings(s.seed % 2**31)[name], seed=s.seed % 2**31 + n)
+                expected = spec.generate(weights, given, s.cfg, sampling, n_new)
+                wrong += sum(map(operator.ne, side.captured(weights, given, n_new, sampling, (), programs), expected))
+                n += len(given)
+    blamed, item = TORCH if wrong else "", f"texts of captured steps that differ, of {n}"
+    return Row("tokens", item, "float64", wrong, 0, not wrong, blamed, place="CapturedSteps" if wrong else "")
 
 
 def _draws(s: Settings, dtype: str) -> Iterator[Row]:

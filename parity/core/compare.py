@@ -7,7 +7,9 @@ that is zero up to rounding. Every check has three witnesses, so a verdict names
 import dataclasses
 import enum
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -176,14 +178,19 @@ PACKAGES = {"jax_llm": JAX, "torch_llm": TORCH, "llm_common": SHARED}
 
 
 def raised_in(error: BaseException) -> tuple[Side | str, str]:
-    """The side and the function of ours in which an exception was raised, or in which what raised it was called."""
-    side, place, frame = "", "", error.__traceback__
+    """The side and the function of ours in which an exception was raised, or in which what raised it was called; with
+    it, what had called that function: what is raised often comes from what was handed over.
+    """
+    side, path, frame = "", [], error.__traceback__
     while frame is not None:
         package, code = frame.tb_frame.f_globals.get("__name__", "").split(".")[0], frame.tb_frame.f_code
         if package in PACKAGES:
-            side, place = PACKAGES[package], code.co_qualname.replace("<locals>.", "").removesuffix(".<lambda>")
+            side = PACKAGES[package]
+            function = re.sub(r"<locals>\.|(\.?<\w+>)+$", "", code.co_qualname) or "the module"
+            path.append(f"{function} in {Path(code.co_filename).name}")
         frame = frame.tb_next
-    return side, place
+    inner_first = list(dict.fromkeys(reversed(path)))
+    return side, ", called by ".join(inner_first[:2])
 
 
 def said(error: Exception) -> str:

@@ -309,6 +309,13 @@ class JaxSide:
         with self.scope():
             return np.asarray(sampling.filter_logits(jnp.array(logits, jnp.dtype(self.dtype)), cfg), np.float64)
 
+    def random(self, seed: int, folded: int, n: int) -> tuple[np.ndarray, np.ndarray]:
+        """n random words of a seed's key with an integer folded in, and the uniform numbers that they give."""
+        with self.scope():
+            bits = random_bits.random_bits(random_bits.fold_in(random_bits.key(seed), folded), n)
+            uniform = random_bits.uniform(bits, jnp.dtype(self.master))
+            return np.asarray(bits, np.uint64), np.asarray(uniform).astype(np.float64)
+
     def noise(self, seed: int, rows: np.ndarray, positions: np.ndarray) -> np.ndarray:
         """The Gumbel noise (n, V) of some draws."""
         with self.scope():

@@ -24,9 +24,9 @@ from parity.sides.taps import TorchRecorder, Values
 from torch_llm import random_bits, sampling
 from torch_llm.engine import checkpoint
 from torch_llm.engine.backend import BACKEND
-from torch_llm.engine.decoding import fuse_projections
+from torch_llm.engine.decoding import GraphCache, fuse_projections
 from torch_llm.engine.device import matmul_precision, select_device
-from torch_llm.engine.generate import generate
+from torch_llm.engine.generate import generate, generate_stream
 from torch_llm.engine.gradients import loss_and_grads
 from torch_llm.engine.train import Trainer
 from torch_llm.fast.attention import resolve_backend
@@ -262,6 +262,12 @@ class TorchSide:
         tensor = self._tensor(logits).to(getattr(torch, self.dtype))
         return sampling.filter_logits(tensor, cfg).double().cpu().numpy()
 
+    def random(self, seed: int, folded: int, n: int) -> tuple[np.ndarray, np.ndarray]:
+        """n random words of a seed's key with an integer folded in, and the uniform numbers that they give."""
+        bits = random_bits.random_bits(random_bits.fold_in(random_bits.key(seed, self.device), folded), n)
+        uniform = random_bits.uniform(bits, getattr(torch, self.master))
+        return bits.cpu().numpy().astype(np.uint64), uniform.double().cpu().numpy()
+
     def noise(self, seed: int, rows: np.ndarray, positions: np.ndarray) -> np.ndarray:
         """The Gumbel noise (n, V) of some draws."""
         args = random_bits.key(seed, self.device), self._tensor(rows), self._tensor(positions)
@@ -293,6 +299,14 @@ class TorchSide:
     ) -> list[list[int]]:
         with self.scope():
             return generate(self._model(weights), prompts, n_new, cfg, eos_ids, finished=finished)
+
+    def captured(
+        self, weights: Tensors, prompts, n_new: int, cfg: SamplingConfig, eos_ids: tuple[int, ...], programs: GraphCache
+    ) -> list[list[int]]:
+        """The same from steps that are captured once and played again, as on a GPU; on a CPU, one by one."""
+        with self.scope():
+            stream = generate_stream(self._model(weights), prompts, n_new, cfg, eos_ids, programs=programs)
+            return join(stream, len(prompts))
 
 
 def _float64(tensors: Tensors) -> Tensors:

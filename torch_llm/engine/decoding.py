@@ -7,6 +7,7 @@
 B batch, P longest prompt, V vocab_size.
 """
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -75,7 +76,8 @@ class CapturedSteps:
     """`decode_step` as CUDA graphs, one for each number of tokens, which are played with nothing asked of the host
     between.
 
-    They read and write at fixed places: the cache, the key and the numbers of the texts, and each its tokens.
+    They read and write at fixed places: the cache, the key and the numbers of the texts, and each its tokens. A device
+    without such graphs takes the steps one by one, at the same places.
     """
 
     def __init__(self, model: CausalLM, batch_size: int, slots: int, sampling: SamplingConfig, compile: bool) -> None:
@@ -85,8 +87,8 @@ class CapturedSteps:
         self.numbers, self.key = torch.zeros_like(self.cache.length), random_bits.key(0, self.device)
         # made here, not while capturing
         model.model.places.rotary_table(self.numbers[:, None], upcast(weight[:0]).dtype)
-        self.graphs: dict[int, tuple[torch.cuda.CUDAGraph, Tensor, Tensor]] = {}
-        self.pool = torch.cuda.graph_pool_handle()
+        self.graphs: dict[int, tuple[Callable[[], None], Tensor, Tensor]] = {}
+        self.pool = torch.cuda.graph_pool_handle() if self.device.type == "cuda" else None
 
     @torch.no_grad()
     def capture(self, t: int) -> None:
@@ -105,6 +107,11 @@ class CapturedSteps:
             drawn = step(self.model, self.cache, tokens, self.key, self.numbers, self.sampling, lengths)
             tokens[:, 0].copy_(drawn)
 
+        play = run if self.pool is None else self._recorded(run)
+        self.graphs[t] = play, tokens, lengths
+
+    def _recorded(self, run: Callable[[], None]) -> Callable[[], None]:
+        """What `run` asks of the device, as a graph."""
         stream, graph = torch.cuda.Stream(self.device), torch.cuda.CUDAGraph()
         stream.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(stream):
@@ -114,7 +121,7 @@ class CapturedSteps:
         torch.cuda.current_stream(self.device).wait_stream(stream)
         with torch.cuda.graph(graph, pool=self.pool):
             run()
-        self.graphs[t] = graph, tokens, lengths
+        return graph.replay
 
     def start(self, key: Tensor, numbers: Tensor) -> None:
         """Empty the cache for new texts."""
@@ -126,11 +133,11 @@ class CapturedSteps:
         """The ids (B,) that follow tokens (B, T), of which `lengths` (B,) are each text's own, as they were before if
         not given.
         """
-        graph, own_tokens, own_lengths = self.graphs[tokens.shape[1]]
+        play, own_tokens, own_lengths = self.graphs[tokens.shape[1]]
         own_tokens.copy_(tokens)
         if lengths is not None:
             own_lengths.copy_(lengths)
-        graph.replay()
+        play()
         return own_tokens[:, 0].clone()
 
 

@@ -39,7 +39,7 @@ IN: dict[str, tuple[str, ...]] = {
     "torch_llm/fast/optim.py": ("adamw", "clip", "optimizer", "update"),
     # --- what both share
     "llm_common/config.py": ("config", "preset"),
-    "llm_common/hf_config.py": ("config",),
+    "llm_common/hf_config.py": ("config", "from_hf", "to_hf"),
     "llm_common/random_bits.py": ("random", "init", "bits", "gumbel"),
     "llm_common/rope.py": ("rope", "frequenc", "rotary", "self_attn"),
     "llm_common/schedule.py": ("schedule", "step_scalars", "lr"),
