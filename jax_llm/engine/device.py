@@ -20,8 +20,10 @@ def matmul_precision(compute_dtype: str):
 
 
 def x64(master_dtype: str):
-    """A context in which arrays of the master dtype can exist: JAX has float64 only where it is switched on."""
-    return jax.enable_x64(True) if master_dtype == "float64" else contextlib.nullcontext()
+    """A context in which arrays of the master dtype can exist, and none that is wider: JAX has float64 only where it is
+    switched on, and where it is, numbers that a float32 run makes of Python's would be float64.
+    """
+    return jax.enable_x64(master_dtype == "float64")
 
 
 def platform_devices(name: str) -> list[Any]:

@@ -28,7 +28,7 @@ from jax_llm.model import CausalLM
 from jax_llm.params import Params
 from llm_common.config import ModelConfig, SamplingConfig
 from llm_common.tensors import Tensors, bucket, check_prompts
-from llm_common.text.drawn_texts import DrawnTexts, join
+from llm_common.text.drawn_texts import DrawnTexts, chunks_ahead, join
 
 CHUNK = 16  # tokens drawn by one call of the compiled loop, after which the host looks at the texts
 
@@ -58,7 +58,7 @@ def generate_stream(
     row_numbers = np.arange(b, dtype=np.int32) if numbers is None else np.array(numbers, np.int32)
     seed, sampling = np.uint32(sampling.seed), dataclasses.replace(sampling, seed=0)  # a value, not a program
     settings = {"model": model, "sampling": sampling}
-    ahead = 0 if next(iter(params["model"]["norm"]["weight"].devices())).platform == "cpu" else 1
+    ahead = chunks_ahead(next(iter(params["model"]["norm"]["weight"].devices())).platform)
     cache, tokens = prefill(params, padded, lengths, row_numbers, seed, slots=slots, **settings)
     begun, total, pieces = 1, 0, deque([tokens[:, None]])
     explain = lambda row, ids: why_not_finite(model, params, [*padded[row, : lengths[row]], *ids])

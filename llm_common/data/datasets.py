@@ -28,6 +28,7 @@ from llm_common.errors import (
 )
 from llm_common.text.hf_tokenizer import AnyTokenizer
 
+HASHED_AT_ONCE = 1 << 24  # ids
 ORDER = 0x6F726465  # folded into the seed's key for the order of the windows: initial weights have keys of their own
 
 
@@ -277,8 +278,8 @@ class TokenDataset:
         if isinstance(self.tokens, ShardedTokens):
             self.tokens.check()
         digest = hashlib.sha256()
-        for start in range(0, len(self.tokens), 1 << 24):
-            digest.update(self.tokens[start : start + (1 << 24)].tobytes())
+        for start in range(0, len(self.tokens), HASHED_AT_ONCE):
+            digest.update(self.tokens[start : start + HASHED_AT_ONCE].tobytes())
         return {
             "tokens": len(self.tokens),
             "sha256": digest.hexdigest(),

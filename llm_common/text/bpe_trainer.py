@@ -28,6 +28,7 @@ from llm_common.text.tokenizer_json import is_letter_of_a_byte
 from llm_common.text.words import PATTERNS, Words, clean, special_finder, stream_blocks
 
 TIE_RULES = ("greater-bytes", "smaller-ids")
+COUNTED_IDS = 1 << 16  # ids up to which NumPy sorts by counting
 NUMPY_FROM_POSITIONS = 200  # positions from which NumPy is faster than a loop
 FLOOR_DIVISOR = 8  # by which the floor falls
 GAP = -1
@@ -159,7 +160,7 @@ class _Pairs:
         ids = self._ids[at]
         keep = (ids[:-1] >= 0) & (ids[1:] >= 0)
         at, left, right = at[:-1][keep], ids[:-1][keep], ids[1:][keep]
-        if len(self.tokens) <= 1 << 16:  # NumPy sorts 16 bits by counting
+        if len(self.tokens) <= COUNTED_IDS:
             order = np.argsort(right.astype(np.uint16), kind="stable")
             order = order[np.argsort(left[order].astype(np.uint16), kind="stable")]
         else:

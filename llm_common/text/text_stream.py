@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Protocol
 
-CONTEXT = 8  # ids of the prompt that the first new ones are decoded with
+CONTEXT = 8  # ids of the prompt, at least, that the first new ones are decoded with
 REPLACEMENT = "\ufffd"  # what an incomplete character decodes to
 
 
@@ -22,7 +22,7 @@ class TextStream:
 
     def __init__(self, tokenizer: Decoder, stop: Sequence[str] = (), prompt: Sequence[int] = ()) -> None:
         self._tokenizer, self._stop = tokenizer, tuple(stop)
-        self._ids = list(prompt[-CONTEXT:])
+        self._ids = _context(tokenizer, list(prompt))
         # decoding begins at _start; the text up to _settled is in _pending, given out, or the prompt's
         self._start, self._settled = 0, len(self._ids)
         self._pending = ""
@@ -60,3 +60,13 @@ class TextStream:
             if any(stop.startswith(self._pending[-n:]) for stop in self._stop):
                 return n
         return 0
+
+
+def _context(tokenizer: Decoder, prompt: list[int]) -> list[int]:
+    """The end of a prompt that may be decoded by itself: one that begins inside a character may not be. Tokenizers that
+    fall back to bytes take all bytes in a row for broken if the first of them is.
+    """
+    size = CONTEXT
+    while size < len(prompt) and REPLACEMENT in tokenizer.decode(prompt[-size:]):
+        size *= 2
+    return prompt[-size:]

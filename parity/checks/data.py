@@ -9,15 +9,17 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 
 from llm_common.config import ModelConfig
+from llm_common.data import datasets
 from llm_common.data.answers import ExampleDataset, write_examples
 from llm_common.data.datasets import Prefetch, TokenDataset, Windows
 from llm_common.data.evaluation import Evaluation, ExampleEvaluation
 from llm_common.data.sequences import DocumentEncoder, answer_encoder
-from llm_common.text import bpe_reference
+from llm_common.text import bpe_reference, bpe_trainer
 from llm_common.text.bpe_trainer import NUMPY_FROM_POSITIONS, count_words, learn_merges, train_bpe
 from llm_common.text.tokenizer import Tokenizer
 from parity import spec_run
@@ -46,6 +48,8 @@ def check_tokenizer(s: Settings) -> Iterator[Row]:
         for many in (NUMPY_FROM_POSITIONS, 3, 0):  # in a loop, in NumPy, and in both
             found = learn_merges(words, 120, tie_rule, many=many)
             differing += sum(a != b for a, b in itertools.zip_longest(found, expected))
+    with mock.patch.object(bpe_trainer, "COUNTED_IDS", 0):  # as with more than 65,536 tokens
+        differing += learn_merges(words, 120, "greater-bytes") != merges
     differing += train_bpe(TEXTS, 256 + 120 + 1).merges != merges
     differing += train_bpe("".join(TEXTS), 256 + 120 + 1).merges != bpe_reference.train(["".join(TEXTS)], 120, END)
     # until no pair is left, of which most occur once; bytes that are 0, which are letters like others
@@ -107,6 +111,9 @@ def _same_data(s: Settings) -> int:
 
         first = of(tokens)
         found = [of(x) for x in (*others, tokens[:-1])]
+        with mock.patch.object(datasets, "HASHED_AT_ONCE", 7):  # a file of many pieces, in all of which an id counts
+            pieces = {of(np.where(np.arange(40) == at, 99, tokens)) for at in range(40)}
+            found += [first] * (40 - len(pieces)) + [first] * (of(tokens) != first)
         found += [of(tokens, length=5), of(tokens, size=3), of(tokens, seed=(s.seed + 1) % 2**32)]
         return len(found) + 1 - len({first, *found}) + (of(tokens) != first)
 
@@ -119,7 +126,8 @@ def check_data(s: Settings) -> Iterator[Row]:
         np.save(Path(folder) / "tokens.npy", tokens)
         dataset = TokenDataset(Path(folder) / "tokens.npy", length, 2, s.seed)
         batches = [dataset.batch(step) for step in range(n)]  # two epochs
-        windows = list(Windows(dataset))
+        everyone = Windows(dataset)
+        windows = [everyone[i] for i in range(len(everyone))]
         hosts = [[dataset.batch(step, host, 2)[0] for host in (0, 1)] for step in range(n)]
     inputs, targets = (np.concatenate([batch[k] for batch in batches]) for k in (0, 1))
     wrong = int((targets != inputs + 1).sum() + (inputs[:, 1:] != inputs[:, :-1] + 1).sum())
@@ -204,10 +212,12 @@ def _examples(s: Settings) -> Iterator[Row]:
             expected = spec_run.example_batch(examples, 5, 3, s.seed, step)
             wrong += sum(_unequal(*pair) for pair in zip(dataset.batch(step), expected, strict=True))
         yield shared("data", "tokens of examples out of place", wrong, place="ExampleDataset.batch")
+        longest = max(len(prompt) + len(answer) for prompt, answer in examples)
+        wrong = abs(ExampleEvaluation(path, None, 2).seq_len - (longest - 1))
         evaluation = ExampleEvaluation(path, 6, 2, bytes_of_ids)
         found = [np.concatenate(x)[: len(examples)] for x in zip(*evaluation.batches(), strict=True)]
         expected = spec_run.example_rows(examples, 6)
-        wrong = sum(_unequal(*pair) for pair in zip(found, expected, strict=True))
+        wrong += sum(_unequal(*pair) for pair in zip(found, expected, strict=True))
         counted = expected[1][expected[1] != spec_run.IGNORE_INDEX]
         wrong += abs((evaluation.n_bytes() or 0) - int(bytes_of_ids[counted].sum()))
         wrong += abs(evaluation.n_targets - len(counted))

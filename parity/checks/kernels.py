@@ -7,6 +7,7 @@ forgotten.
 
 import dataclasses
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -25,7 +26,7 @@ from jax_llm.fast.layers import Layers
 from parity.checks.model import FLOAT64_ALLOWED
 from parity.checks.noise import ceiling
 from parity.core.compare import JAX, TORCH, Row, Side, Tensors, tensor_error, tensor_errors, worst
-from parity.core.inputs import random_batch, random_weights
+from parity.core.inputs import families, random_batch, random_weights
 from parity.sides.settings import Settings
 from torch_llm import model as torch_model
 from torch_llm.attention import reference_attention as torch_reference_attention
@@ -129,9 +130,42 @@ def _asked() -> Iterator[Row]:
         yield Row("kernels", item, "", len(wrong), 0, not wrong, blamed, "; ".join(wrong[:3]), place)
 
 
+def _used(s: Settings) -> Iterator[Row]:
+    """That a model calls every function that it is handed, as often as it has places for it: a family that brings its
+    own norm or product has it everywhere.
+    """
+    own = families(s.cfg)["Qwen3: norms of q and k"]
+    n = own.num_hidden_layers
+    wanted = {"embedding": 1, "linear": 7 * n + 1, "norm": 4 * n + 1}
+    wanted |= dict.fromkeys(("activation", "attention", "qkv", "gate_up"), n)
+    ids, targets = random_batch(own, s.seed, 1, min(3, s.length))
+    for name, plain in ((JAX, jax_model.PLAIN), (TORCH, torch_model.PLAIN)):
+        calls: Counter[str] = Counter()
+        counted = {field: _counting(getattr(plain, field), calls, field) for field in (*wanted, "places")}
+        side = s.sides("float32", own)[name == TORCH]
+        kernels: Any = dataclasses.replace(plain, **counted)
+        side.results(random_weights(own, s.seed, "float32"), ids, targets, kernels)
+        # the model runs, or is traced, more than once: for the logits and for the loss
+        runs = max(1, calls["embedding"])
+        wrong = [f"{field} {calls[field]}" for field, times in wanted.items() if calls[field] != times * runs]
+        wrong += [] if calls["places"] else ["places 0"]
+        blamed, place = (name, "CausalLM (kernels)") if wrong else ("", "")
+        item = f"{name}, kernels that are called otherwise than a model has places for them"
+        yield Row("kernels", item, "float32", len(wrong), 0, not wrong, blamed, "; ".join(wrong), place)
+
+
+def _counting(kernel: Callable[..., Any], calls: Counter[str], name: str) -> Callable[..., Any]:
+    def call(*args: Any, **kwargs: Any) -> Any:
+        calls[name] += 1
+        return kernel(*args, **kwargs)
+
+    return call
+
+
 def check_kernels(s: Settings) -> Iterator[Row]:
     """Loss, gradients and logits with one kernel replaced, against the plain model of the same side."""
     yield from _asked()
+    yield from _used(s)
     yield from _windows(s)
     weights = random_weights(s.cfg, s.seed)
     ids, targets = random_batch(s.cfg, s.seed, s.batch, s.length)

@@ -1,6 +1,7 @@
 """The ladder: all checks in order, from initial weights to sampled tokens."""
 
 import contextlib
+import dataclasses
 import multiprocessing
 import os
 import tempfile
@@ -29,7 +30,7 @@ from parity.checks.programs import check_programs
 from parity.checks.run_cases import check_runs
 from parity.checks.tokens import check_tokens
 from parity.checks.training import check_adamw, check_library, check_trajectory
-from parity.core.compare import Row, crash
+from parity.core.compare import JAX, SHARED, TORCH, Row, Side, called_by, crash, raised_in
 from parity.core.compile_time import add_flags, known_flags, quick_to_compile, share_compiled
 from parity.sides.settings import Settings
 
@@ -158,4 +159,20 @@ def rows_of(check: str, settings: Settings) -> Iterator[Row]:
         with quick_to_compile() if quick else contextlib.nullcontext():
             yield from CHECKS[check](settings)
     except Exception as error:  # whatever a broken side raises is a finding, and the rows before it stay
-        yield crash(check, error)
+        row = crash(check, error)
+        if row.side == SHARED and (caller := called_by(error)):
+            row = dataclasses.replace(row, side=_who_raises(check, settings, caller))
+        yield row
+
+
+def _who_raises(check: str, settings: Settings, caller: Side) -> Side:
+    """Who is to blame for what shared code raised when a side called it: that side, unless the other one gets the same
+    from it.
+    """
+    other = TORCH if caller == JAX else JAX
+    try:
+        for _ in CHECKS[check](dataclasses.replace(settings, only=other)):
+            pass
+    except Exception as error:
+        return SHARED if raised_in(error)[0] == SHARED else caller
+    return caller

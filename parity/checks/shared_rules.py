@@ -3,6 +3,7 @@
 Rows of the check `bookkeeping`, with those of `parity.checks.bookkeeping`.
 """
 
+import contextlib
 import csv
 import dataclasses
 import hashlib
@@ -29,7 +30,7 @@ from llm_common.files.tensor_files import plan_shards
 from llm_common.run import folder as run_folder
 from llm_common.run.estimates import attention_flops, decode_bytes, flops_per_step
 from llm_common.run.settings import check_resumable, run_settings, well_formed_settings
-from llm_common.text import bpe_reference
+from llm_common.text import bpe_reference, records
 from llm_common.text.bpe_trainer import count_words, learn_merges
 from llm_common.text.corpus import Corpus
 from llm_common.text.hf_tokenizer import companions
@@ -69,6 +70,7 @@ def rule_rows(s: Settings, folder: Path, tokenizers: list[Any]) -> Iterator[Row]
     yield row("tokenizers that are saved and read again", _saved(folder), "Tokenizer.load")
     yield row("words of published patterns", _words(), "PATTERNS")
     yield row("texts of a table with line breaks", _tables(folder), "csv_records")
+    yield row("records that are refused, by their place", _refused(folder), "records")
     yield row("merges of runs of one sign", _runs(), "learn_merges")
     yield row("ids of texts that are composed first", _composed(), "Tokenizer (NFC)")
     yield row("tokens named by a number", _named(), "resolve_token")
@@ -234,6 +236,39 @@ def _tables(folder: Path) -> int:
     return sum(clean(a) != clean(b) for a, b in itertools.zip_longest(found, wanted, fillvalue="(none)"))
 
 
+# A file's name, its contents, and where its error is, or nothing if it is read.
+RECORDS = (
+    ("good.jsonl", '{"text": "a"}\n\n{"text": "b"}\n', ""),
+    ("bad.jsonl", '{"text": "a"}\n{"text": b}\n', "line 2:"),
+    ("gap.jsonl", '{"text": "a"}\n\n[1, 2\n', "line 3:"),
+    ("deep.jsonl", '{"text": "a"}\n' + "[" * 100_000 + "\n", "line 2:"),
+    ("bad.json", '[{"text": "a"}, {"text": b}]', "record 2:"),
+    ("two.json", '{"text": "a"}\n{"text": "b"}\n{"text" "c"}', "record 3:"),
+    ("cut.json", '[{"text": "a"}', "cut off:"),
+    ("wide.csv", "text,n\na,1\nb,2,3\n", "line 3:"),
+    ("twice.csv", "text,text\na,b\n", "twice.csv:"),
+    ("unit.jsonl", json.dumps({"text": "x" * 28}) + "\n", ""),  # 40 characters, as many as a line may have below
+    ("long.jsonl", json.dumps({"text": "x" * 40}) + "\n", "long.jsonl:"),
+)
+
+
+def _refused(folder: Path) -> int:
+    wrong = 0
+    for name, content, where in RECORDS:
+        (folder / name).write_text(content, encoding="utf-8")
+        limit = 40 if name in ("unit.jsonl", "long.jsonl") else records.LARGEST_RECORD
+        with (
+            mock.patch.object(records, "LARGEST_RECORD", limit),
+            mock.patch.object(Corpus._bytes, "__defaults__", (16,)),
+        ):
+            try:
+                found, text = len(list(Corpus([folder / name]).documents())), ""
+            except UserError as error:
+                found, text = 0, str(error)
+        wrong += (where not in text) if where else (found != content.count("text") or text != "")
+    return wrong
+
+
 def _runs() -> int:
     """Rows of spaces, dashes and pairs of letters, of many lengths: pairs that overlap themselves."""
     texts = [f"{sign * n} x" for sign in ("-", " ", "ab", "aab") for n in (1, 2, 3, 5, 8, 9, 16, 17, 31, 40)] * 3
@@ -265,7 +300,12 @@ def _named() -> int:
     """A token's text goes before its id; a number that is no token's text is an id."""
     tokenizer = Tokenizer([], [END, "17", "<x>"], fast=False)
     cases = {"17": 257, "7": ord("7"), "30": 30, "<x>": 258, "257": 257, END: 256, "none": None}
-    return sum(resolve_token(tokenizer, text, "`turn_end`") != wanted for text, wanted in cases.items())
+    wrong = sum(resolve_token(tokenizer, text, "`turn_end`") != wanted for text, wanted in cases.items())
+    for text in ("<y>", "259", "0000000005"):  # no token's text, and no id
+        with contextlib.suppress(UserError):
+            resolve_token(tokenizer, text, "`turn_end`")
+            wrong += 1
+    return wrong
 
 
 def _examples() -> int:

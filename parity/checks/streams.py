@@ -48,6 +48,9 @@ def _files() -> int:
         "d.csv": "text\n" + "\n".join(map(quoted, documents)) + "\n",
     }
     with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "one.txt").write_text("x", encoding="utf-8")  # the shortest document that there is
+        wrong += list(Corpus([Path(folder) / "one.txt"]).documents()) != ["x"]
+        wrong += ["".join(x) for x in Corpus([Path(folder) / "one.txt"]).stretches()] != ["x"]
         for name, content in contents.items():
             (Path(folder) / name).write_text(content, encoding="utf-8", newline="")
             (Path(folder) / f"{name}.gz").write_bytes(gzip.compress(content.encode()))
@@ -86,6 +89,9 @@ def _streams(merges: list[tuple[bytes, bytes]]) -> int:
         f"low<|im_start|>lower <s>new§er==>wide<|im|>st <|im_start <s <tool>{END}newest "
         f"<|im_sta<|im_start|>12{END[:-1]}"
     )
+    for block in (1, 2, 3, 4):
+        pieces = list(Tokenizer(merges, ["a.b"], fast=False).encode_iterable(["a.b", "xyz"], block))
+        wrong += pieces != [256 + len(merges), *bpe_reference.encode("xyz", merges, "\0")]
     every, plain = SPECIAL + ADDED, ADDED
     expected = _ids(text, tokenizer, merges, every)
     wrong += tokenizer.encode(text) != expected
@@ -121,7 +127,29 @@ def _pieces(merges: list[tuple[bytes, bytes]]) -> int:
         broken = TextStream(tokenizer)
         cut = broken.feed(ids) + broken.feed([0xE4, 0xBD], last=True)
         wrong += cut != text + "\ufffd"
+    for prompt, text, n in itertools.product(
+        ("", "a", "漢字漢字漢字", "low 漢字漢字x"), ("語語a", "a語", "語"), (1, 2, 20)
+    ):
+        before, ids = list(prompt.encode()), list(text.encode())
+        stream = TextStream(_Fallback(), ("字",), before)
+        wrong += "".join(stream.feed(ids[i : i + n], last=i + n >= len(ids)) for i in range(0, len(ids), n)) != text
     return wrong
+
+
+class _Fallback:
+    """Decodes ids that are bytes as tokenizers do that fall back to them: of a row with a broken character none is
+    right.
+    """
+
+    def decode(self, ids: Sequence[int], /) -> str:
+        text = ""
+        for high, row in itertools.groupby(ids, key=lambda i: i > 127):
+            data = bytes(row)
+            try:
+                text += data.decode()
+            except UnicodeDecodeError:
+                text += "\ufffd" * len(data) if high else ""
+        return text
 
 
 def _stops(merges: list[tuple[bytes, bytes]]) -> int:

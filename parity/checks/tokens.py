@@ -1,5 +1,6 @@
 """Checks of sampled tokens: whole texts in float64, single draws in float32, samplers alone for bfloat16."""
 
+import contextlib
 import dataclasses
 import itertools
 import math
@@ -9,6 +10,7 @@ from unittest import mock
 
 import numpy as np
 
+from jax_llm.engine import generate as jax_generate
 from llm_common.config import SamplingConfig
 from parity import spec
 from parity.core.compare import TORCH, Row, three_way, verdict
@@ -145,20 +147,28 @@ def _texts(s: Settings) -> Iterator[Row]:
     """
     weights, (prompts, n_new) = random_weights(s.cfg, s.seed), _prompts(s)
     sides = s.sides("float64")
-    for name, sampling in settings(s.seed % 2**31).items():
-        if name not in WHOLE_TEXTS:
-            continue
-        differing = [0, 0, 0]
+    for ahead, name in enumerate(WHOLE_TEXTS):
+        sampling, differing = settings(s.seed % 2**31)[name], [0, 0, 0]
         free = spec.generate(weights, prompts, s.cfg, sampling, n_new)
         eos_id = free[0][min(3, n_new - 1)]
         expected = [text[: text.index(eos_id)] if eos_id in text else text for text in free]
-        texts = [side.generate(weights, prompts, n_new, sampling, (eos_id,)) for side in sides]
+        with looking_late(ahead):
+            texts = [side.generate(weights, prompts, n_new, sampling, (eos_id,)) for side in sides]
         for k, pair in enumerate(((texts[0], expected), (texts[1], expected), (texts[0], texts[1]))):
             differing[k] += sum(a != b for a, b in zip(*pair, strict=True))
         side = verdict(differing[0] > 0, differing[1] > 0, differing[2] == 0)
         place = "generate" if side else ""
         item = f"texts that differ, of {len(expected)}; {name}"
         yield Row("tokens", item, "float64", max(differing), 0, not side, side, "", place)
+
+
+@contextlib.contextmanager
+def looking_late(chunks: int) -> Iterator[None]:
+    """While this is open the host looks at drawn tokens so many chunks late, as with an accelerator."""
+    with contextlib.ExitStack() as stack:
+        for module in (jax_generate, generate):
+            stack.enter_context(mock.patch.object(module, "chunks_ahead", return_value=chunks))
+        yield
 
 
 def _captured(s: Settings) -> Row:

@@ -26,6 +26,7 @@ from pathlib import Path
 from llm_common.config import DTYPES, PRESETS, ModelConfig, preset
 from llm_common.errors import UserError, first_line, require_framework, run_main
 from llm_common.run.host_memory import keep_freed_memory
+from parity.commands.mutants import add_flags, run_mutants
 
 OUT = Path("runs/parity")
 
@@ -50,26 +51,7 @@ def _parser() -> argparse.ArgumentParser:
     trace = commands.add_parser("trace", help="every module of both sides given identical inputs and gradients")
     _model_flags(trace)
     trace.add_argument("--dtype", default="float64", choices=DTYPES)
-    mutants = commands.add_parser("mutants", help="plant bugs and see that each is caught")
-    mutants.add_argument("words", nargs="*", help="only those with one of these words in their area or name")
-    mutants.add_argument("--quick", action="store_true", help="one or two of each area")
-    mutants.add_argument("--list", action="store_true", help="show what would be planted, and where")
-    mutants.add_argument("--jobs", type=int, help="processes (default: one for each core)")
-    mutants.add_argument("--out", type=Path, default=OUT)
-    mutants.add_argument(
-        "--generated",
-        metavar="N",
-        nargs="?",
-        type=int,
-        const=100,
-        help="N small edits drawn by the seed (default: 100)",
-    )
-    mutants.add_argument("--gates", action="store_true", help="what tolerances that others publish let through")
-    mutants.add_argument("--seed", type=int, default=0, help="of --generated")
-    mutants.add_argument("--name", action="append", default=[], help="of --generated: this mutant again")
-    mutants.add_argument("--file", action="append", default=[], help="of --generated: of this file alone")
-    mutants.add_argument("--seconds", type=float, default=math.inf, help="of --generated: begin none after so many")
-    mutants.add_argument("--tests", action="store_true", help="of --generated: unit tests for what parity does not see")
+    add_flags(commands.add_parser("mutants", help="plant bugs and see that each is caught"), OUT)
     pair = commands.add_parser("pair", help="compare a pair of your own: a script that makes a parity.pair.Pair")
     pair.add_argument("script", type=Path, help="Python file; every Pair among its names is compared")
     pair.add_argument("--dtype", action="append", choices=("float64", "float32"), help="float64 and float32 by default")
@@ -123,7 +105,7 @@ def main(argv: list[str] | None = None) -> int:
     commands = {
         "run": _run,
         "trace": _trace,
-        "mutants": _mutants,
+        "mutants": run_mutants,
         "pair": _pair,
         "report": _report,
         "sharded": _sharded,
@@ -212,102 +194,6 @@ def _trace(args: argparse.Namespace) -> bool:
     print_trace(console, found)
     write_trace(args.out / "trace.json", found)
     return found.faults() == (None, None)
-
-
-def _generated(args: argparse.Namespace) -> bool:
-    from parity.mutants.generated.campaign import Outcome, drawn, named, run_campaign, test_survivors
-    from parity.mutants.generated.operators import described
-    from parity.mutants.generated.scope import IN
-    from parity.mutants.generated.table import markdown, reasons, sentence, summary
-    from parity.report.report import make_console
-
-    unknown = [file for file in args.file if file not in IN]
-    if unknown:
-        raise UserError(f"--file {unknown[0]}: not in parity/mutants/generated/scope.py; known: {', '.join(IN)}")
-    console, start, folder = make_console(), time.perf_counter(), args.out / "generated"
-    chosen = named(args.name) if args.name else drawn(args.generated, args.seed, args.file or tuple(IN))
-    if args.list:
-        for mutation in chosen:
-            console.print(str(mutation), markup=False, soft_wrap=True)
-        return True
-    jobs, known, count = args.jobs or os.cpu_count() or 1, reasons(), [0]
-    console.print(f"planting {len(chosen)} generated mutants; outcomes so far are kept in {folder}")
-
-    def tell(outcome: Outcome) -> None:
-        count[0] += 1
-        if outcome.how == "survived" and outcome.name not in known:
-            console.print(f"  survived: {described(outcome)}", markup=False, soft_wrap=True)
-        elif count[0] % 25 == 0:
-            console.print(f"  {count[0]} ({time.perf_counter() - start:.0f} s)")
-
-    cover = lambda key, seconds: console.print(f"  without a mutant: {key} ({seconds:.0f} s)")
-    outcomes = run_campaign(chosen, folder, jobs, tell, cover, again=bool(args.name), seconds=args.seconds)
-    if args.tests:
-        outcomes = test_survivors(outcomes, folder, jobs, lambda text: console.print(text, markup=False))
-    for outcome in outcomes if args.name else []:
-        console.print(outcome, markup=False)
-    console.print(sentence(outcomes))
-    if not args.name:
-        (folder / "generated.md").write_text(
-            markdown(outcomes, args.seed, time.perf_counter() - start), encoding="utf-8"
-        )
-        console.print(f"{folder / 'generated.md'}")
-    return summary(outcomes)["survived"] == 0
-
-
-def _gates(args: argparse.Namespace) -> bool:
-    from parity.mutants.gates import GATES, Verdict, bugs, draw, markdown, run_gates, to_json
-    from parity.report.report import make_console
-
-    console, start, done = make_console(), time.perf_counter(), [0]
-    console.print(f"{len(bugs())} bugs of one side before {len(GATES)} published rules")
-
-    def tell(verdict: Verdict) -> None:
-        done[0] += 1
-        if done[0] % 20 == 0:
-            console.print(f"  {done[0]} ({time.perf_counter() - start:.0f} s)")
-
-    verdicts = run_gates(args.jobs, tell)
-    args.out.mkdir(parents=True, exist_ok=True)
-    (args.out / "gates.json").write_text(to_json(verdicts), encoding="utf-8")
-    (args.out / "gates.md").write_text(markdown(verdicts), encoding="utf-8")
-    draw(verdicts, args.out / "gates.png")
-    console.print(f"{time.perf_counter() - start:.0f} s; {args.out / 'gates.md'}, {args.out / 'gates.png'}")
-    return True
-
-
-def _mutants(args: argparse.Namespace) -> bool:
-    if args.gates:
-        return _gates(args)
-    if args.generated is not None or args.name:
-        return _generated(args)
-    from parity.mutants.score import print_outcomes, run_mutants, select, to_json
-    from parity.report.report import make_console
-
-    console, chosen = make_console(), select(args.words, args.quick)
-    if args.list:
-        for m in chosen:
-            where = "; ".join(edit.target for edit in m.edits)
-            console.print(f"{m.area}: {m.name}  [dim]{where}[/dim]  {m.check} {m.side} {m.place}", soft_wrap=True)
-        return True
-    start = time.perf_counter()
-    console.print(f"planting {len(chosen)} bugs, one by one")
-    done = [0]
-
-    def tell(outcome) -> None:
-        done[0] += 1
-        if not outcome.ok:
-            console.print(f"  not as expected: {outcome.area}: {outcome.name}")
-        elif done[0] % 25 == 0:
-            console.print(f"  {done[0]} ({time.perf_counter() - start:.0f} s)")
-
-    outcomes = run_mutants(chosen, args.jobs, tell)
-    print_outcomes(console, outcomes)
-    args.out.mkdir(parents=True, exist_ok=True)
-    content = to_json(outcomes) | {"seconds": time.perf_counter() - start}
-    (args.out / "mutants.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    console.print(f"{content['seconds']:.0f} s; {args.out / 'mutants.json'}")
-    return all(outcome.ok for outcome in outcomes)
 
 
 def _pair(args: argparse.Namespace) -> bool:

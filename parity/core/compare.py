@@ -179,7 +179,7 @@ PACKAGES = {"jax_llm": JAX, "torch_llm": TORCH, "llm_common": SHARED}
 
 def raised_in(error: BaseException) -> tuple[Side | str, str]:
     """The side and the function of ours in which an exception was raised, or in which what raised it was called; with
-    it, what had called that function: what is raised often comes from what was handed over.
+    it what had called that function, and what the check had called: the mistake is often in what was handed over.
     """
     side, path, frame = "", [], error.__traceback__
     while frame is not None:
@@ -190,7 +190,18 @@ def raised_in(error: BaseException) -> tuple[Side | str, str]:
             path.append(f"{function} in {Path(code.co_filename).name}")
         frame = frame.tb_next
     inner_first = list(dict.fromkeys(reversed(path)))
-    return side, ", called by ".join(inner_first[:2])
+    place = ", called by ".join(inner_first[:2])
+    return side, place + (f", in a call of {inner_first[-1]}" if len(inner_first) > 2 else "")
+
+
+def called_by(error: BaseException) -> Side | None:
+    """The side that called the shared code in which an exception was raised, if one did."""
+    found, frame = None, error.__traceback__
+    while frame is not None:
+        package = frame.tb_frame.f_globals.get("__name__", "").split(".")[0]
+        found = PACKAGES[package] if package in ("jax_llm", "torch_llm") else found
+        frame = frame.tb_next
+    return found
 
 
 def said(error: Exception) -> str:
@@ -202,7 +213,17 @@ def crash(check: str, error: Exception) -> Row:
     if isinstance(error, Raised):
         return Row(check, "raised an error", "", math.nan, 0, False, error.side, f"raised {error.note}", error.place)
     side, place = raised_in(error)
-    return Row(check, "raised an error", "", math.nan, 0, False, side or Side.CHECK, said(error), place)
+    side = side or looked_at(error) or Side.CHECK
+    return Row(check, "raised an error", "", math.nan, 0, False, side, said(error), place)
+
+
+def looked_at(error: BaseException) -> str:
+    """The side whose results a check was looking at when it raised: something that it expects is not among them."""
+    found, frame = "", error.__traceback__
+    while frame is not None:
+        found = getattr(frame.tb_frame.f_locals.get("side"), "name", "") or found
+        frame = frame.tb_next
+    return found if found in (JAX, TORCH) else ""
 
 
 class Raised(Exception):

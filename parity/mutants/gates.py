@@ -210,17 +210,23 @@ class Verdict:
     let_through: tuple[str, ...]
 
 
-def judge(mutant: Mutant, seed: int = 0, gates: Sequence[Gate] = GATES) -> Verdict:
-    """The gates' verdicts on a bug. What raises is seen."""
-    through = []
-    with planted(mutant.edits), uncompiled(), np.errstate(all="ignore"):
-        evidence = Evidence(mutant.side or JAX, seed)
+def let_through(side: str, seed: int = 0, gates: Sequence[Gate] = GATES) -> list[str]:
+    """The gates that let through what this side computes. What raises is refused."""
+    through, evidence = [], Evidence(side, seed)
+    with np.errstate(all="ignore"):
         for gate in gates:
             try:
                 if gate.passes(evidence):
                     through.append(gate.who)
             except Exception:  # a candidate that cannot be run is refused by who runs it
                 continue
+    return through
+
+
+def judge(mutant: Mutant, seed: int = 0, gates: Sequence[Gate] = GATES) -> Verdict:
+    """The gates' verdicts on a bug."""
+    with planted(mutant.edits), uncompiled():
+        through = let_through(mutant.side or JAX, seed, gates)
     return Verdict(mutant.name, mutant.area, str(mutant.side), tuple(through))
 
 

@@ -132,7 +132,7 @@ def select(names: Sequence[str] = (), quick: bool = False) -> list[Mutant]:
     return [m for m in found if m.quick] if quick else found
 
 
-def run_mutants(
+def plant_all(
     mutants: Sequence[Mutant], jobs: int | None = None, on_outcome: Callable[[Outcome], None] | None = None
 ) -> list[Outcome]:
     """The outcome of every mutant, and of every check without a bug, over some processes (default: one for each

@@ -4,6 +4,7 @@ import dataclasses
 
 from llm_common.config import DTYPES, ModelConfig, check_length, preset
 from llm_common.errors import UserError
+from parity.core.compare import JAX, TORCH
 from parity.sides.jax_side import JaxSide
 from parity.sides.torch_side import TorchSide
 
@@ -29,6 +30,7 @@ class Settings:
     device: str = "cpu"  # of both frameworks; the specification is NumPy
     # "auto": each framework's fastest kernel for the device, reference in float64; "fused": not in float64
     attention: str = "reference"
+    only: str = ""  # the framework that takes both sides, to see whether it raises, too
 
     def __post_init__(self) -> None:
         for dtype in self.dtypes:
@@ -54,4 +56,5 @@ class Settings:
 
     def sides(self, dtype: str, cfg: ModelConfig | None = None) -> tuple[JaxSide, TorchSide]:
         """The two frameworks behind one interface, for this config or another."""
-        return tuple(side(cfg or self.cfg, dtype, self.device, self.attention) for side in (JaxSide, TorchSide))  # type: ignore[return-value]
+        kinds = {"": (JaxSide, TorchSide), JAX: (JaxSide, JaxSide), TORCH: (TorchSide, TorchSide)}[self.only]
+        return tuple(side(cfg or self.cfg, dtype, self.device, self.attention) for side in kinds)  # type: ignore[return-value]

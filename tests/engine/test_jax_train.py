@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+from copy import deepcopy
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +12,7 @@ import optax
 import pytest
 
 from jax_llm import optim
+from jax_llm.engine import device
 from jax_llm.engine.checkpoint import from_canonical, to_canonical
 from jax_llm.engine.device import select_device
 from jax_llm.engine.diagnose import first_not_finite
@@ -29,7 +32,8 @@ from llm_common.run.log import read_log
 from llm_common.schedule import StepScalars, step_scalars
 from llm_common.text.tokenizer import Tokenizer
 from parity import spec
-from parity.core.inputs import RandomBatches, random_batch, random_weights
+from parity.core.inputs import RandomBatches, random_batch, random_weights, start_state
+from parity.sides.jax_side import JaxSide
 
 CFG = preset("tiny")
 OPT = OptimizerConfig(lr_max=1e-2, warmup_steps=2, total_steps=12)
@@ -290,3 +294,14 @@ def test_bad_settings_are_refused_before_work():
         init_state(recipe(compute_dtype="float64"))
     with pytest.raises(UserError, match="JAX sees no tpu here, only: cpu"):
         select_device("tpu")
+
+
+def test_a_float32_run_has_the_same_bits_where_somebody_switched_float64_on():
+    side, data = JaxSide(CFG, "float32"), RandomBatches(CFG, 0, batch=2, length=9)
+    state = start_state(random_weights(CFG, 0, "float32"), "float32")
+    opt = OptimizerConfig(total_steps=4)
+    expected, scope = side.train(deepcopy(state), opt, data, 3), lambda: device.x64("float32")
+    with jax.enable_x64(True), mock.patch.object(JaxSide, "scope", side_effect=scope):
+        found = side.train(deepcopy(state), opt, data, 3)
+    for name, x in expected.weights.items():
+        np.testing.assert_array_equal(found.weights[name], x, err_msg=name)

@@ -15,7 +15,7 @@ from parity.checks.ladder import run_checks
 from parity.core.compare import JAX, SHARED, TORCH
 from parity.core.planting import AnchorError, Edit, planted
 from parity.mutants.catalogue import EQUIVALENTS, MUTANTS, Mutant
-from parity.mutants.score import EFFECT_WANTED, clean_run, run_mutant, run_mutants, score, select, smallest_effects
+from parity.mutants.score import EFFECT_WANTED, clean_run, plant_all, run_mutant, score, select, smallest_effects
 from parity.sides.settings import Settings
 
 QUICK = [m for m in MUTANTS if m.quick]
@@ -41,7 +41,7 @@ def test_what_is_equal_by_mathematics_stays_green(mutant):
 
 @pytest.mark.slow
 def test_the_whole_catalogue():
-    outcomes = run_mutants([*MUTANTS, *EQUIVALENTS])
+    outcomes = plant_all([*MUTANTS, *EQUIVALENTS])
     assert [(o.name, o.found, o.note) for o in outcomes if not o.ok] == []
     assert score(outcomes)["caught"] == len(MUTANTS)
     assert all(effect >= EFFECT_WANTED for effect, _ in smallest_effects(outcomes).values())

@@ -20,7 +20,7 @@ import torch
 
 from llm_common.config import ModelConfig, SamplingConfig
 from llm_common.tensors import Tensors, bucket, check_prompts
-from llm_common.text.drawn_texts import DrawnTexts, join
+from llm_common.text.drawn_texts import DrawnTexts, chunks_ahead, join
 from torch_llm import random_bits
 from torch_llm.engine.checkpoint import from_canonical
 from torch_llm.engine.decoding import CAPTURED_PROMPTS, CapturedSteps, GraphCache, decode_step, fuse_projections
@@ -76,7 +76,7 @@ def generate_stream(
         step.start(key, row_numbers)
     ids, own = (torch.tensor(x, device=device).long() for x in (padded, lengths))
     tokens = prefill(ids, lengths=own)
-    ahead = 1 if device.type == "cuda" else 0
+    ahead = chunks_ahead(device.type)
     begun, total, pieces = 1, 0, deque([to_host_later(tokens[:, None])])
     explain = lambda row, ids: why_not_finite(model, [*padded[row, : lengths[row]], *ids])
     texts = DrawnTexts(b, eos_ids, finished, explain)

@@ -67,7 +67,7 @@ class CompiledAdamW(AdamW):
         on_host = torch.tensor(scalars, dtype=dtype, pin_memory=device.type == "cuda")
         on_device = list(on_host.to(device, non_blocking=True).unbind())
         if not isinstance(factor, Tensor):
-            factor = torch.full((), factor, device=device)
+            factor = torch.full((), factor, dtype=dtype, device=device)
         finite = torch.ones((), dtype=torch.bool, device=device) if finite is None else finite
         for p in group["params"]:
             tensors = self.master(p), *self.moments(p), gradient(p)

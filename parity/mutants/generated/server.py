@@ -40,6 +40,14 @@ def plant(root: Path, edit: dict[str, Any]) -> None:
     importlib.machinery.SourceFileLoader.get_code = get_code
 
 
+def catalogued(name: list[str]) -> Any:
+    """While this is open the bug of the catalogue with this name and side is there."""
+    from parity.core.planting import planted
+    from parity.mutants.gates import bugs
+
+    return planted(next(bug.edits for bug in bugs() if [bug.name, bug.side] == name))
+
+
 def run_checks(job: dict[str, Any], cache: str, tell: Any) -> None:
     """Runs the checks of a job in order until a row is red."""
     from parity.checks.ladder import rows_of, share_cores
@@ -60,6 +68,43 @@ def run_checks(job: dict[str, Any], cache: str, tell: Any) -> None:
             tell({"red": {key: value[:300] for key, value in found.items()}})
             return
     tell({"green": True})
+
+
+def run_tests(job: dict[str, Any], cache: str, tell: Any) -> None:
+    """Runs a user's tests until one of them fails."""
+    import pytest
+
+    from parity.checks.ladder import share_cores
+
+    class First:
+        """Notes the first test, or file of tests, that fails."""
+
+        node = ""
+
+        def pytest_runtest_logreport(self, report: Any) -> None:
+            self.node = self.node or (report.nodeid if report.failed else "")
+
+        pytest_collectreport = pytest_runtest_logreport
+
+    share_cores(os.cpu_count() or 1, cache, job["flags"])
+    start, first = time.perf_counter(), First()
+    tell({"check": "tests"})
+    code = int(pytest.main(["-x", "-q", "-p", "no:cacheprovider", *job["tests"]], plugins=[first]))
+    tell({"seconds": time.perf_counter() - start, "of": "tests"})
+    tell({"red": {"check": "tests", "item": first.node, "code": code}} if code else {"green": True})
+
+
+def run_gates(job: dict[str, Any], cache: str, tell: Any) -> None:
+    """Asks every published gate."""
+    from parity.checks.ladder import share_cores
+    from parity.mutants.gates import let_through
+
+    share_cores(os.cpu_count() or 1, cache, job["flags"])
+    start = time.perf_counter()
+    tell({"check": "gates"})
+    passed = let_through(job["gates"])
+    tell({"seconds": time.perf_counter() - start, "of": "gates"})
+    tell({"green": True, "let_through": passed})
 
 
 def child(job: dict[str, Any], root: Path, cache: str, out: int) -> None:
@@ -85,7 +130,9 @@ def child(job: dict[str, Any], root: Path, cache: str, out: int) -> None:
 
             recorder = coverage.Coverage(data_file=None, include=[str(root / name) for name in job["lines"]])
             recorder.start()
-        run_checks(job, cache, tell)
+        run = run_tests if "tests" in job else run_gates if "gates" in job else run_checks
+        with catalogued(job["catalogue"]) if "catalogue" in job else contextlib.nullcontext():
+            run(job, cache, tell)
         if recorder is not None:
             recorder.stop()
             data = recorder.get_data()

@@ -12,10 +12,10 @@ from parity.mutants.generated.campaign import Outcome, sources_hash
 EQUIVALENT = Path(__file__).with_name("equivalent.jsonl")
 
 
-def reasons() -> dict[str, str]:
-    """Name of a mutant -> why it changes nothing, written by who read it."""
+def reasons(gpu: bool = False) -> dict[str, str]:
+    """Name of a mutant -> why it changes nothing, as two readers agreed; gpu: or what it changes, on a GPU alone."""
     lines = EQUIVALENT.read_text(encoding="utf-8").splitlines() if EQUIVALENT.is_file() else []
-    return {row["name"]: row["reason"] for row in map(json.loads, lines)}
+    return {row["name"]: row["reason"] for row in map(json.loads, lines) if row.get("gpu", False) is gpu}
 
 
 def room(file: str) -> str:
@@ -26,12 +26,13 @@ def room(file: str) -> str:
 
 
 def summary(outcomes: Sequence[Outcome]) -> dict[str, int]:
-    known = reasons()
-    real = [o for o in outcomes if o.how != "survived" or o.name not in known]
+    known, elsewhere = reasons(), reasons(gpu=True)
+    real = [o for o in outcomes if o.how != "survived" or o.name not in known | elsewhere]
     named = [o for o in real if o.how in ("row", "error")]
     return {
         "drawn": len(outcomes),
-        "equivalent": len(outcomes) - len(real),
+        "equivalent": sum(o.how == "survived" and o.name in known for o in outcomes),
+        "gpu": sum(o.how == "survived" and o.name in elsewhere for o in outcomes),
         "judged": len(real),
         "parity": sum(o.by_parity for o in real),
         "named": len(named),  # those of which a row of the ladder says who and where
@@ -48,11 +49,12 @@ def share(part: int, whole: int) -> str:
 
 def sentence(outcomes: Sequence[Outcome]) -> str:
     s = summary(outcomes)
+    of = lambda key, whole: share(s[key], s[whole])
     return (
-        f"Of {s['judged']} generated mutants parity kills {share(s['parity'], s['judged'])}, unit tests alone "
-        f"{share(s['tests alone'], s['judged'])}, {share(s['survived'], s['judged'])} survive; "
-        f"{s['equivalent']} more change nothing. Of the {s['named']} that the ladder names, the side is right in "
-        f"{share(s['right side'], s['named'])} and the place in {share(s['right place'], s['named'])}."
+        f"Of {s['judged']} generated mutants parity kills {of('parity', 'judged')}, unit tests alone "
+        f"{of('tests alone', 'judged')}, {of('survived', 'judged')} survive; {s['equivalent']} more change nothing, and "
+        f"{s['gpu']} nothing but on a GPU. Of the {s['named']} that the ladder names, the side is right in "
+        f"{of('right side', 'named')} and the place in {of('right place', 'named')}."
     )
 
 
@@ -80,7 +82,7 @@ def markdown(outcomes: Sequence[Outcome], seed: int, seconds: float) -> str:
     ):
         lines += ["", *_table(title, outcomes, key)]
     survivors = [o for o in outcomes if o.how == "survived"]
-    known = reasons()
+    known = reasons() | {name: f"on a GPU alone: {what}" for name, what in reasons(gpu=True).items()}
     if survivors:
         lines += ["", "## What survived", "", "| mutant | place | edit | why |", "|---|---|---|---|"]
         for o in survivors:
