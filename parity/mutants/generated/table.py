@@ -52,8 +52,8 @@ def sentence(outcomes: Sequence[Outcome]) -> str:
     of = lambda key, whole: share(s[key], s[whole])
     return (
         f"Of {s['judged']} generated mutants parity kills {of('parity', 'judged')}, unit tests alone "
-        f"{of('tests alone', 'judged')}, {of('survived', 'judged')} survive; {s['equivalent']} more change nothing, and "
-        f"{s['gpu']} nothing but on a GPU. Of the {s['named']} that the ladder names, the side is right in "
+        f"{of('tests alone', 'judged')}, {of('survived', 'judged')} survive; {s['equivalent']} more change nothing, "
+        f"and {s['gpu']} nothing but on a GPU. Of the {s['named']} that the ladder names, the side is right in "
         f"{of('right side', 'named')} and the place in {of('right place', 'named')}."
     )
 
