@@ -128,6 +128,7 @@ def check_data(s: Settings) -> Iterator[Row]:
         batches = [dataset.batch(step) for step in range(n)]  # two epochs
         everyone = Windows(dataset)
         windows = [everyone[i] for i in range(len(everyone))]
+        again = [dataset.batch(step) for step in range(n)]  # the first epoch after the second, as a run that goes on
         hosts = [[dataset.batch(step, host, 2)[0] for host in (0, 1)] for step in range(n)]
     inputs, targets = (np.concatenate([batch[k] for batch in batches]) for k in (0, 1))
     wrong = int((targets != inputs + 1).sum() + (inputs[:, 1:] != inputs[:, :-1] + 1).sum())
@@ -136,6 +137,7 @@ def check_data(s: Settings) -> Iterator[Row]:
     yield shared("data", "tokens out of place in two epochs", wrong, place="TokenDataset.batch")
     order = np.concatenate([spec_run.order(s.seed, epoch, n) for epoch in (0, 1)])
     wrong = int((inputs[:, 0] != 1 + length * order).sum())
+    wrong += sum(_unequal(a, b) for pair in zip(again, batches, strict=True) for a, b in zip(*pair, strict=True))
     yield shared("data", "windows out of order in two epochs", wrong, place="Order")
     wrong = abs(len(windows) - n)
     for i, window in enumerate(windows):

@@ -121,6 +121,8 @@ def _float64_steps(s: Settings) -> Iterator[Row]:
     row = three_way("adamw", "moments, clip not active", "float64", [end.mu for end in ends], MOMENTS_ALLOWED)
     yield located_or(row, s, None, "clip")
 
+    yield _clipped(s)
+
     # a short schedule from warmup past its end, and no clipping
     opt = clipping_config(s, data, weights, warmup_steps=3, total_steps=7, max_grad_norm=None)
     ends = [side.train(start_state(weights), opt, data, 9) for side in sides]
@@ -141,6 +143,35 @@ def _float64_steps(s: Settings) -> Iterator[Row]:
     side = verdict(*bad, alike=True)
     place = "train_step (skipped update)" if side else ""
     yield Row("adamw", "a non-finite gradient skips the update", "float64", sum(bad), 0, not side, side, place=place)
+
+
+# The norm of a gradient, and its limit, both below 1: reached and not. Above 1 a limit is reached in other rows.
+CLIPS = ((0.3, 0.1), (0.3, 0.5))
+
+
+def _clipped(s: Settings) -> Row:
+    """The first moments that gradients of every size leave with beta1 = 0: the clipped gradients themselves."""
+    cfg = dataclasses.replace(s.cfg, num_hidden_layers=1)
+    data, weights = RandomBatches(cfg, s.seed, batch=1, length=min(4, s.length)), random_weights(cfg, s.seed)
+    _, grads = spec.loss_and_grads(weights, *data.batch(0), cfg)
+    size = global_norm(grads)
+    results: list[Tensors] = [{}, {}, {}]
+    for norm, limit in CLIPS:
+        scaled = {name: g * (norm / size) for name, g in grads.items()}
+        factor = min(1.0, limit / norm) if norm else 1.0
+        results[2] |= {f"norm {norm:g}, limit {limit:g}: {name}": g * factor for name, g in scaled.items()}
+        opt = OptimizerConfig(beta1=0.0, max_grad_norm=limit)
+        for found, side in zip(results, s.sides("float64", cfg), strict=False):
+            with side.given_gradients(1.0, scaled):
+                mu = side.train(start_state(weights), opt, data, 1).mu
+            found |= {f"norm {norm:g}, limit {limit:g}: {name}": x for name, x in mu.items()}
+    # each by itself: among tensors of a norm of a million a small one would not be seen
+    rows = [
+        three_way("adamw", "", "float64", [{name: x[name]} for x in results], MOMENTS_ALLOWED) for name in results[2]
+    ]
+    row = max(rows, key=lambda row: (not row.ok, row.measured))
+    item = f"moments of gradients of {len(CLIPS)} norms, clipped or not"
+    return dataclasses.replace(row, item=item, place="" if row.ok else "clip")
 
 
 def _update_noise(side, weights: Tensors, opt: OptimizerConfig, data: RandomBatches, end: TrainingState) -> float:
