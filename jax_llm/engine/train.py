@@ -26,7 +26,7 @@ from jax_llm.engine.plan import make_model
 from jax_llm.model import CausalLM, init_params
 from jax_llm.optim import global_norm, make_optimizer
 from jax_llm.params import Params
-from llm_common.config import ModelConfig, Recipe
+from llm_common.config import ExecutionConfig, ModelConfig, Recipe
 from llm_common.data.datasets import Dataset, Prefetch
 from llm_common.errors import UserError
 from llm_common.run.metrics import StepMetrics
@@ -118,8 +118,12 @@ def compiled_train_step(recipe: Recipe, platform: str):
     step = with_deferred_count(make_train_step(model, optimizer, recipe.train.compute_dtype, steps))
     if recipe.execution.compile == "off":
         return step
-    options = {"xla_gpu_deterministic_ops": True} if recipe.execution.deterministic and platform == "gpu" else None
-    return jax.jit(step, donate_argnums=0, compiler_options=options)
+    return jax.jit(step, donate_argnums=0, compiler_options=compiler_options(recipe.execution, platform))
+
+
+def compiler_options(execution: ExecutionConfig, platform: str) -> dict[str, Any] | None:
+    """What XLA is told beside the program; "gpu" is JAX's name of that platform."""
+    return {"xla_gpu_deterministic_ops": True} if execution.deterministic and platform == "gpu" else None
 
 
 def read_batch(dataset: Dataset, step: int, cfg: ModelConfig) -> tuple[Array, Array]:

@@ -152,16 +152,16 @@ def _checkpoints(folder: Path) -> int:
             (run / f"step-{step:08d}" / "state.json").write_text("{}", encoding="utf-8")
         (run / "step-2000000000").mkdir()  # a save that was cut off
         wrong += latest_checkpoint(run) != run / f"step-{STEPS[n - 1]:08d}"
-    for last, best in itertools.product((0, 1, 3), (0, 1, 2)):
-        run = folder / f"kept-{last}-{best}"
-        for step, loss in losses.items():
+    for last, best, n in itertools.product((0, 1, 3), (0, 1, 2), (1, 2, 3, 4, len(STEPS))):  # fewer than are kept, too
+        run, steps = folder / f"kept-{last}-{best}-{n}", STEPS[:n]
+        for step, loss in list(losses.items())[:n]:
             (run / f"step-{step:08d}").mkdir(parents=True)
             settings = {} if math.isnan(loss) else {"evaluation": {"loss": loss}}
             content = {"format": 1, "step": step, "adam_count": 0, "files": {}, "settings": settings}
             (run / f"step-{step:08d}" / "state.json").write_text(json.dumps(content), encoding="utf-8")
         prune_checkpoints(run, last, best)
-        good = sorted((step for step in STEPS if not math.isnan(losses[step])), key=lambda step: losses[step])[:best]
-        kept = {*good, *STEPS[-last:]} if last else set(STEPS)
+        good = sorted((step for step in steps if not math.isnan(losses[step])), key=lambda step: losses[step])[:best]
+        kept = {*good, *steps[-last:]} if last else set(steps)
         wrong += {x.name for x in run.glob("step-*")} != {f"step-{step:08d}" for step in kept}
     return wrong
 

@@ -13,7 +13,7 @@ from llm_common.config import ModelConfig, OptimizerConfig, SamplingConfig
 from parity import spec, spec_run
 from parity.core.compare import Row, round_to, tensor_errors, verdict, worse_side, worst
 from parity.core.generated_dtypes import noted_dtypes
-from parity.core.inputs import Always, random_batch, random_weights, start_state
+from parity.core.inputs import Always, InTurn, random_batch, random_weights, start_state
 from parity.core.ops import is_wide
 from parity.sides.settings import Settings
 from parity.trace.points import given, specification
@@ -91,23 +91,26 @@ def accumulator_row(s: Settings, dtype: str) -> Row:
     cfg, n = dataclasses.replace(s.cfg, num_hidden_layers=1), 4
     weights = random_weights(cfg, s.seed, dtype)
     ids, targets = (x.astype(np.int32) for x in random_batch(cfg, s.seed, n, s.length, ignored=False))
-    # the first step has the rate 0: the second finds the same weights, and nothing that the first one left
+    # The first step has the rate 0: the second finds the same weights. What the first one left would show: before the
+    # whole batch comes the same one, before a part a batch without a target.
     opt = OptimizerConfig(beta1=0.0, max_grad_norm=None, warmup_steps=1, total_steps=2)
 
     errors = []
     for side in s.sides(dtype, cfg):
-        of = lambda counted, side=side: (
+        of = lambda counted, first, side=side: (
             side.train(
                 start_state(weights, "float32"),
                 opt,
-                Always((ids, np.where(counted, targets, spec.IGNORE_INDEX).astype(np.int32))),
+                InTurn(
+                    [(ids, np.where(rows, targets, spec.IGNORE_INDEX).astype(np.int32)) for rows in (first, counted)]
+                ),
                 2,
                 batch_size=n,
                 gradient_accumulation_steps=n,
             ).mu
         )
         rows = np.arange(n)[:, None]
-        whole, parts = of(rows >= 0), [of(rows == i) for i in range(n)]
+        whole, parts = of(rows >= 0, rows >= 0), [of(rows == i, rows < 0) for i in range(n)]
         total = {name: np.array(sum(part[name].astype(np.float64) / n for part in parts)) for name in whole}
         errors.append(tensor_errors(whole, total))
     row = worse_side("precision", "sum of micro-batches' gradients", dtype, errors, ACCUMULATED)

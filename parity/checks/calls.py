@@ -5,13 +5,23 @@ A run passes every argument in one way. Whoever uses the functions by themselves
 docstrings say.
 """
 
+import contextlib
 import dataclasses
+import itertools
 from collections.abc import Iterator
 from typing import Any
+from unittest import mock
 
+import jax
 import numpy as np
+import torch
 
-from llm_common.config import OptimizerConfig, SamplingConfig
+from jax_llm import rope as jax_rope
+from jax_llm.engine.backend import BACKEND as jax_backend
+from llm_common.config import OptimizerConfig, Recipe, SamplingConfig, TrainConfig
+from llm_common.data.evaluation import Evaluation
+from llm_common.errors import UserError
+from llm_common.run.backend import Backend
 from parity import spec
 from parity.checks.kernels import chunks_of
 from parity.checks.model import FLOAT64_ALLOWED
@@ -19,6 +29,8 @@ from parity.checks.training import MOMENTS_ALLOWED
 from parity.core.compare import Row, on_both, tensor_errors, three_way, verdict, worse_side
 from parity.core.inputs import RandomBatches, random_batch, random_weights, start_state
 from parity.sides.settings import Settings
+from torch_llm import model as torch_model
+from torch_llm.engine.backend import BACKEND as torch_backend
 
 
 def check_calls(s: Settings) -> Iterator[Row]:
@@ -26,6 +38,10 @@ def check_calls(s: Settings) -> Iterator[Row]:
     if "float64" not in s.dtypes:
         return
     yield from _finished(s)
+    yield _no_logits(s)
+    for dtype in s.dtypes:
+        if dtype != "float64":
+            yield _products(s, dtype)
     yield _no_step(s)
     yield _own_parameters(s)
     yield from _scaled_loss(s)
@@ -67,6 +83,93 @@ def _finished(s: Settings) -> Iterator[Row]:
         yield _counted(
             f"{name} with a stop rule of the caller's", wrong, results[0] == results[1], f"{name} (finished)"
         )
+
+
+def _no_logits(s: Settings) -> Row:
+    """A logit that is not a number, or infinite, in the prompt's draw or in a later one: an error, never a token.
+
+    The last weight of the head's first row is broken. -inf is a logit like others: nobody draws it.
+    """
+    cfg = dataclasses.replace(s.cfg, num_hidden_layers=1, tie_word_embeddings=False)
+    sides, wrong, n = s.sides("float64", cfg), [0, 0], 0
+    for value, sampling in itertools.product((np.nan, np.inf), (SamplingConfig(temperature=0.0), SamplingConfig())):
+        weights = random_weights(cfg, s.seed)
+        weights["lm_head.weight"][0, -1] = value
+        if value == np.inf and spec.forward(weights, np.array([[1, 2]]), cfg)[0][0, -1, 0] < 0:
+            weights["lm_head.weight"][0, -1] = -value  # the logit is infinite with the sign of the product
+        n += 1
+        for i, side in enumerate(sides):
+            try:
+                side.generate(weights, [[1, 2]], 3, sampling)
+                wrong[i] += 1
+            except UserError:
+                continue
+    return _counted(f"texts of logits that are not finite, of {n}", wrong, True, "generate (not finite)")
+
+
+def _products(s: Settings, dtype: str) -> Row:
+    """How exact products are to be, where an accelerator has several ways: in training, evaluation and generation, as
+    programs call them. A CPU has one way, so the setting itself is looked at.
+    """
+    # a shape of its own, so that JAX traces anew
+    cfg = dataclasses.replace(s.cfg, num_hidden_layers=1, max_position_embeddings=23, sliding_window=None)
+    recipe = Recipe(cfg, TrainConfig(batch_size=1, seq_len=3, compute_dtype=dtype), OptimizerConfig(total_steps=2))
+    weights = random_weights(cfg, s.seed, "float32")
+    evaluation = Evaluation(np.arange(8, dtype=np.int32), 3, 1)
+    wanted = {"JAX": {"float32": "highest", "bfloat16": None}, "torch": {"float32": "highest", "bfloat16": "high"}}
+    wrong, notes = [0, 0], []
+    for i, (side, backend) in enumerate((("JAX", jax_backend), ("torch", torch_backend))):
+
+        def fit(backend: Backend = backend) -> None:
+            with backend.open_session(recipe, s.device, None) as session:
+                data: Any = RandomBatches(cfg, s.seed, batch=1, length=3)
+                session.fit(data, 1)
+
+        def evaluate(backend: Backend = backend) -> None:
+            with backend.evaluator(recipe, weights, s.device, None) as held_out:
+                held_out(evaluation)
+
+        def generate(backend: Backend = backend) -> None:
+            with backend.generator(cfg, weights, dtype, s.device, None, "off") as stream:
+                list(stream([[1, 2]], 2, SamplingConfig()))
+
+        for what, use in (("train", fit), ("evaluate", evaluate), ("generate", generate)):
+            with _exactness(side) as seen:
+                use()
+            if seen != {wanted[side][dtype]}:
+                wrong[i] += 1
+                notes.append(f"{side}, {what}: {seen or 'nothing'}")
+    blamed = verdict(wrong[0] > 0, wrong[1] > 0, alike=True)
+    place = f"matmul_precision ({notes[0].split(': ')[0].split(', ')[1]})" if notes else ""
+    return Row(
+        "calls",
+        "uses of products of another exactness",
+        dtype,
+        max(wrong),
+        0,
+        not blamed,
+        blamed,
+        "; ".join(notes),
+        place,
+    )
+
+
+@contextlib.contextmanager
+def _exactness(side: str) -> Iterator[set[Any]]:
+    """What a framework is told of the exactness of products, whenever the model's table of rotations is looked up."""
+    seen: set[Any] = set()
+    if side == "JAX":
+        told, owner, name = lambda: jax.config.jax_default_matmul_precision, jax_rope, "rope_table"  # type: ignore[attr-defined]
+    else:
+        told, owner, name = torch.get_float32_matmul_precision, torch_model.Transformer, "forward"
+    original = getattr(owner, name)
+
+    def noted(*args: Any, **kwargs: Any) -> Any:
+        seen.add(told())
+        return original(*args, **kwargs)
+
+    with mock.patch.object(owner, name, noted):
+        yield seen
 
 
 def _no_step(s: Settings) -> Row:

@@ -6,6 +6,7 @@ forgotten.
 """
 
 import dataclasses
+import itertools
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -18,11 +19,13 @@ import torch
 from jax_llm import model as jax_model
 from jax_llm.attention import reference_attention
 from jax_llm.documents import DocumentPlaces as JaxDocumentPlaces
+from jax_llm.engine.train import compiler_options
 from jax_llm.fast import kernels as jax_kernels
 from jax_llm.fast import products as jax_products
 from jax_llm.fast.attention import FusedAttention
 from jax_llm.fast.chunked_loss import ChunkedLoss as JaxChunkedLoss
 from jax_llm.fast.layers import Layers
+from llm_common.config import ExecutionConfig
 from parity.checks.model import FLOAT64_ALLOWED
 from parity.checks.noise import ceiling
 from parity.core.compare import JAX, TORCH, Row, Side, Tensors, tensor_error, tensor_errors, worst
@@ -36,6 +39,7 @@ from torch_llm.fast import products as torch_products
 from torch_llm.fast.attention import BlockPlaces, block_mask, fused_attention
 from torch_llm.fast.chunked_loss import ChunkedLoss as TorchChunkedLoss
 from torch_llm.fast.layers import Remat
+from torch_llm.fast.optim import sums_at_once
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,6 +134,33 @@ def _asked() -> Iterator[Row]:
         yield Row("kernels", item, "", len(wrong), 0, not wrong, blamed, "; ".join(wrong[:3]), place)
 
 
+def _options() -> Row:
+    """What the compiler is told for a run that is to give the same bits every time, on each platform."""
+    wanted = {("gpu", True): {"xla_gpu_deterministic_ops": True}}
+    cases = itertools.product(("cpu", "gpu", "tpu"), (False, True))
+    execution = ExecutionConfig()
+    wrong = sum(
+        compiler_options(dataclasses.replace(execution, deterministic=same), platform) != wanted.get((platform, same))
+        for platform, same in cases
+    )
+    item, blamed = "JAX, options of the compiler that are not what is asked for", JAX if wrong else ""
+    return Row("kernels", item, "", wrong, 0, not wrong, blamed, place="compiler_options" if wrong else "")
+
+
+def _norms_at_once(s: Settings) -> Row:
+    """The squares of many bfloat16 gradients, summed by the kernel that a GPU takes, against float64."""
+    rng = np.random.default_rng((s.seed, 41))
+    grads = [torch.tensor(rng.standard_normal(shape)).to(torch.bfloat16) for shape in ((300,), (20, 17), (1,))]
+    found = sums_at_once(grads).double().numpy()
+    exact = np.array([float(g.double().square().sum()) for g in grads])
+    error = float(np.abs(found / exact - 1.0).max())
+    # a root and a square of a float32 sum, whose roundings of 2^-24 go both ways; in bfloat16 one is 2^-9
+    allowed = 2.0**-19
+    ok = error <= allowed
+    item, place = "torch, sums of squares: many tensors at once against float64", "" if ok else "sums_of_squares"
+    return Row("kernels", item, "bfloat16", error, allowed, ok, "" if ok else TORCH, place=place)
+
+
 def _used(s: Settings) -> Iterator[Row]:
     """That a model calls every function that it is handed, as often as it has places for it: a family that brings its
     own norm or product has it everywhere.
@@ -165,6 +196,8 @@ def _counting(kernel: Callable[..., Any], calls: Counter[str], name: str) -> Cal
 def check_kernels(s: Settings) -> Iterator[Row]:
     """Loss, gradients and logits with one kernel replaced, against the plain model of the same side."""
     yield from _asked()
+    yield _options()
+    yield _norms_at_once(s)
     yield from _used(s)
     yield from _windows(s)
     weights = random_weights(s.cfg, s.seed)
@@ -191,10 +224,10 @@ def check_kernels(s: Settings) -> Iterator[Row]:
 
 
 def _in_blocks(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """Attention of two sequences with a mask (T, T) as FlexAttention takes it."""
+    """Attention with a mask (B, 1, T, T) as FlexAttention takes it."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that it is slow without a compiler
-        return fused_attention(q, k, v, block_mask(mask.expand(len(q), 1, *mask.shape)))
+        return fused_attention(q, k, v, block_mask(mask))
 
 
 def _windows(s: Settings) -> Iterator[Row]:
@@ -217,11 +250,15 @@ def _windows(s: Settings) -> Iterator[Row]:
             a, b, c = put(q), put(k), put(v)
             expected = np.asarray(plain(a, b, c, put(mask)), np.float64)
             found = [kernel(a, b, c, None, window) for kernel in (fused, plain)]
-            if name is TORCH:
-                found.append(_in_blocks(a, b, c, put(mask)))
             found = [np.asarray(x, np.float64) for x in found]
             size = float(np.linalg.norm(expected))
             errors[f"window {window} of {t}"] = max(tensor_error(x, expected, size) for x in found)
+        if name is TORCH:  # each sequence with a mask of its own
+            masks = np.stack([(distance >= 0) & (distance < window) for window in (2, t - 1)])[:, None]
+            a, b, c, mask = put(q), put(k), put(v), put(masks)
+            expected = np.asarray(plain(a, b, c, mask), np.float64)
+            found = np.asarray(_in_blocks(a, b, c, mask), np.float64)
+            errors["masks in blocks"] = tensor_error(found, expected, float(np.linalg.norm(expected)))
         at, error = worst(errors)
         # of T products of H factors each, softmax and T again: the roundings of float32, all in one direction
         allowed = (8 + 2 * t) * 2.0**-23

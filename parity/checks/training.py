@@ -153,9 +153,10 @@ def _clipped(s: Settings) -> Row:
     """The first moments that gradients of every size leave with beta1 = 0: the clipped gradients themselves."""
     cfg = dataclasses.replace(s.cfg, num_hidden_layers=1)
     data, weights = RandomBatches(cfg, s.seed, batch=1, length=min(4, s.length)), random_weights(cfg, s.seed)
-    _, grads = spec.loss_and_grads(weights, *data.batch(0), cfg)
+    ids, targets = data.batch(0)
+    _, grads = spec.loss_and_grads(weights, ids, targets, cfg)
     size = global_norm(grads)
-    results: list[Tensors] = [{}, {}, {}]
+    results: list[dict[str, np.ndarray]] = [{}, {}, {}]
     for norm, limit in CLIPS:
         scaled = {name: g * (norm / size) for name, g in grads.items()}
         factor = min(1.0, limit / norm) if norm else 1.0

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -112,6 +113,16 @@ class Always:
 
     def batch(self, step: int, host: int = 0, n_hosts: int = 1) -> tuple[np.ndarray, ...]:
         return self.rows
+
+
+@dataclasses.dataclass
+class InTurn:
+    """A dataset of some batches, one for each step."""
+
+    batches: Sequence[tuple[np.ndarray, ...]]
+
+    def batch(self, step: int, host: int = 0, n_hosts: int = 1) -> tuple[np.ndarray, ...]:
+        return self.batches[step]
 
 
 def start_state(weights: Tensors, dtype: str = "float64") -> TrainingState:

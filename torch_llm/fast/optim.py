@@ -13,8 +13,11 @@ from torch_llm.optim import AdamW, adamw_update, gradient, wide_dtype
 
 def sums_of_squares(grads: list[Tensor]) -> Tensor:
     """`optim.sums_of_squares`; on a GPU by a kernel for many tensors at once."""
-    if not grads[0].is_cuda:
-        return optim.sums_of_squares(grads)
+    return sums_at_once(grads) if grads[0].is_cuda else optim.sums_of_squares(grads)
+
+
+def sums_at_once(grads: list[Tensor]) -> Tensor:
+    """The same by a kernel for many tensors at once."""
     norms = torch._foreach_norm(grads, 2, dtype=wide_dtype(grads))  # pyright: ignore[reportPrivateImportUsage]
     return torch.square(torch.stack(norms))
 
