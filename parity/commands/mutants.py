@@ -103,7 +103,7 @@ def _user_tests(args: argparse.Namespace) -> bool:
 
     from parity.mutants.generated.campaign import drawn
     from parity.mutants.generated.scope import IN
-    from parity.mutants.user_tests import Seen, proposals, run_user_tests
+    from parity.mutants.generated.user_tests import Seen, proposals, run_user_tests
     from parity.report.report import make_console
 
     console, start, done = make_console(), time.perf_counter(), [0]

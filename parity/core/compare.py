@@ -24,6 +24,9 @@ FLOOR = 1e-3
 EPS = {"float64": 2.0**-52, "float32": 2.0**-23, "bfloat16": 2.0**-7, "tf32": 2.0**-10}  # spacing of numbers at 1
 
 
+CANONICAL = re.compile(r"(model|lm_head)\.")  # how the names of tensors begin
+
+
 class Side(enum.StrEnum):
     """Who is to blame; its value is how it is said."""
 
@@ -191,7 +194,11 @@ def raised_in(error: BaseException) -> tuple[Side | str, str]:
         frame = frame.tb_next
     inner_first = list(dict.fromkeys(reversed(path)))
     place = ", called by ".join(inner_first[:2])
-    return side, place + (f", in a call of {inner_first[-1]}" if len(inner_first) > 2 else "")
+    place += f", in a call of {inner_first[-1]}" if len(inner_first) > 2 else ""
+    missing = error.args[0] if isinstance(error, KeyError) and error.args else ""
+    if isinstance(missing, str) and CANONICAL.match(missing):  # a tensor that a model has and its weights lack
+        place = f"{missing}: {place}"
+    return side, place
 
 
 def called_by(error: BaseException) -> Side | None:

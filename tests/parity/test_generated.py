@@ -136,7 +136,8 @@ ONE = campaign.Outcome(
 
 
 def test_the_sentence_counts_each_once(monkeypatch):
-    monkeypatch.setattr(table, "reasons", lambda: {"00000004": "nothing", "00000001": "killed all the same"})
+    known = {"00000004": "nothing", "00000001": "killed all the same"}
+    monkeypatch.setattr(table, "reasons", lambda gpu=False: {} if gpu else known)
     others = [
         dataclasses.replace(ONE, name="00000002", how="row", side="torch", place="mlp"),
         dataclasses.replace(ONE, name="00000003", how="error", side="JAX", place="apply_rope"),

@@ -3,7 +3,7 @@
 import pytest
 
 from parity.checks.configs import FIELDS, configs
-from parity.spec_config import DEFAULTS, NULLS, architecture
+from parity.spec_config import DEFAULTS, FIXED, NULLS, architecture
 
 transformers = pytest.importorskip("transformers")
 CLASSES = {"llama": "LlamaConfig", "mistral": "MistralConfig", "qwen2": "Qwen2Config", "qwen3": "Qwen3Config"}
@@ -42,11 +42,13 @@ def test_every_key_absent_null_or_set_means_what_transformers_says(family):
         try:
             found = architecture(config)
         except ValueError:
-            # of layer_types only this project asks that they be of one kind that the family has
-            assert expected is None or "layer_types" in what, what
+            # what only this project asks: layer_types of one kind that the family has, RoPE that does not contradict
+            # itself, and of keys that stand for other mathematics the one value that is this one
+            mine = what.split(" = ")[0] in ("layer_types", *FIXED) or "RoPE" in what or "rope_theta" in what
+            assert expected is None or mine, what
             continue
         if expected is None:  # a null that transformers 4 took, where 5 has a type
-            assert any(what == f"{key} = null" for key in NULLS), what
+            assert any(what == f"{key} = null" for key in (*NULLS, *FIXED)), what
             continue
         if "layer_types" in config and family == "mistral":
             continue  # another class of transformers has these

@@ -72,22 +72,22 @@ def run_user_tests(
             raise UserError(f"--pytest {file}: {_why_not(clean)}; mend that first")
         limit = {"tests": TIME * clean["seconds"]["tests"] + MORE}
 
-        def one(ask: Callable[[Job], Answer], bug: Mutant | Mutation) -> Seen:
+        def one(ask: Callable[[Job], Answer], numbered: tuple[int, Mutant | Mutation]) -> tuple[int, Seen]:
+            number, bug = numbered
             answer = ask({"tests": tests, "limits": limit} | _planted(bug))
             test = "" if "green" in answer else answer.get("red", {}).get("item") or _what_else(answer)
             if isinstance(bug, Mutant):
                 check = f"{bug.runs or bug.check} {bug.dtype}" if bug.check else ""
-                return Seen(bug.name, bug.area, str(bug.side), check, test)
+                return number, Seen(bug.name, bug.area, str(bug.side), check, test)
             side = {"jax_llm": "JAX", "torch_llm": "torch"}.get(bug.file.split("/")[0], "")
-            return Seen(f"{bug.file}:{bug.line} {bug.name}", bug.operator, side, "", test)
+            return number, Seen(f"{bug.file}:{bug.line} {bug.name}", bug.operator, side, "", test)
 
-        found = []
-        for seen in servers.each(one, everything):
-            found.append(seen)
+        found: dict[int, Seen] = {}
+        for number, seen in servers.each(one, list(enumerate(everything))):
+            found[number] = seen
             if on_seen is not None:
                 on_seen(seen)
-    order = {bug.name: i for i, bug in enumerate(everything)}
-    return sorted(found, key=lambda seen: order.get(seen.name.split(" ")[-1], order.get(seen.name, 0)))
+    return [found[number] for number in range(len(everything))]
 
 
 def _planted(bug: Mutant | Mutation) -> dict[str, Any]:
