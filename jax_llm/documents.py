@@ -1,5 +1,5 @@
-"""Several documents in one sequence, none of which sees another: where attention may look, and positions that begin
-anew.
+"""Several documents in one sequence: where attention may look, so that no document sees another, and positions that
+begin anew.
 
 B batch, T positions.
 """

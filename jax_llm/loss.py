@@ -29,7 +29,7 @@ def cross_entropy_sum(logits: Array, targets: Array) -> tuple[Array, Array]:
 def cross_entropy(logits: Array, targets: Array, count: Array | None = None) -> Array:
     """Mean over the counted targets, a scalar in nats; 0 with zero gradients if there is none.
 
-    count: how many targets count in the whole batch, of which these may be a part; the parts' results then add up.
+    count: how many targets count in the whole batch, if these are a part of it; the parts' results then add up.
     """
     total, own_count = cross_entropy_sum(logits, targets)
     count = own_count if count is None else count

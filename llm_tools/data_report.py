@@ -32,7 +32,7 @@ def inspect_examples(console: Console, args: argparse.Namespace, tokenizer: AnyT
             f"{middle:,.0f} tokens (median), {low:,.0f} to {high:,.0f} (9 in 10), {values.max():,} at most, "
             f"{int(values.sum()):,} in all",
         )
-    console.print(f"{len(lengths):,} example{'s' if len(lengths) > 1 else ''}, of which only the answers are learned")
+    console.print(f"{len(lengths):,} example{'s' if len(lengths) > 1 else ''}; only the answers are learned")
     console.print(table)
     show_frequent(console, tokenizer, counts, args.top)
     rng = np.random.default_rng(args.seed)

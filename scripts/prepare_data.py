@@ -7,7 +7,7 @@ python scripts/prepare_data.py --tokenizer data/bpe.json --out data/web/ --data 
 \\
     --prompt-field question --answer-field answer --chat --max-length 512
 
-Data: UTF-8 text in which <|endoftext|> separates documents; JSONL, JSON or CSV, of which --field is the text; any of
+Data: UTF-8 text in which <|endoftext|> separates documents; JSONL, JSON or CSV, whose --field is the text; any of
 them also as .gz; a folder stands for all such files in it. --out FILE.npy writes one file. --out FOLDER/ writes shards
 with a manifest, on all cores; after a kill the same command goes on where it stopped.
 

@@ -25,7 +25,7 @@ def cross_entropy_sum(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
 def cross_entropy(logits: Tensor, targets: Tensor, count: Tensor | None = None) -> Tensor:
     """Mean over the counted targets, a scalar in nats; 0 with zero gradients if there is none.
 
-    count: how many targets count in the whole batch, of which these may be a part; the parts' results then add up.
+    count: how many targets count in the whole batch, if these are a part of it; the parts' results then add up.
     """
     total, own_count = cross_entropy_sum(logits, targets)
     count = own_count if count is None else count

@@ -1,4 +1,4 @@
-"""Examples for fine-tuning: a prompt and an answer each, of which only the answer is learned.
+"""Examples for fine-tuning: a prompt and an answer each. Only the answer is learned.
 
 The file is an `.npz` of plain arrays: all ids one after the other, where each example starts, and where its answer
 starts.
@@ -43,7 +43,7 @@ class ExampleReader:
     chat: bool = False
     turn_end: str = AUTO
     parse_special: bool = False
-    shortened: int = field(default=0, init=False)  # answers of which the template left a part out
+    shortened: int = field(default=0, init=False)  # answers that the template left a part out of
     endless: int = field(default=0, init=False)  # answers after which no special token comes
 
     def __post_init__(self) -> None:

@@ -204,7 +204,7 @@ class Order:
 
 
 def mix(x: int) -> int:
-    """A 32-bit number of which every bit depends on every bit of x. Constants: Wellons' "lowbias32"."""
+    """A 32-bit number; each of its bits depends on every bit of x. Constants: Wellons' "lowbias32"."""
     x = ((x ^ x >> 16) * 0x7FEB352D) & 0xFFFFFFFF
     x = ((x ^ x >> 15) * 0x846CA68B) & 0xFFFFFFFF
     return x ^ x >> 16

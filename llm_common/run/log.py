@@ -1,4 +1,4 @@
-"""A run's log: JSON lines, the first of which says on what the run was made."""
+"""A run's log: JSON lines. The first says on what the run was made."""
 
 import contextlib
 import importlib.metadata

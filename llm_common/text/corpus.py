@@ -76,7 +76,7 @@ def _docstrings(path: Path) -> Iterator[str]:
 
 
 class Corpus:
-    """Text files to read from: UTF-8 text; JSONL, JSON and CSV of which one field is read; any of them compressed with
+    """Text files to read from: UTF-8 text; JSONL, JSON and CSV, one field of them; any of them compressed with
     gzip.
 
     paths: files, and folders of which all files with one of the `ENDINGS`, or these and .gz, are read, in the order of
@@ -163,7 +163,7 @@ class Corpus:
             self.on_bytes = quiet
 
     def _chunks(self, file: Path) -> Iterator[str]:
-        """The text of a file in pieces, of which none ends within a character; a byte order mark is no text."""
+        """The text of a file in pieces; no piece ends within a character, and a byte order mark is no text."""
         decoder, at = codecs.getincrementaldecoder("utf-8")(self.errors), 0
         for content in self._bytes(file):
             if at == 0:

@@ -208,7 +208,7 @@ class Tokenizer(WordEncoder):
         """Ids of a text, and for each the place in the text (clean of half surrogates) where its characters end."""
         text = clean(text)
         ids, normal = self.encode(text, parse_special), self._normalized(text)
-        # where each byte that has a token belongs: to a character, of which the last byte ends it
+        # where the character ends that each byte with a token belongs to
         places = [i + 1 for i, c in enumerate(normal) for b in c.encode("utf-8") if self._byte_ids[b] != REMOVED]
         ends, at = [], 0
         for i in ids:

@@ -185,7 +185,7 @@ def last_cut(text: str, end: int) -> int:
 
 
 def blocks(text: str, size: int = BLOCK) -> Iterator[str]:
-    """A text in blocks of about `size` characters, of which each has the words that it has in the text."""
+    """A text in blocks of about `size` characters; each block has the words that it has in the text."""
     start = 0
     while start < len(text):
         end = next_cut(text, start + size) if start + size < len(text) else len(text)

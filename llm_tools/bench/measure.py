@@ -26,7 +26,7 @@ from llm_common.run.log import environment
 class RandomTokens:
     """Batches of random tokens: every step the same rows in another order, so that reading costs nothing.
 
-    Where the run keeps documents apart, some five to a row.
+    Where the run has a document mask, some five documents to a row.
     """
 
     def __init__(self, cfg: ModelConfig, train: TrainConfig) -> None:

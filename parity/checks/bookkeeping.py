@@ -296,7 +296,7 @@ def _windows(s: Settings) -> int:
 
 
 def _long_words(s: Settings) -> int:
-    """Words of every size, up to some hundred bytes, with merges of which some stand before those that they need."""
+    """Words of every size, up to some hundred bytes, with merges some of which stand before those that they need."""
     wrong, rng = 0, np.random.default_rng((s.seed, 36))
     for _ in range(12):
         tokens, merges = [b"a", b"b", b"c"], set()

@@ -53,7 +53,7 @@ def check_tokenizer(s: Settings) -> Iterator[Row]:
     yield shared("tokenizer", f"merges that differ, of {7 * len(merges)}", differing, place="train_bpe")
     differing = int(train_bpe(TEXTS, 256 + 120 + 1).merges != merges)
     differing += train_bpe("".join(TEXTS), 256 + 120 + 1).merges != bpe_reference.train(["".join(TEXTS)], 120, END)
-    # until no pair is left, of which most occur once; bytes that are 0, which are letters like others
+    # until no pair is left: most of them occur once; the byte 0 is a letter like others
     rare = ["one\0two \0\0\0\0 three\0", "\0\0four \0two"]
     differing += train_bpe(rare, 1000).merges != bpe_reference.train(rare, 1000, END)
     yield shared("tokenizer", "texts that other merges are learned from", differing, place="train_bpe")
@@ -112,7 +112,7 @@ def _same_data(s: Settings) -> int:
 
         first = of(tokens)
         found = [of(x) for x in (*others, tokens[:-1])]
-        with mock.patch.object(datasets, "HASHED_AT_ONCE", 7):  # a file of many pieces, in all of which an id counts
+        with mock.patch.object(datasets, "HASHED_AT_ONCE", 7):  # a file of many pieces, each of which counts
             pieces = {of(np.where(np.arange(40) == at, 99, tokens)) for at in range(40)}
             found += [first] * (40 - len(pieces)) + [first] * (of(tokens) != first)
         found += [of(tokens, length=5), of(tokens, size=3), of(tokens, seed=(s.seed + 1) % 2**32)]
@@ -200,7 +200,7 @@ def _unequal(a: np.ndarray, b: np.ndarray) -> int:
 
 
 def _examples(s: Settings) -> Iterator[Row]:
-    """Prompts and answers, of which only the answers count, in batches and held out."""
+    """Prompts and answers, in batches and held out. Only the answers count."""
     examples = [([1, 2, 3], [4, 5]), ([6], [7]), ([8, 9], [10, 11, 12]), ([13], [14, 15, 16, 17])]
     wrong, rng = 0, np.random.default_rng((s.seed, 13))
     bytes_of_ids = rng.integers(1, 9, 257)
@@ -228,7 +228,7 @@ def _examples(s: Settings) -> Iterator[Row]:
 
 
 def check_evaluation(s: Settings) -> Iterator[Row]:
-    """The held-out loss of both sides over windows of which the last is not full, its perplexity and its bits
+    """The held-out loss of both sides over windows, the last of them not full, its perplexity and its bits
     per byte.
     """
     if "float64" not in s.dtypes:
@@ -240,7 +240,7 @@ def check_evaluation(s: Settings) -> Iterator[Row]:
         ("held-out loss", s.cfg, {}, None),
         ("held-out loss, first 2 batches; Qwen2", others["Qwen2: biases"], {}, 2),
         (
-            "held-out loss, documents apart; Mistral",
+            "held-out loss, document mask; Mistral",
             others["Mistral: window of 4"],
             {"document_separator": (1, 3)},
             None,

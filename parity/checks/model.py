@@ -183,8 +183,8 @@ def _check_model(s: Settings, what: str) -> Iterator[Row]:
 
 
 def _check_parts(s: Settings) -> Iterator[Row]:
-    """A batch in three micro-batches, of which one counts few targets and one none, and logits in parts, against the
-    whole.
+    """A batch in three micro-batches, one with few targets that count and one with none, and logits in parts, against
+    the whole.
     """
     weights = random_weights(s.cfg, s.seed)
     ids, targets = random_batch(s.cfg, s.seed, 3, s.length - s.length % 3 or s.length)
@@ -216,7 +216,7 @@ def _check_documents(s: Settings) -> Iterator[Row]:
             ids[row, i] = separator[number % 2]
     exact = spec.loss_and_grads(weights, ids, targets, s.cfg, separator=separator)
     logits = {"logits": spec.forward(weights, ids, s.cfg, separator=separator)[0]}
-    for item, fields in (("documents apart", {}), ("documents apart, remat", {"remat": "full"})):
+    for item, fields in (("document mask", {}), ("document mask, remat", {"remat": "full"})):
         sides = [side.variant(separator=separator, **fields) for side in s.sides("float64")]
         pairs = [*(side.loss_and_grads(weights, ids, targets) for side in sides), exact]
         place = "remat" if fields else "inside_documents"

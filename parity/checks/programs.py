@@ -380,7 +380,7 @@ def _saved_row(item: str, runs: Sequence[Path], start: Any, end: Any, step: int)
 
 
 def _exported(shop: Workshop) -> Row:
-    """Files of an export, of which the first holds two tensors and not a byte more; in bfloat16 half as long."""
+    """Files of an export; the first holds two tensors and not a byte more; in bfloat16 half as long."""
     out, wrong = shop.folder / "exported", 0
     shapes = spec.weight_shapes(architecture(CONFIG))
     for dtype, size in (("float32", 4), ("bfloat16", 2)):

@@ -301,7 +301,7 @@ def check_runs(s: Settings) -> Iterator[Row]:
 
 
 class _Skipping:
-    """Batches of which some overflow: one, none, then two in a row."""
+    """Batches, some of which overflow: one, none, then two in a row."""
 
     def __init__(self, cfg: ModelConfig, seed: int, overflow: str) -> None:
         self.cfg, self.seed, self.overflow = cfg, seed, overflow

@@ -168,7 +168,7 @@ def _stopped_rows(shop: Workshop, end: int, train_flags: dict[str, object]) -> I
     prompt = shop.ids(PROMPT)
     free = [spec.generate(w, [prompt], CONFIG, DRAW, NEW)[0] for w in weights]
     ended, whole = ([shop.text(x[: x.index(end)]) for x in free], [shop.text(x) for x in free])
-    # three tokens of a text, of which the first is given out before the third is drawn: the host looks at 16 at a time
+    # three tokens of a text; the first is given out before the third is drawn: the host looks at 16 at a time
     stop = shop.text(free[0][15:18])
     assert stop.isascii(), "another seed is needed"
     stops = [stop, "no such text", "~~"]

@@ -125,7 +125,7 @@ def _settings(args: argparse.Namespace, **more):
 
 def _run(args: argparse.Namespace) -> bool:
     from parity.checks.ladder import CHECKS, SLOW, run_checks, run_with_figures
-    from parity.report.report import conclude, make_console, print_progress
+    from parity.report.report import make_console, print_and_write, print_progress
     from parity.sides.settings import Settings
 
     dtypes = tuple(args.dtype) if args.dtype else Settings().dtypes
@@ -152,7 +152,7 @@ def _run(args: argparse.Namespace) -> bool:
         raise UserError("nothing was checked: the chosen check has no part in the chosen dtype")
     paragraphs = [f"Seed {settings.seed}, {settings.attention} attention, `{settings.cfg}`."]
     content = {"seconds": time.perf_counter() - start, "settings": dataclasses.asdict(settings)}
-    return conclude(console, args.out, rows, paragraphs, name, **content, figures=drawn)
+    return print_and_write(console, args.out, rows, paragraphs, name, **content, figures=drawn)
 
 
 def _drawn(args: argparse.Namespace, settings) -> bool:
@@ -245,7 +245,7 @@ def _report(args: argparse.Namespace) -> bool:
 
 def _sharded(args: argparse.Namespace) -> bool:
     from parity.core.compile_time import add_flags, known_flags
-    from parity.report.report import conclude, make_console, print_progress
+    from parity.report.report import make_console, print_and_write, print_progress
     from parity.sharded.sharded import GROUPS, QUICK, SHARDING_BUGS, TWO_GPUS, drawn_groups, plant, run_group
 
     console, start = make_console(), time.perf_counter()
@@ -274,7 +274,7 @@ def _sharded(args: argparse.Namespace) -> bool:
     paragraphs = [
         "Every mesh against the specification, which knows no devices: float64, uneven token counts, active clip."
     ]
-    return conclude(console, args.out, rows, paragraphs, name, seconds=time.perf_counter() - start)
+    return print_and_write(console, args.out, rows, paragraphs, name, seconds=time.perf_counter() - start)
 
 
 def _calibrate(args: argparse.Namespace) -> bool:

@@ -25,7 +25,7 @@ from parity.checks.ladder import run_with_figures
 from parity.checks.training import LOSS_FACTOR, LOSS_FLOOR
 from parity.core.compare import JAX, TORCH, Row, Side
 from parity.core.inputs import start_state
-from parity.report.report import conclude, draw_curves, make_console, print_progress
+from parity.report.report import draw_curves, make_console, print_and_write, print_progress
 from parity.sides.jax_side import JaxSide
 from parity.sides.settings import Settings
 from parity.sides.torch_side import TorchSide
@@ -83,7 +83,7 @@ def run_demo(out: Path, data: str | None = None, steps: int = STEPS, ladder: Set
     paragraphs = [summary, "", f"![loss curves]({picture.name})", "", "```", *text, "```"]
     content = {"seconds": time.perf_counter() - start, "losses": curves, "unigram_entropy": unigram}
     content |= {"figures": drawn, "texts": text, "title": "Parity report: one language model, trained twice"}
-    ok = conclude(console, out, rows, paragraphs, settings.device_name(), **content)
+    ok = print_and_write(console, out, rows, paragraphs, settings.device_name(), **content)
     console.print(f"{summary} Picture: {picture}")
     return ok
 

@@ -40,7 +40,7 @@ def number(x: float) -> str:
     return str(int(x)) if x == int(x) and abs(x) < 1e6 else f"{x:.1e}" if abs(x) < 1e-2 or abs(x) > 1e3 else f"{x:.2f}"
 
 
-def standing(row: Row) -> str:
+def status(row: Row) -> str:
     """How a row that holds stands to the frameworks' own noise."""
     if row.measured == 0:
         return "equal"
@@ -76,7 +76,7 @@ def print_table(console: Console, rows: list[Row]) -> None:
         if last and row.check != last:
             table.add_section()
         last = row.check
-        verdict = f"[green]{standing(row)}[/green]" if row.ok else f"[bold red]{row.side}[/bold red] {escape(row.note)}"
+        verdict = f"[green]{status(row)}[/green]" if row.ok else f"[bold red]{row.side}[/bold red] {escape(row.note)}"
         noise = "-" if row.noise is None else number(row.noise)
         table.add_row(row.check, row.item, row.dtype, noise, number(row.measured), number(row.allowed), verdict)
     console.print(table)
@@ -107,7 +107,7 @@ def write_markdown(path: Path, rows: list[Row], paragraphs: list[str], device: s
     lines = ["# Parity report", "", f"**{verdict or verdict_line(rows)}**", "", *paragraphs]
     lines += ["", "| check | what | dtype | noise | measured | allowed | verdict |", "|---|---|---|---|---|---|---|"]
     for row in grouped(rows):
-        result = standing(row) if row.ok else f"**{row.side}** {row.note}"
+        result = status(row) if row.ok else f"**{row.side}** {row.note}"
         noise = "" if row.noise is None else number(row.noise)
         cells = (row.check, row.item, row.dtype, noise, number(row.measured), number(row.allowed), result)
         lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
@@ -131,7 +131,7 @@ def print_progress(console: Console, name: str, rows: list[Row], seconds: float)
     console.print(f"  {mark} {name:11} {text}  ({seconds:.0f} s)")
 
 
-def conclude(
+def print_and_write(
     console: Console, out: Path, rows: list[Row], paragraphs: list[str], device: str, *, seconds: float, **content: Any
 ) -> bool:
     """Print the table and the verdict, write report.json and report.md to `out`. Returns whether every check holds."""

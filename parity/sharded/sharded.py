@@ -233,7 +233,7 @@ FUNCTIONS = {
 
 
 def _traced(rows: list[Row], group: Group, bug: str | None, device: str) -> list[Row]:
-    """Rows of which some fail, with their place."""
+    """Rows, some of which fail, with their place."""
     items = [row.item.partition(": ")[2] for row in rows if not row.ok]
     place = next(place for words, place in FUNCTIONS.items() if any(item.startswith(words) for item in items))
     try:

@@ -12,7 +12,7 @@ from parity.checks.noise import with_noise
 from parity.core.compare import Row
 from parity.report.charts import Scale
 from parity.report.page import render
-from parity.report.report import standing, write_comparison, write_html_of, write_json, write_markdown
+from parity.report.report import status, write_comparison, write_html_of, write_json, write_markdown
 from parity.sides.settings import Settings
 
 ROWS = [
@@ -90,9 +90,9 @@ def test_a_page_of_nothing_is_still_a_page():
 
 
 def test_how_a_figure_stands_to_the_noise():
-    assert standing(ROWS[0]) == "ok, above the noise"
-    assert standing(Row("a", "b", "float64", 1e-16, 1e-12, True, noise=5e-16)) == "noise"
-    assert standing(ROWS[2]) == "equal"
+    assert status(ROWS[0]) == "ok, above the noise"
+    assert status(Row("a", "b", "float64", 1e-16, 1e-12, True, noise=5e-16)) == "noise"
+    assert status(ROWS[2]) == "equal"
     noise = Row("noise", "JAX, logits: uncompiled against jit", "float64", 7e-16, 2e-12, True)
     found = with_noise(
         [Row("cache", "x", "float64", 1e-15, 1e-12, True), noise, Row("cache", "y", "float32", 1.0, 2.0, True)]

@@ -90,7 +90,7 @@ def test_questions_are_seen_by_their_answers_whatever_ends_a_document(folder, ru
         assert code == 0, err
         assert json.loads(out)["loss"] == pytest.approx(losses(tmp_path / "run1", "evaluation")[-1], abs=1e-6)
     code, out, err = run("inspect_data", "--data", tmp_path / "q.npz", "--tokenizer", folder / "chat")
-    assert (code, "of which only the answers are learned" in out, "answer: '" in out) == (0, True, True)
+    assert (code, "; only the answers are learned" in out, "answer: '" in out) == (0, True, True)
     # and generation stops where answers were trained to end
     (newest,) = (tmp_path / "run1").glob("step-*")
     im_end = 258

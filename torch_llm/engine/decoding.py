@@ -130,8 +130,8 @@ class CapturedSteps:
         self.cache.set_length(torch.zeros_like(self.numbers))
 
     def __call__(self, tokens: Tensor, lengths: Tensor | None = None) -> Tensor:
-        """The ids (B,) that follow tokens (B, T), of which `lengths` (B,) are each text's own, as they were before if
-        not given.
+        """The ids (B,) that follow tokens (B, T). lengths (B,): how many tokens are each text's own; None: as many as
+        in the call before.
         """
         play, own_tokens, own_lengths = self.graphs[tokens.shape[1]]
         own_tokens.copy_(tokens)

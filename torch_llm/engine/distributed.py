@@ -77,12 +77,12 @@ def whole(x: Tensor, mesh: DeviceMesh) -> DTensor:
 
 
 def replicated_over_heads(x: Tensor, mesh: DeviceMesh) -> DTensor:
-    """x (B, T, heads, H), of which every device has some heads."""
+    """x (B, T, heads, H), whose heads are divided among the devices."""
     return DTensor.from_local(x, mesh, [Shard(2)], run_check=False)
 
 
 def sharded_channels(x: Tensor, mesh: DeviceMesh) -> DTensor:
-    """x (B, T, channels), of which every device has some channels."""
+    """x (B, T, channels), whose channels are divided among the devices."""
     return DTensor.from_local(x, mesh, [Shard(-1)], run_check=False)
 
 
@@ -249,7 +249,7 @@ class ShardedTrainer(Trainer):
             self._cross_entropy = torch.compile(cross_entropy)
 
     def loss_and_grads(self, inputs: Tensor, targets: Tensor) -> Tensor:
-        """Mean loss of the global batch, of which inputs and targets (B / shards, T) are this process's rows."""
+        """Mean loss of the global batch; inputs and targets (B / shards, T) are this process's rows of it."""
         assert isinstance(self.model, FSDPModule)
         steps, batch_shards = self.recipe.execution.gradient_accumulation_steps, self.config.batch_shards
         count = self.sum_over_batch((targets != IGNORE_INDEX).sum())

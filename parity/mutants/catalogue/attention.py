@@ -1,6 +1,6 @@
 """Planted bugs of RoPE and attention."""
 
-from parity.mutants.catalogue.mutant import ATTENTION, LAYER, alike, area, both, jax, shared, torch
+from parity.mutants.catalogue.mutant import ATTENTION, LAYER, area, both, jax, same_edit, shared, torch
 
 # --- rotary positions
 area("RoPE")
@@ -201,7 +201,7 @@ SCORES_T = 'torch.einsum("btkgh,bskh->bkgts", upcast(q), upcast(k)) * h**-0.5'
 REF = "attention:reference_attention"
 jax("scale 1/H", REF, "h**-0.5", "h**-1.0", place=CORE)
 torch("no scale", REF, "h**-0.5", "1.0", place=CORE)
-alike("scale of the whole width", REF, "h**-0.5", "(n * h)**-0.5", place=CORE)
+same_edit("scale of the whole width", REF, "h**-0.5", "(n * h)**-0.5", place=CORE)
 torch(
     "mask sees one position ahead",
     "attention:causal_mask",
@@ -209,7 +209,7 @@ torch(
     "query_positions[..., :, None] + 1 - key_positions",
     place=CORE,
 )
-alike(
+same_edit(
     "no causal mask",
     REF,
     "mask is None",
@@ -237,7 +237,7 @@ jax(
     quick=True,
 )
 torch("scores in float32 in a float64 run", REF, "upcast(q)", "q.float().double()", place=CORE)
-alike(
+same_edit(
     "probabilities not over the keys seen",
     REF,
     "mask = xp.broadcast_to(mask, (b, n, t, s)).reshape(scores.shape)",
@@ -259,7 +259,7 @@ torch(
     'torch.einsum("bkgts,bskh->btkgh", probs, v[:, :, :1].expand(v.shape))',
     place=CORE,
 )
-alike(
+same_edit(
     "GQA: groups of the wrong size",
     REF,
     "return xp.einsum('bkgts,bskh->btkgh', probs, v).reshape(b, t, n, h)",
@@ -296,7 +296,7 @@ torch(
 )
 jax("window ignored", "attention:causal_mask", "window is None", "True", place=CORE)
 torch("window one short", "attention:causal_mask", "distance < window", "distance < window - 1", place=CORE)
-alike("window one long", "attention:causal_mask", "distance < window", "distance <= window", place=CORE)
+same_edit("window one long", "attention:causal_mask", "distance < window", "distance <= window", place=CORE)
 jax("biases left out", "layers:Linear.__call__", "self.use_bias", "False", place=f"{ATTENTION}.q_proj")
 torch(
     "bias subtracted",

@@ -1,7 +1,7 @@
 """Planted bugs of norms, MLP, residual stream, embedding and head."""
 
 from parity.core.compare import BOTH
-from parity.mutants.catalogue.mutant import LAYER, alike, area, both, jax, torch
+from parity.mutants.catalogue.mutant import LAYER, area, both, jax, same_edit, torch
 
 # --- norms
 area("norm")
@@ -22,7 +22,7 @@ torch(
     "torch.mean(h * h, dim=-1, keepdim=True) + 1e-6",
     place=FIRST_NORM,
 )
-alike("no eps", NORM, "eps", "0.0", place=FIRST_NORM)
+same_edit("no eps", NORM, "eps", "0.0", place=FIRST_NORM)
 jax(
     "n - 1 in the mean",
     NORM,
@@ -46,7 +46,7 @@ torch(
     "rms_norm",
     dtype="bfloat16",
 )
-alike("statistics in bfloat16", NORM, "upcast(x)", "x", "precision", "rms_norm", dtype="bfloat16", side=BOTH)
+same_edit("statistics in bfloat16", NORM, "upcast(x)", "x", "precision", "rms_norm", dtype="bfloat16", side=BOTH)
 jax(
     "norm after the block instead of before",
     "model:DecoderLayer.__call__",
@@ -101,7 +101,7 @@ torch(
     "swiglu",
     dtype="bfloat16",
 )
-alike(
+same_edit(
     "gate in bfloat16",
     "layers:swiglu",
     "upcast(gate)",

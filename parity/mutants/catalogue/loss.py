@@ -1,6 +1,6 @@
 """Planted bugs of loss and gradients."""
 
-from parity.mutants.catalogue.mutant import LAST, alike, area, both, jax, torch
+from parity.mutants.catalogue.mutant import LAST, area, both, jax, same_edit, torch
 
 REF = "attention:reference_attention"
 NORM = "layers:rms_norm"
@@ -16,7 +16,7 @@ torch(
     place="loss",
     **LOSS,
 )
-alike(
+same_edit(
     "one target too many counted",
     "loss:cross_entropy",
     "count = own_count if count is None else count",
@@ -79,7 +79,7 @@ both(
     place="loss",
     **LOSS,
 )
-alike(
+same_edit(
     "loss in bfloat16",
     "loss:cross_entropy_sum",
     "upcast(logits)",
@@ -102,7 +102,7 @@ torch(
     "model.zero_grad()\nloss.backward()",
     "gradients",
 )
-alike(
+same_edit(
     "mean over each micro-batch's own tokens",
     "loss:cross_entropy",
     "count = own_count if count is None else count",

@@ -51,7 +51,7 @@ def both(name, of_jax, of_torch, check="logits", place="", **more) -> None:
     _add(name, edits, check, more.pop("side", SHARED), place, **more)
 
 
-def alike(name, target, old, new, check="logits", place="", **more) -> None:
+def same_edit(name, target, old, new, check="logits", place="", **more) -> None:
     """The same edit on both sides, written once: `xp` stands for jnp or torch, `axis` for axis or dim."""
     words = (("jax_llm", "jnp", "axis"), ("torch_llm", "torch", "dim"))
     edits = [

@@ -1,6 +1,6 @@
 """Planted bugs of random bits and sampler."""
 
-from parity.mutants.catalogue.mutant import ATTENTION, alike, area, both, jax, shared, torch
+from parity.mutants.catalogue.mutant import ATTENTION, area, both, jax, same_edit, shared, torch
 
 # --- start of training and random bits
 area("random bits and initial weights")
@@ -58,7 +58,7 @@ torch(
 )
 jax("lower bits of the word", "random_bits:uniform", "bits >> 9", "bits & 0x7FFFFF", "init", EMBED)
 torch("key words swapped", "random_bits:key", "[0, seed]", "[seed, 0]", "init", EMBED)
-alike("u not centred", "random_bits:uniform", "0.5", "0.0", "init", EMBED)
+same_edit("u not centred", "random_bits:uniform", "0.5", "0.0", "init", EMBED)
 shared("rotation constant", "random_bits:ROTATIONS", "", "((13, 15, 26, 6), (17, 29, 16, 25))", "data", "Order")
 shared("one round too few", "random_bits:threefry2x32", "range(5)", "range(4)", "data", "Order")
 shared(
@@ -149,8 +149,8 @@ both(
     place=ALL,
     **TOKENS,
 )
-alike("min-p against 1", "sampling:filter_logits", "cfg.min_p * probs[..., :1]", "cfg.min_p", place=ALL, **TOKENS)
-alike(
+same_edit("min-p against 1", "sampling:filter_logits", "cfg.min_p * probs[..., :1]", "cfg.min_p", place=ALL, **TOKENS)
+same_edit(
     "temperature ignored",
     "sampling:filter_logits",
     "upcast(logits) / cfg.temperature",
@@ -158,7 +158,7 @@ alike(
     place=TOP_K,
     **TOKENS,
 )
-alike(
+same_edit(
     "temperature squared",
     "sampling:filter_logits",
     "upcast(logits) / cfg.temperature",
@@ -221,4 +221,6 @@ torch(
     place="sample (greedy)",
     **TOKENS,
 )
-alike("the noise is subtracted", "sampling:sample", "filtered + noise", "filtered - noise", dtype="bfloat16", **TOKENS)
+same_edit(
+    "the noise is subtracted", "sampling:sample", "filtered + noise", "filtered - noise", dtype="bfloat16", **TOKENS
+)

@@ -40,7 +40,7 @@ GOES = {
     "quick": {"steps": 60, "tokens": 800, "seeds": 8, "updates": [1, 3, 10], "quick": True},
     "whole": {"steps": 200},
 }
-CHEAP = 16.0  # seconds: every rung of the model, of which the lowest that is red has the place, and little else
+CHEAP = 16.0  # seconds: every rung of the model and little else; the lowest that is red has the place
 BEGINNING_PROCESSES = ("whole tokenizer", "whole data", "whole bookkeeping", "quick programs")
 WORTH = 1.5  # a quick check goes before a whole one that takes so many times as long
 TIME = 4.0  # a check may take so many times as long as without a mutant, and
