@@ -13,7 +13,7 @@ from llm_common.config import ModelConfig, OptimizerConfig, SamplingConfig
 from parity import spec, spec_run
 from parity.core.compare import Row, round_to, tensor_errors, verdict, worse_side, worst
 from parity.core.generated_dtypes import noted_dtypes
-from parity.core.inputs import Always, InTurn, random_batch, random_weights, start_state
+from parity.core.inputs import Always, InTurn, random_batch, random_weights, start_state, untraced
 from parity.core.ops import is_wide
 from parity.sides.settings import Settings
 from parity.trace.points import given, specification
@@ -64,10 +64,7 @@ def border_rows(s: Settings, cfg: ModelConfig, name: str, differing_allowed: flo
 
 def generating_row(s: Settings, dtype: str) -> Row:
     """The dtypes of a model that generates, cache included, through the generator that the scripts call."""
-    # a shape of its own, so that no program is there already, in which nothing would be seen
-    cfg = dataclasses.replace(
-        s.cfg, num_hidden_layers=1, max_position_embeddings=29, model_type="qwen3", sliding_window=None
-    )
+    cfg = untraced(dataclasses.replace(s.cfg, num_hidden_layers=1, model_type="qwen3", sliding_window=None))
     weights, found = random_weights(cfg, s.seed, dtype), []
     for side, package in zip(s.sides(dtype, cfg), ("jax_llm", "torch_llm"), strict=True):
         with noted_dtypes(package, dtype) as wrong:

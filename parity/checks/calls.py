@@ -27,7 +27,7 @@ from parity.checks.kernels import chunks_of
 from parity.checks.model import FLOAT64_ALLOWED
 from parity.checks.training import MOMENTS_ALLOWED
 from parity.core.compare import Row, on_both, tensor_errors, three_way, verdict, worse_side
-from parity.core.inputs import RandomBatches, random_batch, random_weights, start_state
+from parity.core.inputs import RandomBatches, random_batch, random_weights, start_state, untraced
 from parity.sides.settings import Settings
 from torch_llm import model as torch_model
 from torch_llm.engine.backend import BACKEND as torch_backend
@@ -110,8 +110,7 @@ def _products(s: Settings) -> Row:
     """That float32 means float32 where an accelerator would take less: in training, evaluation and generation, as
     programs call them. A CPU has one way, so the setting itself is looked at.
     """
-    # a shape of its own, so that JAX traces anew
-    cfg = dataclasses.replace(s.cfg, num_hidden_layers=1, max_position_embeddings=23, sliding_window=None)
+    cfg = untraced(dataclasses.replace(s.cfg, num_hidden_layers=1, sliding_window=None))
     recipe = Recipe(cfg, TrainConfig(batch_size=1, seq_len=3), OptimizerConfig(total_steps=2))
     weights = random_weights(cfg, s.seed, "float32")
     evaluation = Evaluation(np.arange(8, dtype=np.int32), 3, 1)
