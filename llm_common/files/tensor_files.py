@@ -137,9 +137,12 @@ def _unique(path: Path, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return names
 
 
+CHECKED_AT_ONCE = 1 << 22  # numbers, so that there is no temporary of a tensor's size
+
+
 def check_finite(name: str, array: np.ndarray) -> None:
     """Raise UserError, with the place of the first one, if some of a tensor's numbers are NaN or infinite."""
-    flat, piece = array.reshape(-1), 1 << 22  # no temporary of the tensor's size
+    flat, piece = array.reshape(-1), CHECKED_AT_ONCE
     for start in range(0, flat.size, piece):
         wrong = ~np.isfinite(flat[start : start + piece])
         if wrong.any():

@@ -31,6 +31,7 @@ from llm_common.config import (
 from llm_common.data.answers import ExampleReader
 from llm_common.data.evaluation import DocumentEvaluation
 from llm_common.errors import UserError
+from llm_common.files import tensor_files
 from llm_common.files.tensor_files import check_finite
 from llm_common.run.checkpoint import latest_checkpoint, prune_checkpoints
 from llm_common.run.log import RunLog, read_log
@@ -275,6 +276,11 @@ def _not_finite() -> int:
             except UserError as error:
                 wrong += f"at {[int(i) for i in np.unravel_index(at, shape)]}" not in str(error)
             x.flat[at] = 0.0
+    with mock.patch.object(tensor_files, "CHECKED_AT_ONCE", 4):  # every place of several pieces
+        for size, at in itertools.product((4, 5, 9), range(9)):
+            x = np.zeros(size, np.float32)
+            x[at % size] = np.nan
+            wrong += not _refuses(check_finite, "x", x)
     return wrong
 
 
@@ -284,7 +290,10 @@ def _windows(s: Settings) -> int:
     for length, before in itertools.product((3, 4, 7), (0, 1, 2, 3)):
         documents = [rng.integers(1, 90, n).tolist() for n in (1, 2, length - 1, length, length + 1, 2 * length, 17)]
         context = rng.integers(90, 96, before).tolist()
+        longest = len(context) + 1  # of two short documents: windows are no longer than they must be
+        short = DocumentEvaluation([[1, 2], [3]], context, 1000, 2, 1).seq_len
         evaluation = DocumentEvaluation(documents, context, length, 2, 1)
+        wrong += (evaluation.seq_len != length) + (not longest <= short < 100)
         rows = [row for batch in evaluation.batches() for row in zip(*batch, strict=True)][: evaluation.n_rows]
         wanted = list(zip(*spec_run.rolling_rows(documents, context, length), strict=True))
         differ = (
@@ -424,6 +433,9 @@ def _ends_of_folders(folder: Path) -> int:
     it.
     """
     wrong = 0
+    nameless = _folder(folder / "nameless", PLAIN)
+    (nameless / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}', encoding="utf-8")
+    wrong += sum(one.turn_end is not None for one in _tokenizers(nameless))
     for number, (eos, turn) in enumerate(
         (("<|im_end|>", "<|im_end|>"), ("<turn>", "<turn>"), ("<turn>", "<|im_end|>"))
     ):

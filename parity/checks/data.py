@@ -5,6 +5,7 @@ no line with them, can see a mistake there.
 import dataclasses
 import itertools
 import json
+import queue
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -56,6 +57,10 @@ def check_tokenizer(s: Settings) -> Iterator[Row]:
     # until no pair is left: most of them occur once; the byte 0 is a letter like others
     rare = ["one\0two \0\0\0\0 three\0", "\0\0four \0two"]
     differing += train_bpe(rare, 1000).merges != bpe_reference.train(rare, 1000, END)
+    differing += train_bpe(iter(TEXTS), 256 + 120 + 1, iter([END])).merges != merges  # read once
+    differing += sum(
+        _counted_beside(pattern) != count_words(TEXTS, [END], pattern) for pattern in ("gpt2", "llama3", "smollm2")
+    )
     yield shared("tokenizer", "texts that other merges are learned from", differing, place="train_bpe")
     tokenizer = Tokenizer(merges, fast=False)
     wrong = back = 0
@@ -69,6 +74,16 @@ def check_tokenizer(s: Settings) -> Iterator[Row]:
     yield shared("tokenizer", "texts that do not come back", back, place="Tokenizer.decode")
     yield _documents_row(merges)
     yield from stream_rows(merges)
+
+
+def _counted_beside(pattern: str) -> dict[bytes, int]:
+    """The words as one of several processes counts them."""
+    todo, done = queue.SimpleQueue(), queue.SimpleQueue()
+    for text in (*TEXTS, None):
+        todo.put(text)
+    with mock.patch.object(bpe_trainer, "end_with_parent"):
+        bpe_trainer._count_in_worker(todo, done, (END,), pattern)
+    return done.get()
 
 
 NUL = "\0"  # its id is 0, which is an id like others

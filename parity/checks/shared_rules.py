@@ -23,7 +23,9 @@ import regex
 from llm_common.config import ExecutionConfig, OptimizerConfig, Recipe, RunConfig, TrainConfig
 from llm_common.data.answers import ExampleReader
 from llm_common.data.datasets import write_tokens
+from llm_common.data.evaluation import Evaluation
 from llm_common.data.sequences import DocumentEncoder, resolve_token
+from llm_common.data.shards import id_dtype
 from llm_common.errors import UserError
 from llm_common.files.export import export
 from llm_common.files.tensor_files import plan_shards
@@ -70,6 +72,7 @@ def rule_rows(s: Settings, folder: Path, tokenizers: list[Any]) -> Iterator[Row]
     yield row("tokenizers that are saved and read again", _saved(folder), "Tokenizer.load")
     yield row("words of published patterns", _words(), "PATTERNS")
     yield row("texts of a table with line breaks", _tables(folder), "csv_records")
+    yield row("sizes at which something else is chosen", _sizes(), "id_dtype, summary")
     yield row("records that are refused, by their place", _refused(folder), "records")
     yield row("merges of runs of one sign", _runs(), "learn_merges")
     yield row("ids of texts that are composed first", _composed(), "Tokenizer (NFC)")
@@ -234,6 +237,18 @@ def _tables(folder: Path) -> int:
     found = list(Corpus([folder / "table.csv"]).documents())
     clean = lambda text: text.replace("\r\n", "\n")
     return sum(clean(a) != clean(b) for a, b in itertools.zip_longest(found, wanted, fillvalue="(none)"))
+
+
+def _sizes() -> int:
+    """The dtype of a file of ids, on both sides of 2^16; the perplexity of a loss that is beyond all numbers."""
+    wrong = 0
+    for more, wanted in ((0, np.uint16), (2**16 - 257, np.uint16), (2**16 - 256, np.uint32)):
+        vocab = {i: bytes([i]) for i in range(256)} | ({256 + more - 1: b"ab"} if more else {})
+        wrong += id_dtype(Tokenizer([], vocab=vocab, fast=False)) is not wanted
+    evaluation = Evaluation(np.arange(4, dtype=np.int32), 3, 1)
+    for loss in (0.5, 30.0, 5000.0):
+        wrong += evaluation.summary(3 * loss, 3)["perplexity"] != math.exp(min(loss, 700.0))
+    return wrong
 
 
 # A file's name, its contents, and where its error is, or nothing if it is read.
