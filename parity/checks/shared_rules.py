@@ -244,7 +244,8 @@ def _sizes() -> int:
     wrong = 0
     for more, wanted in ((0, np.uint16), (2**16 - 257, np.uint16), (2**16 - 256, np.uint32)):
         vocab = {i: bytes([i]) for i in range(256)} | ({256 + more - 1: b"ab"} if more else {})
-        wrong += id_dtype(Tokenizer([], vocab=vocab, fast=False)) is not wanted
+        one = Tokenizer([], vocab=vocab, fast=False)
+        wrong += (id_dtype(one) is not wanted) + (one.plain_vocab_size != max(vocab) + 1)
     evaluation = Evaluation(np.arange(4, dtype=np.int32), 3, 1)
     for loss in (0.5, 30.0, 5000.0):
         wrong += evaluation.summary(3 * loss, 3)["perplexity"] != math.exp(min(loss, 700.0))
