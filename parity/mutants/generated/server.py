@@ -94,19 +94,6 @@ def run_tests(job: dict[str, Any], cache: str, tell: Any) -> None:
     tell({"red": {"check": "tests", "item": first.node, "code": code}} if code else {"green": True})
 
 
-def run_gates(job: dict[str, Any], cache: str, tell: Any) -> None:
-    """Asks every published gate."""
-    from parity.checks.ladder import share_cores
-    from parity.mutants.gates import let_through
-
-    share_cores(os.cpu_count() or 1, cache, job["flags"])
-    start = time.perf_counter()
-    tell({"check": "gates"})
-    passed = let_through(job["gates"])
-    tell({"seconds": time.perf_counter() - start, "of": "gates"})
-    tell({"green": True, "let_through": passed})
-
-
 def child(job: dict[str, Any], root: Path, cache: str, out: int) -> None:
     os.setsid()
     sink = os.open(os.devnull, os.O_WRONLY)
@@ -130,7 +117,7 @@ def child(job: dict[str, Any], root: Path, cache: str, out: int) -> None:
 
             recorder = coverage.Coverage(data_file=None, include=[str(root / name) for name in job["lines"]])
             recorder.start()
-        run = run_tests if "tests" in job else run_gates if "gates" in job else run_checks
+        run = run_tests if "tests" in job else run_checks
         with catalogued(job["catalogue"]) if "catalogue" in job else contextlib.nullcontext():
             run(job, cache, tell)
         if recorder is not None:
