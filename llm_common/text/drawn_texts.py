@@ -47,8 +47,10 @@ class DrawnTexts:
 
 
 def chunks_ahead(platform: str) -> int:
-    """How many more chunks a device is given before the host looks at the last one: an accelerator does not wait."""
-    return 0 if platform == "cpu" else 1
+    """How many more chunks a device is given before the host looks at the last one: an accelerator does not wait. On
+    Apple's "mps" torch cannot look at one chunk without waiting for the next.
+    """
+    return 0 if platform in ("cpu", "mps") else 1
 
 
 def join(stream: Iterable[list[list[int]]], n: int) -> list[list[int]]:

@@ -3,6 +3,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
+from llm_common.text.drawn_texts import chunks_ahead
 from llm_common.text.text_stream import TextStream
 from llm_common.text.tokenizer import Tokenizer
 
@@ -67,3 +68,8 @@ def test_the_beginning_of_a_stop_string_that_does_not_come_is_given_out():
     pieces, out = stream("one ST", ["STOP"])
     assert out.text == "one ST"
     assert pieces[-1] == "ST"
+
+
+def test_only_a_device_that_can_wait_for_one_chunk_alone_is_given_the_next():
+    ahead = {platform: chunks_ahead(platform) for platform in ("cpu", "mps", "cuda", "gpu", "tpu")}
+    assert ahead == {"cpu": 0, "mps": 0, "cuda": 1, "gpu": 1, "tpu": 1}
