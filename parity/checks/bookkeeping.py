@@ -42,7 +42,7 @@ from llm_common.text.tokenizer import Tokenizer
 from parity import spec_run
 from parity.checks.shared_rules import rule_rows
 from parity.checks.streams import pieces_at
-from parity.core.compare import Row, shared
+from parity.core.compare import Row, refuses, shared
 from parity.core.workshop import load_script
 from parity.sides.settings import Settings
 
@@ -250,16 +250,8 @@ def _prompts(s: Settings) -> int:
             wanted[i, : len(prompt)] = prompt
         wrong += longest + new > limit or found.tolist() != lengths or not np.array_equal(padded, wanted)
     for bad in ([], [[]], [[1], []], [[1], [0, s.cfg.vocab_size]], [[-1]]):
-        wrong += not _refuses(check_prompts, bad, s.cfg, 1)
+        wrong += not refuses(check_prompts, bad, s.cfg, 1)
     return wrong
-
-
-def _refuses(function: Any, *arguments: Any) -> bool:
-    try:
-        function(*arguments)
-    except UserError:
-        return True
-    return False
 
 
 def _not_finite() -> int:
@@ -267,7 +259,7 @@ def _not_finite() -> int:
     wrong, rng = 0, np.random.default_rng(3)
     for shape in ((1,), (7,), (3, 5), (2, 3, 4), (2049, 2049)):
         x = np.zeros(shape, np.float32)
-        wrong += _refuses(check_finite, "x", x)
+        wrong += refuses(check_finite, "x", x)
         for at in {0, x.size - 1, int(rng.integers(x.size))}:
             x.flat[at] = rng.choice([np.nan, np.inf, -np.inf])
             try:
@@ -280,7 +272,7 @@ def _not_finite() -> int:
         for size, at in itertools.product((4, 5, 9), range(9)):
             x = np.zeros(size, np.float32)
             x[at % size] = np.nan
-            wrong += not _refuses(check_finite, "x", x)
+            wrong += not refuses(check_finite, "x", x)
     return wrong
 
 

@@ -20,13 +20,12 @@ from jax_llm import rope as jax_rope
 from jax_llm.engine.backend import BACKEND as jax_backend
 from llm_common.config import OptimizerConfig, Recipe, SamplingConfig, TrainConfig
 from llm_common.data.evaluation import Evaluation
-from llm_common.errors import UserError
 from llm_common.run.backend import Backend
 from parity import spec
 from parity.checks.kernels import chunks_of
 from parity.checks.model import FLOAT64_ALLOWED
 from parity.checks.training import MOMENTS_ALLOWED
-from parity.core.compare import Row, on_both, tensor_errors, three_way, verdict, worse_side
+from parity.core.compare import Row, on_both, refuses, tensor_errors, three_way, verdict, worse_side
 from parity.core.inputs import RandomBatches, random_batch, random_weights, start_state, untraced
 from parity.sides.settings import Settings
 from torch_llm import model as torch_model
@@ -98,11 +97,7 @@ def _no_logits(s: Settings) -> Row:
             weights["lm_head.weight"][0, -1] = -value  # the logit is infinite with the sign of the product
         n += 1
         for i, side in enumerate(sides):
-            try:
-                side.generate(weights, [[1, 2]], 3, sampling)
-                wrong[i] += 1
-            except UserError:
-                continue
+            wrong[i] += not refuses(side.generate, weights, [[1, 2]], 3, sampling)
     return _counted(f"texts of logits that are not finite, of {n}", wrong, True, "generate (not finite)")
 
 
@@ -114,8 +109,8 @@ def _products(s: Settings) -> Row:
     recipe = Recipe(cfg, TrainConfig(batch_size=1, seq_len=3), OptimizerConfig(total_steps=2))
     weights = random_weights(cfg, s.seed, "float32")
     evaluation = Evaluation(np.arange(8, dtype=np.int32), 3, 1)
-    wrong, notes = [0, 0], []
-    for i, (side, backend) in enumerate((("JAX", jax_backend), ("torch", torch_backend))):
+    wrong: dict[str, dict[str, set[Any]]] = {"JAX": {}, "torch": {}}  # side -> use -> what it was told instead
+    for side, backend in (("JAX", jax_backend), ("torch", torch_backend)):
 
         def fit(backend: Backend = backend) -> None:
             with backend.open_session(recipe, s.device, None) as session:
@@ -134,11 +129,12 @@ def _products(s: Settings) -> Row:
             with _exactness(side) as seen:
                 use()
             if seen != {"highest"}:
-                wrong[i] += 1
-                notes.append(f"{side}, {what}: {seen or 'nothing'}")
-    blamed, item = verdict(wrong[0] > 0, wrong[1] > 0, alike=True), "uses in which float32 is not float32, of 6"
-    place = f"matmul_precision ({notes[0].split(': ')[0].split(', ')[1]})" if notes else ""
-    return Row("calls", item, "float32", max(wrong), 0, not blamed, blamed, "; ".join(notes), place)
+                wrong[side][what] = seen
+    blamed, item = verdict(*map(bool, wrong.values()), alike=True), "uses in which float32 is not float32, of 6"
+    notes = [f"{side}, {what}: {seen or 'nothing'}" for side, uses in wrong.items() for what, seen in uses.items()]
+    place = next((f"matmul_precision ({what})" for uses in wrong.values() for what in uses), "")
+    most = max(map(len, wrong.values()))
+    return Row("calls", item, "float32", most, 0, not blamed, blamed, "; ".join(notes), place)
 
 
 @contextlib.contextmanager

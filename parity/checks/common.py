@@ -35,19 +35,20 @@ def check_random(s: Settings) -> Iterator[Row]:
     the order of batches and sampled tokens are drawn from.
     """
     cases = list(itertools.product((0, s.seed, 2**31 - 1, 2**31 + 5, 2**32 - 1), (0, 1, 1000, 2**31 + 7), (1, 5, 64)))
-    keys = {(seed, folded): spec.fold_in((0, seed), folded) for seed, folded, _ in cases}
+    keys = [(spec.fold_in((0, seed), folded), n) for seed, folded, n in cases]
+    expected = [(spec.random_bits(key, n), spec.uniform(key, n)) for key, n in keys]
     wrong = 0
-    for seed, folded, n in cases:
+    for (seed, folded, n), (bits, _) in zip(cases, expected, strict=True):
         found = random_bits.random_bits(random_bits.fold_in(random_bits.key(seed), folded), n)
-        wrong += not np.array_equal(found, spec.random_bits(keys[seed, folded], n))
+        wrong += not np.array_equal(found, bits)
     yield shared("random", "draws of NumPy with other words", wrong, place="llm_common.random_bits")
     for dtype in s.dtypes:
         words, numbers = [0, 0], [0, 0]
         for i, side in enumerate(s.sides(dtype)):
-            for seed, folded, n in cases:
-                bits, uniform = side.random(seed, folded, n)
-                words[i] += not np.array_equal(bits, spec.random_bits(keys[seed, folded], n))
-                numbers[i] += not np.array_equal(uniform, spec.uniform(keys[seed, folded], n))
+            for case, (bits, uniform) in zip(cases, expected, strict=True):
+                found = side.random(*case)
+                words[i] += not np.array_equal(found[0], bits)
+                numbers[i] += not np.array_equal(found[1], uniform)
         for what, counts in (("words", words), ("uniform numbers", numbers)):
             blamed = verdict(bool(counts[0]), bool(counts[1]), alike=True)
             place = "random_bits.uniform" if what != "words" else "random_bits.threefry2x32"

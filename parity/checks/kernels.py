@@ -129,9 +129,8 @@ def _asked() -> Iterator[Row]:
             found, expected = make[side](**settings), dataclasses.replace(plain[side], **always[side] | wanted)
             fields = [f.name for f in dataclasses.fields(found)]
             wrong += [f"{settings}: {name}" for name in fields if getattr(found, name) != getattr(expected, name)]
-        item, blamed = f"{side}, kernels that are not what the settings ask for", side if wrong else ""
-        place = "make_kernels" if wrong else ""
-        yield Row("kernels", item, "", len(wrong), 0, not wrong, blamed, "; ".join(wrong[:3]), place)
+        item = f"{side}, kernels that are not what the settings ask for"
+        yield _of_side(side, item, "", len(wrong), 0, "make_kernels", "; ".join(wrong[:3]))
 
 
 def _options() -> Row:
@@ -143,8 +142,9 @@ def _options() -> Row:
         compiler_options(dataclasses.replace(execution, deterministic=same), platform) != wanted.get((platform, same))
         for platform, same in cases
     )
-    item, blamed = "JAX, options of the compiler that are not what is asked for", JAX if wrong else ""
-    return Row("kernels", item, "", wrong, 0, not wrong, blamed, place="compiler_options" if wrong else "")
+    return _of_side(
+        JAX, "JAX, options of the compiler that are not what is asked for", "", wrong, 0, "compiler_options"
+    )
 
 
 def _norms_at_once(s: Settings) -> Row:
@@ -156,9 +156,8 @@ def _norms_at_once(s: Settings) -> Row:
     error = float(np.abs(found / exact - 1.0).max())
     # a root and a square of a float32 sum, whose roundings of 2^-24 go both ways; in bfloat16 one is 2^-9
     allowed = 2.0**-19
-    ok = error <= allowed
-    item, place = "torch, sums of squares: many tensors at once against float64", "" if ok else "sums_of_squares"
-    return Row("kernels", item, "bfloat16", error, allowed, ok, "" if ok else TORCH, place=place)
+    item = "torch, sums of squares: many tensors at once against float64"
+    return _of_side(TORCH, item, "bfloat16", error, allowed, "sums_of_squares")
 
 
 def _used(s: Settings) -> Iterator[Row]:
@@ -180,9 +179,8 @@ def _used(s: Settings) -> Iterator[Row]:
         runs = max(1, calls["embedding"])
         wrong = [f"{field} {calls[field]}" for field, times in wanted.items() if calls[field] != times * runs]
         wrong += [] if calls["places"] else ["places 0"]
-        blamed, place = (name, "CausalLM (kernels)") if wrong else ("", "")
         item = f"{name}, kernels that are called otherwise than a model has places for them"
-        yield Row("kernels", item, "float32", len(wrong), 0, not wrong, blamed, "; ".join(wrong), place)
+        yield _of_side(name, item, "float32", len(wrong), 0, "CausalLM (kernels)", "; ".join(wrong))
 
 
 def _counting(kernel: Callable[..., Any], calls: Counter[str], name: str) -> Callable[..., Any]:
@@ -219,8 +217,14 @@ def check_kernels(s: Settings) -> Iterator[Row]:
             allowed = 0.0 if one.bits else FLOAT64_ALLOWED
             if not one.bits and dtype != "float64":
                 allowed = ceiling(s, dtype, weights, ids, targets)
-            ok, item = error <= allowed, f"{one.side}, {' and '.join(one.kernels)}: {one.name} against plain"
-            yield Row("kernels", item, dtype, error, allowed, ok, "" if ok else one.side, place="" if ok else one.name)
+            item = f"{one.side}, {' and '.join(one.kernels)}: {one.name} against plain"
+            yield _of_side(one.side, item, dtype, error, allowed, one.name)
+
+
+def _of_side(side: Side, item: str, dtype: str, measured: float, allowed: float, place: str, note: str = "") -> Row:
+    """A row about one side alone: if it is red, that side and the place are to blame."""
+    ok = measured <= allowed
+    return Row("kernels", item, dtype, measured, allowed, ok, *(("", "", "") if ok else (side, note, place)))
 
 
 def _in_blocks(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
@@ -244,20 +248,17 @@ def _windows(s: Settings) -> Iterator[Row]:
         (TORCH, torch.tensor, fused_attention, torch_reference_attention),
     )
     for name, put, fused, plain in cases:
-        errors = {}
+        errors, (a, b, c) = {}, (put(q), put(k), put(v))
         for window in (1, 2, t - 2, t - 1, t, t + 1):
             mask = (distance >= 0) & (distance < window)
-            a, b, c = put(q), put(k), put(v)
             expected = np.asarray(plain(a, b, c, put(mask)), np.float64)
-            found = [kernel(a, b, c, None, window) for kernel in (fused, plain)]
-            found = [np.asarray(x, np.float64) for x in found]
+            found = [np.asarray(kernel(a, b, c, None, window), np.float64) for kernel in (fused, plain)]
             size = float(np.linalg.norm(expected))
             errors[f"window {window} of {t}"] = max(tensor_error(x, expected, size) for x in found)
         if name is TORCH:  # each sequence with a mask of its own
             masks = np.stack([(distance >= 0) & (distance < window) for window in (2, t - 1)])[:, None]
-            a, b, c, mask = put(q), put(k), put(v), put(masks)
-            expected = np.asarray(plain(a, b, c, mask), np.float64)
-            found = np.asarray(_in_blocks(a, b, c, mask), np.float64)
+            expected = np.asarray(plain(a, b, c, put(masks)), np.float64)
+            found = np.asarray(_in_blocks(a, b, c, put(masks)), np.float64)
             errors["masks in blocks"] = tensor_error(found, expected, float(np.linalg.norm(expected)))
         at, error = worst(errors)
         # of T products of H factors each, softmax and T again: the roundings of float32, all in one direction

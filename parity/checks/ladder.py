@@ -154,15 +154,19 @@ def _timed(check: str, settings: Settings) -> tuple[list[Row], float]:
 
 def rows_of(check: str, settings: Settings) -> Iterator[Row]:
     """The rows of one check as they come; if it raises, the last of them is the error."""
-    quick = settings.device == "cpu" and not settings.full and (settings.quick or check not in OPTIMISED)
     try:
-        with quick_to_compile() if quick else contextlib.nullcontext():
-            yield from CHECKS[check](settings)
+        yield from _compiled_rows(check, settings)
     except Exception as error:  # whatever a broken side raises is a finding, and the rows before it stay
         row = crash(check, error)
         if row.side == SHARED and (caller := called_by(error)):
             row = dataclasses.replace(row, side=_who_raises(check, settings, caller))
         yield row
+
+
+def _compiled_rows(check: str, settings: Settings) -> Iterator[Row]:
+    quick = settings.device == "cpu" and not settings.full and (settings.quick or check not in OPTIMISED)
+    with quick_to_compile() if quick else contextlib.nullcontext():
+        yield from CHECKS[check](settings)
 
 
 def _who_raises(check: str, settings: Settings, caller: Side) -> Side:
@@ -171,7 +175,7 @@ def _who_raises(check: str, settings: Settings, caller: Side) -> Side:
     """
     other = TORCH if caller == JAX else JAX
     try:
-        for _ in CHECKS[check](dataclasses.replace(settings, only=other)):
+        for _ in _compiled_rows(check, dataclasses.replace(settings, only=other)):
             pass
     except Exception as error:
         return SHARED if raised_in(error)[0] == SHARED else caller

@@ -165,9 +165,8 @@ def _texts(s: Settings) -> Iterator[Row]:
 @contextlib.contextmanager
 def looking_late(chunks: int) -> Iterator[None]:
     """While this is open the host looks at drawn tokens so many chunks late, as with an accelerator."""
-    with contextlib.ExitStack() as stack:
-        for module in (jax_generate, generate):
-            stack.enter_context(mock.patch.object(module, "chunks_ahead", return_value=chunks))
+    late = [mock.patch.object(module, "chunks_ahead", return_value=chunks) for module in (jax_generate, generate)]
+    with late[0], late[1]:
         yield
 
 

@@ -5,7 +5,9 @@ import json
 import math
 import os
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from llm_common.errors import UserError
 
@@ -36,6 +38,21 @@ def add_flags(parser: argparse.ArgumentParser, out: Path) -> None:
     parser.add_argument("--tests", action="store_true", help="of --generated: unit tests for what parity does not see")
 
 
+class Progress:
+    """Tells what is remarkable of a result, and else how many there are, now and then."""
+
+    def __init__(self, console: Any, every: int, remark: Callable[[Any], str] = lambda result: "") -> None:
+        self.console, self.every, self.remark = console, every, remark
+        self.start, self.done = time.perf_counter(), 0
+
+    def __call__(self, result: Any) -> None:
+        self.done += 1
+        if remark := self.remark(result):
+            self.console.print(f"  {remark}", markup=False, soft_wrap=True)
+        elif self.done % self.every == 0:
+            self.console.print(f"  {self.done} ({time.perf_counter() - self.start:.0f} s)")
+
+
 def _generated(args: argparse.Namespace) -> bool:
     from parity.mutants.generated.campaign import Outcome, drawn, named, run_campaign, test_survivors
     from parity.mutants.generated.operators import described
@@ -52,18 +69,16 @@ def _generated(args: argparse.Namespace) -> bool:
         for mutation in chosen:
             console.print(str(mutation), markup=False, soft_wrap=True)
         return True
-    jobs, known, count = args.jobs or os.cpu_count() or 1, reasons(), [0]
+    jobs, known = args.jobs or os.cpu_count() or 1, reasons()
     console.print(f"planting {len(chosen)} generated mutants; outcomes so far are kept in {folder}")
 
-    def tell(outcome: Outcome) -> None:
-        count[0] += 1
-        if outcome.how == "survived" and outcome.name not in known:
-            console.print(f"  survived: {described(outcome)}", markup=False, soft_wrap=True)
-        elif count[0] % 25 == 0:
-            console.print(f"  {count[0]} ({time.perf_counter() - start:.0f} s)")
+    def said(outcome: Outcome) -> str:
+        return f"survived: {described(outcome)}" if outcome.how == "survived" and outcome.name not in known else ""
 
     cover = lambda key, seconds: console.print(f"  without a mutant: {key} ({seconds:.0f} s)")
-    outcomes = run_campaign(chosen, folder, jobs, tell, cover, again=bool(args.name), seconds=args.seconds)
+    outcomes = run_campaign(
+        chosen, folder, jobs, Progress(console, 25, said), cover, again=bool(args.name), seconds=args.seconds
+    )
     if args.tests:
         outcomes = test_survivors(outcomes, folder, jobs, lambda text: console.print(text, markup=False))
     for outcome in outcomes if args.name else []:
@@ -78,18 +93,12 @@ def _generated(args: argparse.Namespace) -> bool:
 
 
 def _gates(args: argparse.Namespace) -> bool:
-    from parity.mutants.gates import GATES, Verdict, bugs, draw, markdown, run_gates, to_json
+    from parity.mutants.gates import GATES, bugs, draw, markdown, run_gates, to_json
     from parity.report.report import make_console
 
-    console, start, done = make_console(), time.perf_counter(), [0]
+    console, start = make_console(), time.perf_counter()
     console.print(f"{len(bugs())} bugs of one side before {len(GATES)} published rules")
-
-    def tell(verdict: Verdict) -> None:
-        done[0] += 1
-        if done[0] % 20 == 0:
-            console.print(f"  {done[0]} ({time.perf_counter() - start:.0f} s)")
-
-    verdicts = run_gates(args.jobs, tell)
+    verdicts = run_gates(args.jobs, Progress(console, 20))
     args.out.mkdir(parents=True, exist_ok=True)
     (args.out / "gates.json").write_text(to_json(verdicts), encoding="utf-8")
     (args.out / "gates.md").write_text(markdown(verdicts), encoding="utf-8")
@@ -103,19 +112,13 @@ def _user_tests(args: argparse.Namespace) -> bool:
 
     from parity.mutants.generated.campaign import drawn
     from parity.mutants.generated.scope import IN
-    from parity.mutants.generated.user_tests import Seen, proposals, run_user_tests
+    from parity.mutants.generated.user_tests import proposals, run_user_tests
     from parity.report.report import make_console
 
-    console, start, done = make_console(), time.perf_counter(), [0]
+    console, start = make_console(), time.perf_counter()
     sides = [file for file in IN if not file.startswith("llm_common/")]  # what both share no pair of them can see
     generated = drawn(args.generated, args.seed, sides) if args.generated else []
-
-    def tell(seen: Seen) -> None:
-        done[0] += 1
-        if done[0] % 20 == 0:
-            console.print(f"  {done[0]} ({time.perf_counter() - start:.0f} s)")
-
-    found = run_user_tests(args.pytest, generated, args.jobs, tell)
+    found = run_user_tests(args.pytest, generated, args.jobs, Progress(console, 20))
     table = Table("kind of bug", "planted", "seen", "let through", title=f"{args.pytest} on bugs of one side")
     for area in dict.fromkeys(seen.area for seen in found):
         mine = [seen for seen in found if seen.area == area]
@@ -157,16 +160,8 @@ def run_mutants(args: argparse.Namespace) -> bool:
         return True
     start = time.perf_counter()
     console.print(f"planting {len(chosen)} bugs, one by one")
-    done = [0]
-
-    def tell(outcome) -> None:
-        done[0] += 1
-        if not outcome.ok:
-            console.print(f"  not as expected: {outcome.area}: {outcome.name}")
-        elif done[0] % 25 == 0:
-            console.print(f"  {done[0]} ({time.perf_counter() - start:.0f} s)")
-
-    outcomes = plant_all(chosen, args.jobs, tell)
+    said = lambda outcome: "" if outcome.ok else f"not as expected: {outcome.area}: {outcome.name}"
+    outcomes = plant_all(chosen, args.jobs, Progress(console, 25, said))
     print_outcomes(console, outcomes)
     args.out.mkdir(parents=True, exist_ok=True)
     content = to_json(outcomes) | {"seconds": time.perf_counter() - start}

@@ -8,13 +8,15 @@ import dataclasses
 import enum
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import numpy as np
 
-from llm_common.errors import first_line
+from llm_common.errors import UserError, first_line
 from llm_common.tensors import Tensors
 
 # A gradient that is exactly zero, as that of q behind a softmax over one key, comes out as rounding noise: in float64
@@ -184,14 +186,12 @@ def raised_in(error: BaseException) -> tuple[Side | str, str]:
     """The side and the function of ours in which an exception was raised, or in which what raised it was called; with
     it what had called that function, and what the check had called: the mistake is often in what was handed over.
     """
-    side, path, frame = "", [], error.__traceback__
-    while frame is not None:
-        package, code = frame.tb_frame.f_globals.get("__name__", "").split(".")[0], frame.tb_frame.f_code
+    side, path = "", []
+    for package, frame in _frames(error):
         if package in PACKAGES:
-            side = PACKAGES[package]
+            side, code = PACKAGES[package], frame.f_code
             function = re.sub(r"<locals>\.|(\.?<\w+>)+$", "", code.co_qualname) or "the module"
             path.append(f"{function} in {Path(code.co_filename).name}")
-        frame = frame.tb_next
     inner_first = list(dict.fromkeys(reversed(path)))
     place = ", called by ".join(inner_first[:2])
     place += f", in a call of {inner_first[-1]}" if len(inner_first) > 2 else ""
@@ -203,12 +203,14 @@ def raised_in(error: BaseException) -> tuple[Side | str, str]:
 
 def called_by(error: BaseException) -> Side | None:
     """The side that called the shared code in which an exception was raised, if one did."""
-    found, frame = None, error.__traceback__
-    while frame is not None:
-        package = frame.tb_frame.f_globals.get("__name__", "").split(".")[0]
-        found = PACKAGES[package] if package in ("jax_llm", "torch_llm") else found
-        frame = frame.tb_next
-    return found
+    sides = [PACKAGES[package] for package, _ in _frames(error) if package in ("jax_llm", "torch_llm")]
+    return sides[-1] if sides else None
+
+
+def _frames(error: BaseException) -> Iterator[tuple[str, FrameType]]:
+    """The frames that an exception came through, outermost first, with the package that each is of."""
+    for frame, _ in traceback.walk_tb(error.__traceback__):
+        yield frame.f_globals.get("__name__", "").split(".")[0], frame
 
 
 def said(error: Exception) -> str:
@@ -226,11 +228,18 @@ def crash(check: str, error: Exception) -> Row:
 
 def looked_at(error: BaseException) -> str:
     """The side whose results a check was looking at when it raised: something that it expects is not among them."""
-    found, frame = "", error.__traceback__
-    while frame is not None:
-        found = getattr(frame.tb_frame.f_locals.get("side"), "name", "") or found
-        frame = frame.tb_next
+    names = [getattr(frame.f_locals.get("side"), "name", "") for _, frame in _frames(error)]
+    found = next(filter(None, reversed(names)), "")
     return found if found in (JAX, TORCH) else ""
+
+
+def refuses(function: Callable[..., Any], *arguments: Any) -> bool:
+    """Whether a call raises UserError."""
+    try:
+        function(*arguments)
+    except UserError:
+        return True
+    return False
 
 
 class Raised(Exception):

@@ -11,9 +11,10 @@ from pathlib import Path
 import pytest
 
 from llm_common.errors import UserError
-from parity.checks.ladder import CHECKS, run_checks
+from parity.checks.ladder import CHECKS, rows_of, run_checks
 from parity.commands import cli
-from parity.core.compare import JAX, Row
+from parity.core.compare import JAX, SHARED, Row
+from parity.core.planting import Edit, planted
 from parity.report import report
 from parity.sides.settings import Settings
 
@@ -190,3 +191,19 @@ def test_workers_end_with_a_process_that_is_killed(tmp_path):
         time.sleep(0.1)
     os.kill(worker, signal.SIGKILL)
     pytest.fail("the worker goes on")
+
+
+@pytest.mark.parametrize(
+    ("edit", "side"),
+    [
+        (Edit("jax_llm.engine.train:read_batch", "dataset.batch(step)", "dataset.batch(cfg)"), JAX),
+        (Edit("llm_common.data.datasets:Prefetch.batch", "...", "raise KeyError(step)"), SHARED),
+    ],
+    ids=["handed over wrongly", "broken itself"],
+)
+def test_who_raised_in_shared_code_is_asked_of_the_other_side(edit, side, fresh):
+    settings = Settings(steps=1, updates=(1, 3), noise=False, blamed_only=True, dtypes=("float64",))
+    with planted([edit]):
+        *_, row = rows_of("adamw", settings)
+    assert (row.item, row.side) == ("raised an error", side)
+    assert "read_batch in train.py" in row.place

@@ -48,12 +48,11 @@ def catalogued(name: list[str]) -> Any:
     return planted(next(bug.edits for bug in bugs() if [bug.name, bug.side] == name))
 
 
-def run_checks(job: dict[str, Any], cache: str, tell: Any) -> None:
+def run_checks(job: dict[str, Any], tell: Any) -> None:
     """Runs the checks of a job in order until a row is red."""
-    from parity.checks.ladder import rows_of, share_cores
+    from parity.checks.ladder import rows_of
     from parity.sides.settings import Settings
 
-    share_cores(os.cpu_count() or 1, cache, job["flags"])
     for key in job["checks"]:
         tell({"check": key})
         go, check = key.split()
@@ -70,11 +69,9 @@ def run_checks(job: dict[str, Any], cache: str, tell: Any) -> None:
     tell({"green": True})
 
 
-def run_tests(job: dict[str, Any], cache: str, tell: Any) -> None:
+def run_tests(job: dict[str, Any], tell: Any) -> None:
     """Runs a user's tests until one of them fails."""
     import pytest
-
-    from parity.checks.ladder import share_cores
 
     class First:
         """Notes the first test, or file of tests, that fails."""
@@ -86,7 +83,6 @@ def run_tests(job: dict[str, Any], cache: str, tell: Any) -> None:
 
         pytest_collectreport = pytest_runtest_logreport
 
-    share_cores(os.cpu_count() or 1, cache, job["flags"])
     start, first = time.perf_counter(), First()
     tell({"check": "tests"})
     code = int(pytest.main(["-x", "-q", "-p", "no:cacheprovider", *job["tests"]], plugins=[first]))
@@ -117,9 +113,12 @@ def child(job: dict[str, Any], root: Path, cache: str, out: int) -> None:
 
             recorder = coverage.Coverage(data_file=None, include=[str(root / name) for name in job["lines"]])
             recorder.start()
+        from parity.checks.ladder import share_cores
+
+        share_cores(os.cpu_count() or 1, cache, job["flags"])
         run = run_tests if "tests" in job else run_checks
         with catalogued(job["catalogue"]) if "catalogue" in job else contextlib.nullcontext():
-            run(job, cache, tell)
+            run(job, tell)
         if recorder is not None:
             recorder.stop()
             data = recorder.get_data()

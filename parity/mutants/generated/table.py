@@ -1,5 +1,6 @@
 """What a person reads of a campaign: of N mutants, how many each kind of check kills, by room, file and operator."""
 
+import functools
 import json
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -12,8 +13,9 @@ from parity.mutants.generated.campaign import Outcome, sources_hash
 EQUIVALENT = Path(__file__).with_name("equivalent.jsonl")
 
 
+@functools.cache
 def reasons(gpu: bool = False) -> dict[str, str]:
-    """Name of a mutant -> why it changes nothing, as two readers agreed; gpu: or what it changes, on a GPU alone."""
+    """Name of a mutant -> why it changes nothing, written by who read it; gpu: or what it changes, on a GPU alone."""
     lines = EQUIVALENT.read_text(encoding="utf-8").splitlines() if EQUIVALENT.is_file() else []
     return {row["name"]: row["reason"] for row in map(json.loads, lines) if row.get("gpu", False) is gpu}
 
