@@ -62,7 +62,7 @@ CHECKS: dict[str, Callable[[Settings], Iterator[Row]]] = {
     "device": check_device,
 }
 
-SLOW = ("noise", "trajectory", "programs", "device", "library")  # what `parity run --quick` leaves out
+SLOW = ("noise", "trajectory", "programs", "device", "library", "calls")  # what `parity run --quick` leaves out
 # Begun first where several processes share the checks.
 LONG = ("runs", "trajectory", "noise", "precision", "programs", "gradients", "tokens", "cache")
 # Judged as a user's programs are compiled, on a CPU, too. `noise` also compares an optimised program with one that is

@@ -296,7 +296,7 @@ def _float64_trajectory(s: Settings) -> Iterator[Row]:
     checkpoints: dict[int, TrainingState] = {0: start_state(weights)}
 
     def keep(step, state, metrics):
-        if step % 10 == 0 and step < s.steps:
+        if step % 25 == 0 and step < s.steps:
             checkpoints[step] = state()
 
     free = [sides[0].train(start_state(weights), opt, data, s.steps, keep)]
@@ -306,7 +306,7 @@ def _float64_trajectory(s: Settings) -> Iterator[Row]:
     first[0, 0] = np.nextafter(first[0, 0], np.inf)
     control = sides[0].train(nudged, opt, data, s.steps)
 
-    # (a) one step of each from the same state, which is JAX's own at every tenth step
+    # (a) one step of each from the same state, which is JAX's own at every 25th step
     rows = []
     for step, state in checkpoints.items():
         if spec_run.learning_rate(opt, step) == 0.0:  # the first step of a warmup moves nothing
