@@ -6,7 +6,7 @@ import dataclasses
 import math
 from typing import Any
 
-from llm_common.errors import UserError
+from llm_common.errors import UserError, nearest
 
 
 def check(ok: bool, config: Any, field: str, rule: str) -> None:
@@ -33,7 +33,8 @@ def from_dict(cls, values: dict[str, Any]):
     known = {f.name for f in dataclasses.fields(cls)}
     unknown = sorted(set(values) - known)
     if unknown:
-        raise UserError(f"{cls.__name__}: unknown key {unknown[0]!r}; known keys: {', '.join(sorted(known))}")
+        meant = nearest(unknown[0], known)
+        raise UserError(f"{cls.__name__}: unknown key {unknown[0]!r}{meant}; known keys: {', '.join(sorted(known))}")
     missing = [f.name for f in dataclasses.fields(cls) if f.default is dataclasses.MISSING and f.name not in values]
     if missing:
         raise UserError(f"{cls.__name__}: missing key {missing[0]!r}")

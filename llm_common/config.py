@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from llm_common.checks import check, from_dict, is_finite, is_int
-from llm_common.errors import UserError, read_json
+from llm_common.errors import UserError, nearest, read_json
 
 DTYPES = ("float32", "bfloat16", "float64")
 MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
@@ -189,15 +189,12 @@ class OptimizerConfig:
         for field in ("lr_max", "lr_min", "weight_decay"):
             value = getattr(self, field)
             check(is_finite(value) and value >= 0, self, field, "must be a finite number of at least 0")
-        check(self.lr_min <= self.lr_max, self, "lr_min", f"must not exceed lr_max = {self.lr_max}")
+        check(self.lr_min <= self.lr_max, self, "lr_min", f"must not exceed `lr_max` = {self.lr_max}")
         check(is_int(self.warmup_steps, 0), self, "warmup_steps", "must be an integer of at least 0")
-        check(
-            is_int(self.total_steps, 1) and self.total_steps > self.warmup_steps,
-            self,
-            "total_steps",
-            f"must be an integer larger than warmup_steps = {self.warmup_steps}",
-        )
+        check(is_int(self.total_steps, 1), self, "total_steps", "must be an integer of at least 1")
         check(self.total_steps < 2**53, self, "total_steps", "must be less than 2^53")
+        less = f"must be less than `total_steps` = {self.total_steps}"
+        check(self.warmup_steps < self.total_steps, self, "warmup_steps", less)
         for field in ("beta1", "beta2"):
             value = getattr(self, field)
             check(is_finite(value) and 0 <= value < 1, self, field, "must lie in [0, 1)")
@@ -431,5 +428,5 @@ PRESETS: dict[str, ModelConfig] = {
 
 def preset(name: str) -> ModelConfig:
     if name not in PRESETS:
-        raise UserError(f"unknown preset {name!r}; known: {', '.join(PRESETS)}")
+        raise UserError(f"unknown preset {name!r}{nearest(name, PRESETS)}; known: {', '.join(PRESETS)}")
     return PRESETS[name]

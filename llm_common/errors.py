@@ -1,8 +1,10 @@
 """The one exception for what a user can get wrong; scripts print it as a single line and exit with 2."""
 
 import contextlib
+import difflib
 import glob
 import hashlib
+import importlib.metadata
 import importlib.util
 import io
 import json
@@ -10,7 +12,7 @@ import os
 import re
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ LARGEST_JSON = 64 << 20  # bytes; the largest tokenizer.json in use is some 35 M
 # Objects and arrays of a JSON file: an empty one takes 20 to 30 times its characters in memory. The largest
 # tokenizer.json in use has half a million, one for each merge.
 MOST_CONTAINERS = 4 << 20
+SAID: list[str] = []  # notices of this process: those that it begins need not say them again
 
 
 class UserError(ValueError):
@@ -35,12 +38,27 @@ def notice(text: str) -> None:
     """Tell the person at the terminal what was decided for them, without touching what a program prints for others to
     read.
     """
-    print(f"note: {in_flags(text)}", file=sys.stderr)
+    line = f"note: {in_flags(text)}"
+    SAID.append(line)
+    print(line, file=sys.stderr)
+
+
+def nearest(given: str, known: Iterable[str]) -> str:
+    """The nearest known name, as a question, or nothing where none is near."""
+    near = difflib.get_close_matches(given, list(known), n=1, cutoff=0.6)
+    return f": did you mean {near[0]}?" if near else ""
 
 
 def in_flags(message: str) -> str:
-    """A message for a person at a command line: `some_field` becomes --some-field."""
-    return re.sub(r"`([a-z][a-z_]*)`", lambda match: "--" + match[1].replace("_", "-"), message)
+    """A message for a person at a command line: `some_field` becomes --some-field, and so does a config's own field
+    with its value.
+    """
+    message = re.sub(
+        r"\b(?:Train|Optimizer|Execution|Run|Sampling)Config\.([a-z][a-z0-9_]*) = (.*?): ",
+        lambda match: f"--{match[1].replace('_', '-')} {match[2]}: ",
+        message,
+    )
+    return re.sub(r"`([a-z][a-z0-9_]*)`", lambda match: "--" + match[1].replace("_", "-"), message)
 
 
 def read_json(path: Path, hint: str = "") -> Any:
@@ -142,13 +160,27 @@ def require_framework(name: str) -> None:
     """Raise UserError unless the packages behind `name` ("jax" or "torch") are installed."""
     for package in {"jax": ("jax", "flax", "optax"), "torch": ("torch",)}[name]:
         if importlib.util.find_spec(package) is None:
-            raise UserError(f"{package} is not installed; run: pip install '.[{name}]'")
+            raise UserError(f"{package} is not installed; run: pip install {_requirements(name)}")
 
 
 def require_package(package: str, extra: str) -> None:
     """Raise UserError unless an optional package is installed."""
     if importlib.util.find_spec(package) is None:
-        raise UserError(f"{package} is not installed; run: pip install '.[{extra}]'")
+        raise UserError(f"{package} is not installed; run: pip install {_requirements(extra, package)}")
+
+
+def _requirements(extra: str, package: str | None = None) -> str:
+    """What pip is asked for: the versions that this package's own extra names, of all its packages or of one. It works
+    wherever the package came from: a checkout, a wheel or an index.
+    """
+    try:
+        listed = importlib.metadata.requires("one-model-twice") or []
+    except importlib.metadata.PackageNotFoundError:
+        listed = []
+    of_extra = [x.partition(";")[0].strip() for x in listed if re.search(rf"extra == ['\"]{extra}['\"]", x)]
+    found = [x for x in of_extra if package is None or re.match(rf"{re.escape(package)}\b", x)]
+    found = [x for x in found if not x.startswith("one-model-twice")] or [package or extra]
+    return " ".join(f"'{x}'" if re.search(r"[<>=\[]", x) else x for x in found)
 
 
 def is_out_of_memory(error: BaseException) -> bool:

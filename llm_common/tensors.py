@@ -153,7 +153,11 @@ def check_prompts(prompts: Any, cfg: ModelConfig, max_new_tokens: int) -> tuple[
     if max_new_tokens < 1:
         raise UserError(f"max_new_tokens = {max_new_tokens} must be at least 1")
     lengths = np.array([len(row) for row in rows], np.int32)
-    check_length(cfg, int(lengths.max()) + max_new_tokens, "prompt + max_new_tokens")
+    check_length(
+        cfg,
+        int(lengths.max()) + max_new_tokens,
+        f"a prompt of {lengths.max()} tokens and `max_new_tokens` = {max_new_tokens}",
+    )
     padded = np.zeros((len(rows), lengths.max()), np.int32)
     for i, row in enumerate(rows):
         padded[i, : len(row)] = row

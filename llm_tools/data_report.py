@@ -1,4 +1,4 @@
-"""What scripts/inspect_data.py shows of data: counts, lengths, samples and pictures."""
+"""What one-model inspect-data shows of data: counts, lengths, samples and pictures."""
 
 import argparse
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""What scripts/evaluate.py needs: held-out data as a run had it, texts as lm-eval reads them."""
+"""What one-model evaluate needs: held-out data as a run had it, texts as lm-eval reads them."""
 
 import argparse
 import json

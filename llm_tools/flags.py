@@ -13,8 +13,9 @@ import typing
 from pathlib import Path
 from typing import Any
 
+from llm_common.command_line import CommandParser
 from llm_common.config import ExecutionConfig, ModelConfig, OptimizerConfig, Recipe, TrainConfig
-from llm_common.errors import UserError, read_small
+from llm_common.errors import UserError, nearest, read_small
 from llm_common.processes import end_with_launcher
 from llm_common.run.backend import Backend
 from llm_common.run.estimates import GIB, memory_per_step
@@ -27,9 +28,11 @@ from llm_common.text.corpus import Corpus
 LARGEST_TOML = 1 << 20  # bytes
 
 
-def make_parser(doc: str | None) -> argparse.ArgumentParser:
-    return argparse.ArgumentParser(
-        description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+def make_parser(program: str, doc: str | None) -> CommandParser:
+    """The parser of a program of `one-model`, or of a script of the repository (its name then ends in .py)."""
+    prog = program if program.endswith(".py") else f"one-model {program}"
+    return CommandParser(
+        prog=prog, usage=f"{prog} [flags]", description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
     )
 
 
@@ -63,7 +66,7 @@ def recipe_from_flags(args: argparse.Namespace, model: ModelConfig, optimizer: O
     return Recipe(model, train, optimizer or OptimizerConfig(), execution)
 
 
-def parse_with_toml(parser: argparse.ArgumentParser, argv: list[str] | None = None) -> argparse.Namespace:
+def parse_with_toml(parser: argparse.ArgumentParser, argv: typing.Sequence[str] | None = None) -> argparse.Namespace:
     """The flags, over the settings of the TOML file given as `--config`, over the defaults.
 
     The file's keys are the flags' names with underscores, at the top or in tables of any name. Raises UserError for a
@@ -96,7 +99,9 @@ def _read_toml(parser: argparse.ArgumentParser, path: Path) -> dict[str, Any]:
             if name in values:
                 raise UserError(f"{path}: key {name!r} is there twice")
             if name not in actions:
-                raise UserError(f"{path}: unknown key {name!r}; known keys: {', '.join(sorted(actions))}")
+                raise UserError(
+                    f"{path}: unknown key {name!r}{nearest(name, actions)}; known keys: {', '.join(sorted(actions))}"
+                )
             values[name] = _toml_value(path, actions[name], x)
     return values
 

@@ -1,4 +1,4 @@
-"""What scripts/prepare_data.py needs: training and held-out parts of texts, and pairs of prompts and answers."""
+"""What one-model prepare-data needs: training and held-out parts of texts, and pairs of prompts and answers."""
 
 import argparse
 import itertools

@@ -191,7 +191,7 @@ def check_shards(folder: Path) -> None:
 
 
 def work_dcp(folder: Path) -> None:
-    """Convert to torch's format and back, as scripts/convert_checkpoint.py does."""
+    """Convert to torch's format and back, as one-model convert-checkpoint does."""
     import torch
 
     from torch_llm.engine import foreign_checkpoint

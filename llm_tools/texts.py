@@ -1,4 +1,4 @@
-"""What scripts/generate.py needs: prompts, stop ids, and texts as they come."""
+"""What one-model generate needs: prompts, stop ids, and texts as they come."""
 
 import argparse
 import sys

@@ -1,4 +1,4 @@
-"""What scripts/train.py needs: the model that flags name, held-out data, the memory that a step needs."""
+"""What one-model train needs: the model that flags name, held-out data, the memory that a step needs."""
 
 import argparse
 from pathlib import Path

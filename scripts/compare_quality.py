@@ -25,7 +25,7 @@ from llm_tools.flags import add_flags, make_parser, prepare_environment, recipe_
 
 
 def main() -> int:
-    parser = make_parser(__doc__)
+    parser = make_parser("compare_quality.py", __doc__)
     parser.add_argument("--data", type=Path, default=Path("data/tokens.npy"))
     parser.add_argument("--preset", default="demo")
     parser.add_argument("--steps", type=int, default=300)

@@ -21,7 +21,7 @@ from llm_tools.flags import make_parser, prepare_environment
 
 
 def main() -> None:
-    parser = make_parser(__doc__)
+    parser = make_parser("scaling.py", __doc__)
     parser.add_argument("--preset", default="demo")
     parser.add_argument("--batch-size", type=int, default=8, help="sequences on each device")
     parser.add_argument("--seq-len", type=int, default=128)

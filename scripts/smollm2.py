@@ -18,7 +18,7 @@ from llm_tools.smollm2 import convert, find_gguf
 
 
 def main() -> None:
-    parser = make_parser(__doc__)
+    parser = make_parser("smollm2.py", __doc__)
     parser.add_argument("--out", type=Path, default=Path("models/smollm2"), help="a folder that does not exist yet")
     args = parser.parse_args()
     if args.out.exists():

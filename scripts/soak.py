@@ -29,7 +29,7 @@ from llm_tools.soak_kinds import KINDS
 
 
 def main() -> int:
-    parser = make_parser(__doc__)
+    parser = make_parser("soak.py", __doc__)
     parser.add_argument("what", choices=["kills", "corruptions"])
     parser.add_argument("--count", type=int, default=1000)
     parser.add_argument("--seed", type=int, default=0)

@@ -21,7 +21,7 @@ from llm_tools.tpu import compile_steps, print_row, write_table
 
 def main() -> None:
     end_with_launcher()
-    parser = make_parser(__doc__)
+    parser = make_parser("tpu_compile.py", __doc__)
     parser.add_argument("--preset", default="1b")
     parser.add_argument("--layers", type=int, help="another number of layers than the preset's")
     parser.add_argument("--topology", default="v5e:2x2", help="version and chips, as v5p:2x4x4")

@@ -165,7 +165,7 @@ def load_examples(path: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     Raises UserError for a file that is none, is damaged, or unpacks to much more than it is.
     """
     if not path.is_file():
-        raise UserError(f"{path}: no such file of examples; make one with scripts/prepare_data.py --prompt-field")
+        raise UserError(f"{path}: no such file of examples; make one with one-model prepare-data --prompt-field")
     try:
         with zipfile.ZipFile(path) as archive:
             size = sum(entry.file_size for entry in archive.infolist())
@@ -214,7 +214,7 @@ class ExampleDataset:
             raise UserError(
                 f"{path}: the longest example has {lengths.max()} tokens, so `seq_len` must be at least "
                 f"{lengths.max() - 1}"
-                f" (it is {seq_len}); or leave long ones out with scripts/prepare_data.py --max-length {seq_len + 1}"
+                f" (it is {seq_len}); or leave long ones out with one-model prepare-data --max-length {seq_len + 1}"
             )
         if vocab_size is not None:
             check_token_ids(self.tokens, vocab_size, str(path))

@@ -92,9 +92,9 @@ def read_description(path: Path) -> dict[str, Any]:
 
     Raises UserError if there is none, if it was made by another rule, or if it or the file is damaged.
     """
-    again = "make it again with scripts/prepare_data.py"
+    again = "make it again with one-model prepare-data"
     if not path.is_file():
-        raise UserError(f"{path}: no such file of data; make one with scripts/prepare_data.py")
+        raise UserError(f"{path}: no such file of data; make one with one-model prepare-data")
     where, waiting = _description_path(path)
     if not where.is_file() and not waiting.is_file():
         old = f" (rule 1 had {path.with_suffix('.json').name})" if path.with_suffix(".json").is_file() else ""
@@ -141,9 +141,7 @@ def check_data(path: Path | str, tokenizer: AnyTokenizer | None = None) -> dict[
         tokens.check()
         description = tokens.manifest
     if tokenizer is not None and description.get("tokenizer") != tokenizer.fingerprint():
-        raise UserError(
-            f"{path}: made by another tokenizer; run scripts/prepare_data.py again, or pass its `tokenizer`"
-        )
+        raise UserError(f"{path}: made by another tokenizer; run one-model prepare-data again, or pass its `tokenizer`")
     return description
 
 
@@ -227,16 +225,16 @@ def open_tokens(path: Path) -> np.ndarray | ShardedTokens:
     if manifest is not None:
         return ShardedTokens(manifest)
     if not path.is_file():
-        unfinished = f"{path}: not finished; run the same scripts/prepare_data.py again, which goes on where it stopped"
+        unfinished = f"{path}: not finished; run the same one-model prepare-data again, which goes on where it stopped"
         raise UserError(
             unfinished
             if (path / "parts").is_dir()
-            else f"{path}: no such token file; make one with scripts/prepare_data.py"
+            else f"{path}: no such token file; make one with one-model prepare-data"
         )
     try:
         tokens = np.load(path, mmap_mode="r", allow_pickle=False)
     except NOT_AN_ARRAY as error:
-        raise UserError(f"{path}: not a token file; make one with scripts/prepare_data.py") from error
+        raise UserError(f"{path}: not a token file; make one with one-model prepare-data") from error
     if not isinstance(tokens, np.ndarray):
         raise UserError(f"{path}: an archive of arrays, expected one array in a .npy file")
     if tokens.ndim != 1 or not np.issubdtype(tokens.dtype, np.integer):

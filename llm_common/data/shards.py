@@ -240,12 +240,12 @@ class ShardedTokens:
             if self.manifest["format"] != FORMAT:
                 raise UserError(
                     f"{manifest}: format {self.manifest['format']!r}, but this version reads {FORMAT}; "
-                    "make it again with scripts/prepare_data.py"
+                    "make it again with one-model prepare-data"
                 )
             if not has_its_checksum(self.manifest):
                 raise UserError(
                     f"{manifest}: damaged (its checksum is not that of its content); make it again with "
-                    "scripts/prepare_data.py"
+                    "one-model prepare-data"
                 )
             self.shards, self.dtype = self.manifest["shards"], np.dtype(self.manifest["dtype"])
             self.starts = np.cumsum([0, *(shard["tokens"] for shard in self.shards)])
@@ -261,7 +261,7 @@ class ShardedTokens:
     def _refuse(self, damage: list[tuple[str, str | None]]) -> None:
         for name, what in damage:
             if what is not None:
-                raise UserError(f"{self.folder / name}: {what}; copy it again, or run scripts/prepare_data.py again")
+                raise UserError(f"{self.folder / name}: {what}; copy it again, or run one-model prepare-data again")
 
     def check(self, on_shard: Callable[[str], None] = lambda name: None) -> None:
         """Read every shard and compare its sha256."""
@@ -298,7 +298,7 @@ class ShardedTokens:
                 array = np.load(path, mmap_mode="r", allow_pickle=False)
             except NOT_AN_ARRAY as error:
                 raise UserError(
-                    f"{path}: not a shard of tokens ({type(error).__name__}); run scripts/prepare_data.py again"
+                    f"{path}: not a shard of tokens ({type(error).__name__}); run one-model prepare-data again"
                 ) from None
             if array.dtype != self.dtype or array.shape != (self.shards[i]["tokens"],):
                 raise UserError(f"{path}: holds {array.dtype} {array.shape}, not what the manifest says")

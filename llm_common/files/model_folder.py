@@ -69,9 +69,9 @@ def _what_it_is(path: Path) -> str | None:
             "AutoPeftModelForCausalLM.from_pretrained(folder).merge_and_unload().save_pretrained(merged)"
         )
     if ".metadata" in names or any(name.endswith(".distcp") for name in names):
-        return "a checkpoint of torch's DCP; scripts/convert_checkpoint.py --from-dcp makes one of this program of it"
+        return "a checkpoint of torch's DCP; one-model convert-checkpoint --from-dcp makes one of this program of it"
     if "_CHECKPOINT_METADATA" in names or "manifest.ocdbt" in names:
-        return "an Orbax checkpoint; scripts/convert_checkpoint.py --from-orbax makes one of this program of it"
+        return "an Orbax checkpoint; one-model convert-checkpoint --from-orbax makes one of this program of it"
     if any(name.endswith(".gguf") for name in names) and not any(name.endswith(".safetensors") for name in names):
         return "holds a GGUF file, of llama.cpp; transformers reads it (gguf_file=...), then save_pretrained"
     if CONFIG_FILE not in names:

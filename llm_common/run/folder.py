@@ -31,11 +31,12 @@ from llm_common.run.checkpoint import (
     load_checkpoint,
     load_resumable,
     prune_checkpoints,
+    read_settings,
     save_checkpoint,
 )
 from llm_common.run.hosts import ONE_HOST, Hosts, text_hash
 from llm_common.run.log import RunLog, TensorBoard
-from llm_common.run.settings import run_settings, total_steps
+from llm_common.run.settings import check_resumable, run_settings, total_steps
 from llm_common.text.hf_tokenizer import AnyTokenizer
 
 LOCK_FILE, LOG_FILE = ".lock", "log.jsonl"
@@ -328,6 +329,18 @@ def fingerprint(weights: TensorFiles) -> str:
     for header in weights.headers:
         digest.update(header)
     return digest.hexdigest()
+
+
+def check_goes_on(folder: Path, settings: dict[str, Any]) -> None:
+    """Raise UserError, before any framework is asked for, if a run of these settings cannot be in a folder.
+
+    settings: as `run_settings` makes them, or some parts of them. What a checkpoint holds is looked at by `Run.resume`.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{folder}: a file; `out` is a folder")
+    found = latest_checkpoint(folder)
+    if found is not None:
+        check_resumable(found, read_settings(found), settings)
 
 
 def newest(path: Path) -> Path:

@@ -10,7 +10,7 @@ import sys
 import threading
 from types import FrameType
 
-from llm_common.errors import UserError
+from llm_common.errors import SAID, UserError
 from llm_common.processes import lifeline
 
 GRACE = 10.0  # seconds that the others have to end by themselves once one has failed
@@ -89,7 +89,7 @@ def _attend(processes: list[subprocess.Popen[bytes]]) -> int:
                 process.send_signal(number)
 
     before = {number: signal.signal(number, forward) for number in (signal.SIGINT, signal.SIGTERM)}
-    said: set[bytes] = set()
+    said = {f"{line}\n".encode() for line in SAID}
     readers = [threading.Thread(target=_show, args=(process, said)) for process in processes]
     try:
         for reader in readers:

@@ -297,7 +297,7 @@ class Tokenizer(WordEncoder):
         """Read a file written by `save`. Raises UserError if it is missing, damaged or of a newer format."""
         path = Path(path)
         if not path.is_file():
-            raise UserError(f"{path}: no such tokenizer; make one with scripts/train_tokenizer.py")
+            raise UserError(f"{path}: no such tokenizer; make one with one-model train-tokenizer")
         try:
             content = parse_json(read_small(path), str(path))
             if content["format"] != FORMAT:

@@ -1,4 +1,4 @@
-"""What scripts/benchmark.py measures, checked beforehand, and what it writes."""
+"""What one-model benchmark measures, checked beforehand, and what it writes."""
 
 import argparse
 import json

@@ -21,7 +21,7 @@ from parity.checks.text_programs import mismatches, text_rows
 from parity.checks.training import UPDATE_ALLOWED
 from parity.core.compare import Raised, Row, Tensors, crash, each_number, on_both, shared, three_way, verdict
 from parity.core.inputs import random_weights, start_state
-from parity.core.workshop import CONFIG, END, FRAMEWORKS, SCRIPTS, Workshop, call, flat, log_numbers, recorded_losses
+from parity.core.workshop import CONFIG, END, FRAMEWORKS, Workshop, call, flat, log_numbers, recorded_losses
 from parity.sides.settings import Settings
 from parity.spec_config import architecture
 
@@ -56,8 +56,6 @@ def check_programs(s: Settings) -> Iterator[Row]:
     """The programs, on files."""
     if "float64" not in s.dtypes:
         return
-    if not SCRIPTS.is_dir():
-        return  # installed without the repository
     with tempfile.TemporaryDirectory() as name:
         shop = Workshop(Path(name))
         try:

@@ -23,16 +23,23 @@ import traceback
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from llm_common.command_line import CommandParser
 from llm_common.config import DTYPES, PRESETS, ModelConfig, preset
-from llm_common.errors import UserError, first_line, require_framework, run_main
+from llm_common.errors import UserError, first_line, nearest, require_framework, run_main
 from llm_common.run.host_memory import keep_freed_memory
 from parity.commands.mutants import add_flags, run_mutants
 
 OUT = Path("runs/parity")
+# The checks of the ladder, in its order, before anything of it is imported; a test compares them with it.
+CHECK_NAMES = (
+    "spec", "config", "random", "tokenizer", "data", "bookkeeping", "init", "logits", "gradients", "precision",
+    "kernels", "noise", "schedule", "adamw", "library", "files", "resume", "calls", "runs", "trajectory",
+    "evaluation", "cache", "programs", "tokens", "device",
+)  # fmt: skip
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="parity", description="Prove that the JAX and the PyTorch side agree, or name the side that differs."
     )
     commands = parser.add_subparsers(dest="command")
@@ -100,6 +107,11 @@ def main(argv: list[str] | None = None) -> int:
     if not argv or (argv[0].startswith("-") and argv[0] not in ("-h", "--help")):
         argv = ["run", *argv]
     args = _parser().parse_args(argv)
+    for name in getattr(args, "check", None) or ():
+        if name not in CHECK_NAMES:
+            raise UserError(
+                f"--check {name}: no such check{nearest(name, CHECK_NAMES)}; known: {', '.join(CHECK_NAMES)}"
+            )
     for framework in ("jax", "torch"):
         require_framework(framework)
     commands = {

@@ -20,7 +20,6 @@ from llm_common.text import bpe_reference
 from llm_common.text.tokenizer import Tokenizer
 
 FRAMEWORKS = ("jax", "torch")
-SCRIPTS = Path(__file__).parents[2] / "scripts"
 END = "<|endoftext|>"
 CONFIG: dict[str, Any] = {
     "model_type": "qwen2", "vocab_size": 301, "hidden_size": 16, "intermediate_size": 20, "num_hidden_layers": 2,
@@ -59,13 +58,11 @@ class Workshop:
 
 
 def load_script(name: str) -> ModuleType:
-    """A program of the repository as a module, run as little as an import runs it."""
-    path = SCRIPTS / f"{name}.py"
-    found = importlib.util.spec_from_file_location(f"parity_program_{name}", path)
+    """A program of `one-model` as a module of its own, run as little as an import runs it."""
+    found = importlib.util.find_spec(f"llm_tools.programs.{name}")
     assert found is not None and found.loader is not None  # noqa: PT018
     module = importlib.util.module_from_spec(found)
-    with mock.patch.object(sys, "path", [str(SCRIPTS), *sys.path]):
-        found.loader.exec_module(module)
+    found.loader.exec_module(module)
     return module
 
 
@@ -74,7 +71,7 @@ def call(name: str, *arguments: object) -> str:
     module, out, notes = load_script(name), io.StringIO(), io.StringIO()
     argv = mock.patch.object(sys, "argv", [f"{name}.py", *map(str, arguments)])
     with argv, contextlib.redirect_stdout(out), contextlib.redirect_stderr(notes):
-        module.main()
+        module.main(sys.argv[1:])
     return out.getvalue()
 
 

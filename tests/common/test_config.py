@@ -37,7 +37,7 @@ NAN, INF = float("nan"), float("inf")
         (ModelConfig, {"tie_word_embeddings": 1}, "tie_word_embeddings = 1"),
         (OptimizerConfig, {"lr_max": -1.0}, "lr_max = -1.0"),
         (OptimizerConfig, {"lr_min": 1.0}, "lr_min = 1.0.*lr_max"),
-        (OptimizerConfig, {"warmup_steps": 10, "total_steps": 10}, "total_steps = 10.*warmup_steps = 10"),
+        (OptimizerConfig, {"warmup_steps": 10, "total_steps": 10}, "warmup_steps = 10.*less than `total_steps` = 10"),
         (OptimizerConfig, {"beta2": 1.0}, "beta2 = 1.0"),
         (OptimizerConfig, {"eps": 0.0}, "eps = 0.0"),
         (OptimizerConfig, {"weight_decay": INF}, "weight_decay = inf"),

@@ -125,7 +125,7 @@ def test_write_tokens(tmp_path):
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        (None, "no such token file.*prepare_data.py"),
+        (None, "no such token file.*one-model prepare-data"),
         (b"not numpy", "not a token file"),
         ({"a": np.zeros(3)}, "an archive of arrays"),
         (np.zeros((2, 3), np.int32), "flat array of integers"),

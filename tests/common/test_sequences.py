@@ -358,7 +358,7 @@ def test_token_files_say_which_rule_made_them(tmp_path):
         with pytest.raises(UserError, match=words):
             check_data(path)
     description.unlink()
-    with pytest.raises(UserError, match=r"no t.npy.json beside it.*scripts/prepare_data.py"):
+    with pytest.raises(UserError, match=r"no t.npy.json beside it.*one-model prepare-data"):
         check_data(path)
     description.write_text(json.dumps(good))
     content = bytearray(path.read_bytes())

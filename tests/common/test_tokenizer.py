@@ -161,7 +161,7 @@ def test_save_and_load_is_the_identity(tokenizer, tmp_path):
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        (None, "no such tokenizer.*train_tokenizer.py"),
+        (None, "no such tokenizer.*one-model train-tokenizer"),
         ("{", "cannot be read as JSON"),
         ("[]", "not a tokenizer file"),
         (json.dumps({"format": 99}), "format 99"),

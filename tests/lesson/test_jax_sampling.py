@@ -128,7 +128,7 @@ def test_a_new_seed_needs_no_new_program(params):
         (np.array([[96]]), 4, "prompt 0: token id 96 is outside the vocabulary"),
         (np.array([[-1]]), 4, "prompt 0: token id -1"),
         (np.array([[1.5]]), 4, "must be integers"),
-        (np.zeros((1, 60), int), 5, "prompt \\+ max_new_tokens needs 65 positions"),
+        (np.zeros((1, 60), int), 5, "a prompt of 60 tokens and `max_new_tokens` = 5 needs 65 positions"),
     ],
 )
 def test_bad_prompts_are_refused(prompt, n, words, params):

@@ -117,7 +117,7 @@ def test_end_of_text_ends_a_text_and_is_not_in_it(model):
         (np.array([[96]]), 4, "prompt 0: token id 96 is outside the vocabulary"),
         (np.array([[-1]]), 4, "prompt 0: token id -1"),
         (np.array([[1.5]]), 4, "must be integers"),
-        (np.zeros((1, 60), int), 5, "prompt \\+ max_new_tokens needs 65 positions"),
+        (np.zeros((1, 60), int), 5, "a prompt of 60 tokens and `max_new_tokens` = 5 needs 65 positions"),
     ],
 )
 def test_bad_prompts_are_refused(prompt, n, words, model):

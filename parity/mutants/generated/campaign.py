@@ -207,12 +207,11 @@ class Covered:
 
 def lines_of(mutation: Mutation) -> set[int]:
     """The lines of the statement that a mutation is in: of one over several lines any may be counted as run."""
-    source = (ROOT / mutation.file).read_text(encoding="utf-8")
     first, last = mutation.line, mutation.line + mutation.old.count("\n")
     best = set(range(first, last + 1))
     smallest = None
-    for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.stmt) and not isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+    for node in _statements(mutation.file):
+        if not isinstance(node, (ast.FunctionDef, ast.ClassDef)):
             end = node.end_lineno or node.lineno
             if node.lineno <= first and end >= last and (smallest is None or end - node.lineno <= smallest):
                 smallest = end - node.lineno
@@ -222,13 +221,26 @@ def lines_of(mutation: Mutation) -> set[int]:
     return best
 
 
+PARSER = threading.Lock()  # in Python 3.11 two threads that parse at once break each other: gh-106905
+
+
+def _statements(file: str) -> list[ast.stmt]:
+    with PARSER:
+        return _parsed(file)
+
+
+@functools.cache
+def _parsed(file: str) -> list[ast.stmt]:
+    return [x for x in ast.walk(ast.parse((ROOT / file).read_text(encoding="utf-8"))) if isinstance(x, ast.stmt)]
+
+
 UNCHECKED = (("parity", "mutants"), ("parity", "commands"), ("parity", "report"))  # no check runs them
 
 
 def sources_hash() -> str:
     """Of all that a check may run."""
     digest = hashlib.sha256()
-    for package in ("jax_llm", "torch_llm", "llm_common", "llm_tools", "parity", "scripts"):
+    for package in ("jax_llm", "torch_llm", "llm_common", "llm_tools", "parity"):
         for file in sorted((ROOT / package).rglob("*.py")):
             if file.relative_to(ROOT).parts[:2] not in UNCHECKED:
                 digest.update(file.read_bytes())

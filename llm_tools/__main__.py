@@ -1,0 +1,3 @@
+from llm_tools.command import entry
+
+entry()

@@ -1,0 +1,37 @@
+"""Write a checkpoint as a folder that transformers, vLLM and others load without this program.
+
+    one-model export --checkpoint runs/first --out my_model/
+    one-model export --checkpoint runs/first --out my_model/ --dtype bfloat16
+
+The folder holds config.json, model.safetensors (in shards, if it is large) and the tokenizer with its chat template.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from llm_common.errors import UserError
+from llm_common.files.export import DTYPES, export
+from llm_common.run.checkpoint import load_weights, stops_of
+from llm_common.run.folder import newest
+from llm_common.text.hf_tokenizer import load_tokenizer
+from llm_tools.flags import make_parser
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = make_parser("export", __doc__)
+    parser.add_argument(
+        "--checkpoint", type=Path, required=True, help="a run (its newest checkpoint) or one checkpoint"
+    )
+    parser.add_argument("--out", type=Path, required=True, help="a folder that does not exist yet")
+    parser.add_argument("--dtype", choices=DTYPES, default="float32")
+    parser.add_argument("--shard-gib", type=float, default=5.0, help="the most that one file holds")
+    args = parser.parse_args(argv)
+    if args.out.exists():
+        raise UserError(f"--out {args.out}: is there already; nothing is overwritten")
+    if not 0 < args.shard_gib < float("inf"):
+        raise UserError(f"--shard-gib {args.shard_gib}: must be positive")
+    folder = newest(args.checkpoint)
+    cfg, weights = load_weights(folder)
+    tokenizer, stops = load_tokenizer(folder), stops_of(folder)
+    names = export(args.out, cfg, weights, tokenizer, args.dtype, int(args.shard_gib * 2**30), stops)
+    print(f"{args.out}: {', '.join(names)}")
