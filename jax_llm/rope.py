@@ -8,10 +8,10 @@ from jax import Array
 
 from jax_llm.layers import upcast
 from llm_common.config import ModelConfig
-from llm_common.rope import rope_table
+from llm_common.rope import Rotation, rope_table
 
 
-def rotary_table(cfg: ModelConfig, length: int, dtype) -> tuple[Array, Array]:
+def rotary_table(cfg: ModelConfig | Rotation, length: int, dtype) -> tuple[Array, Array]:
     """cos and sin of the first `length` positions, each (length, H/2): the float64 table, cast last."""
     cos, sin = rope_table(cfg, length)
     return jnp.asarray(cos, dtype), jnp.asarray(sin, dtype)

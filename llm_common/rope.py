@@ -4,12 +4,24 @@ Two float32 tables made separately agree with each other to 6e-8 and are both of
 angles are computed here and only here, and each side casts the result last.
 """
 
+import dataclasses
+
 import numpy as np
 
-from llm_common.config import ModelConfig
+from llm_common.config import ModelConfig, RopeScaling
 
 
-def inverse_frequencies(cfg: ModelConfig) -> np.ndarray:
+@dataclasses.dataclass(frozen=True)
+class Rotation:
+    """What the table needs of a model, for a rotation without one; the fields are those of `ModelConfig`."""
+
+    head_dim: int
+    rope_theta: float = 10_000.0
+    max_position_embeddings: int = 2048
+    rope_scaling: RopeScaling | None = None
+
+
+def inverse_frequencies(cfg: ModelConfig | Rotation) -> np.ndarray:
     """theta^(-2i/H) for i < H/2, float64, stretched as `cfg.rope_scaling` says.
 
     Llama 3's scaling leaves frequencies alone that turn often within the original length, divides by `factor` those
@@ -27,7 +39,7 @@ def inverse_frequencies(cfg: ModelConfig) -> np.ndarray:
     return kept * frequencies + (1.0 - kept) * frequencies / scaling.factor
 
 
-def rope_table(cfg: ModelConfig, length: int | None = None) -> tuple[np.ndarray, np.ndarray]:
+def rope_table(cfg: ModelConfig | Rotation, length: int | None = None) -> tuple[np.ndarray, np.ndarray]:
     """cos and sin of position * inverse frequency, each float64 of shape (length, H/2); default: the whole table.
 
     Source: Su et al. 2021, https://arxiv.org/abs/2104.09864, section 3.4.2.

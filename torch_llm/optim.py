@@ -79,8 +79,15 @@ class AdamW(torch.optim.Optimizer):
     Source: Loshchilov and Hutter 2019, https://arxiv.org/abs/1711.05101.
     """
 
-    def __init__(self, params, lr: float, beta1: float, beta2: float, eps: float, weight_decay: float) -> None:
-        defaults = {"lr": lr, "beta1": beta1, "beta2": beta2, "eps": eps, "weight_decay": weight_decay, "count": 0}
+    def __init__(
+        self,
+        params,
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.95),
+        eps: float = 1e-8,
+        weight_decay: float = 0.1,
+    ) -> None:
+        defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "count": 0}
         super().__init__(params, defaults)  # the groups are what `state_dict`, pickle and deepcopy keep
 
     @property
@@ -98,7 +105,7 @@ class AdamW(torch.optim.Optimizer):
         assert closure is None, "AdamW needs no closure"
         self.count += 1
         for group in self.param_groups:
-            beta1, beta2 = group["beta1"], group["beta2"]
+            beta1, beta2 = group["betas"]
             scalars = (group["lr"], *bias_corrections(beta1, beta2, self.count))
             self.update_group(group, scalars, (beta1, beta2, group["eps"], group["weight_decay"]), **how)
 
@@ -157,4 +164,4 @@ def make_optimizer(cfg: OptimizerConfig, module: nn.Module, kind: type[AdamW] = 
     groups = [{"params": [], "weight_decay": cfg.weight_decay}, {"params": [], "weight_decay": 0.0}]
     for p in module.parameters():
         groups[not decays(p.shape)]["params"].append(p)
-    return kind([g for g in groups if g["params"]], cfg.lr_max, cfg.beta1, cfg.beta2, cfg.eps, cfg.weight_decay)
+    return kind([g for g in groups if g["params"]], cfg.lr_max, (cfg.beta1, cfg.beta2), cfg.eps, cfg.weight_decay)

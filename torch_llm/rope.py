@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from llm_common.config import ModelConfig
-from llm_common.rope import rope_table
+from llm_common.rope import Rotation, rope_table
 from torch_llm.layers import upcast
 
 
@@ -17,7 +17,7 @@ class RotaryTable:
     Not a module buffer: `module.to(torch.bfloat16)` would round it.
     """
 
-    def __init__(self, cfg: ModelConfig) -> None:
+    def __init__(self, cfg: ModelConfig | Rotation) -> None:
         self.float64 = [torch.from_numpy(table) for table in rope_table(cfg)]
         self._cast: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
 

@@ -237,8 +237,13 @@ def open_tokens(path: Path) -> np.ndarray | ShardedTokens:
         raise UserError(f"{path}: not a token file; make one with one-model prepare-data") from error
     if not isinstance(tokens, np.ndarray):
         raise UserError(f"{path}: an archive of arrays, expected one array in a .npy file")
+    return check_flat(tokens, str(path))
+
+
+def check_flat(tokens: np.ndarray, where: str) -> np.ndarray:
+    """The tokens. Raises UserError, which begins with `where`, unless they are a flat array of integers."""
     if tokens.ndim != 1 or not np.issubdtype(tokens.dtype, np.integer):
-        raise UserError(f"{path}: expected a flat array of integers, got {tokens.dtype} {tokens.shape}")
+        raise UserError(f"{where}: expected a flat array of integers, got {tokens.dtype} {tokens.shape}")
     return tokens
 
 
@@ -248,18 +253,33 @@ class TokenDataset:
     Window i reads tokens [i*T, i*T + T]: T inputs and, one to the right, T targets; no input is used twice. Samples
     are numbered over all epochs and a batch takes the next `batch_size` of them, so the last batch of an epoch is
     filled from the next one.
+
+    source: the file or folder, or the ids themselves, (number of tokens,). stride: how far apart windows begin, None
+    for seq_len; with 1 every place of the text begins one.
     """
 
     def __init__(
-        self, path: Path | str, seq_len: int, batch_size: int, seed: int, vocab_size: int | None = None
+        self,
+        source: Path | str | np.ndarray,
+        seq_len: int,
+        batch_size: int,
+        seed: int,
+        vocab_size: int | None = None,
+        stride: int | None = None,
     ) -> None:
-        path = Path(path)
-        for name, value, low in (("seq_len", seq_len, 1), ("batch_size", batch_size, 1), ("seed", seed, 0)):
+        path: Path | str = "tokens" if isinstance(source, np.ndarray) else Path(source)
+        self.stride = seq_len if stride is None else stride
+        for name, value, low in (
+            ("seq_len", seq_len, 1),
+            ("batch_size", batch_size, 1),
+            ("seed", seed, 0),
+            ("stride", self.stride, 1),
+        ):
             if value < low:
                 raise UserError(f"TokenDataset: {name} = {value} must be at least {low}")
-        self.tokens = open_tokens(path)
+        self.tokens = check_flat(source, "tokens") if isinstance(source, np.ndarray) else open_tokens(Path(source))
         self.seq_len, self.batch_size, self.seed = seq_len, batch_size, seed
-        self.n_windows = (len(self.tokens) - 1) // seq_len
+        self.n_windows = (len(self.tokens) - 1 - seq_len) // self.stride + 1
         if self.n_windows < 1:
             raise UserError(
                 f"{path}: {len(self.tokens)} tokens are fewer than one window of seq_len + 1 = {seq_len + 1}"
@@ -284,6 +304,7 @@ class TokenDataset:
             "seq_len": self.seq_len,
             "batch_size": self.batch_size,
             "seed": self.seed,
+            **({} if self.stride == self.seq_len else {"stride": self.stride}),
         }
 
     def batch(self, step: int, host: int = 0, n_hosts: int = 1) -> tuple[np.ndarray, np.ndarray]:
@@ -291,7 +312,7 @@ class TokenDataset:
         numbers = host_rows(step, self.batch_size, host, n_hosts)
         windows = np.empty((len(numbers), self.seq_len + 1), np.int32)
         for row, number in enumerate(numbers):
-            start = self._order(number) * self.seq_len
+            start = self._order(number) * self.stride
             windows[row] = self.tokens[start : start + self.seq_len + 1]
         return windows[:, :-1], windows[:, 1:]
 
@@ -317,8 +338,8 @@ class Windows:
         number = operator.index(number)
         if not 0 <= number < len(self):
             raise IndexError(f"window {number} of {len(self)}")
-        length = self.dataset.seq_len
-        window = self.dataset.tokens[number * length : (number + 1) * length + 1].astype(np.int32)
+        start = number * self.dataset.stride
+        window = self.dataset.tokens[start : start + self.dataset.seq_len + 1].astype(np.int32)
         return {"inputs": window[:-1], "targets": window[1:]}
 
 

@@ -374,5 +374,5 @@ def _moment_dtypes(dtype: str, master: str) -> tuple[set[str], set[str]]:
         state = jax_llm.optim.adamw(0.9, 0.95, 1e-8, 0.1).init(params)
         jax_dtypes = {str(x.dtype) for x in jax.tree.leaves(state)}
     p = torch.nn.Parameter(torch.ones(2, 2, dtype=getattr(torch, dtype)))
-    optimizer = torch_llm.optim.AdamW([p], 1e-3, 0.9, 0.95, 1e-8, 0.1)
+    optimizer = torch_llm.optim.AdamW([p], 1e-3, (0.9, 0.95), 1e-8, 0.1)
     return jax_dtypes, {str(x.dtype).removeprefix("torch.") for x in (*optimizer.moments(p), optimizer.master(p))}

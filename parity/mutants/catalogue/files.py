@@ -202,16 +202,16 @@ shared(
 shared(
     "windows overlap",
     "data.datasets:TokenDataset.batch",
-    "self._order(number) * self.seq_len",
-    "self._order(number) * (self.seq_len - 1)",
+    "self._order(number) * self.stride",
+    "self._order(number) * (self.stride - 1)",
     place="TokenDataset.batch",
     **DATA,
 )
 shared(
     "windows one token apart",
     "data.datasets:TokenDataset.batch",
-    "self._order(number) * self.seq_len",
-    "self._order(number) * self.seq_len + 1",
+    "self._order(number) * self.stride",
+    "self._order(number) * self.stride + 1",
     place="TokenDataset.batch",
     **DATA,
 )

@@ -72,6 +72,7 @@ PEOPLE = "for people: messages, progress, pages; decides no number of a model"
 FILES = "refuses or repairs files and processes; its tests kill and damage them"
 FAMILIES = "reads files of strangers; the tests compare it with the library that made them"
 DEVICE = "asks for a device, or chooses a plan; every kernel a plan can name is judged in `kernels`"
+BLOCKS = "for code of others: no model and no run calls it; its tests compare it with torch and optax"
 PROGRAM = "reads flags and calls the engine; judged by the tests of the programs"
 
 OUT: dict[str, str] = {
@@ -80,6 +81,7 @@ OUT: dict[str, str] = {
         for side in ("jax_llm", "torch_llm")
         for file, reason in {
             "__init__.py": PEOPLE,
+            "blocks.py": BLOCKS,
             "engine/__init__.py": PEOPLE,
             "fast/__init__.py": PEOPLE,
             "engine/backend.py": DEVICE,
@@ -93,11 +95,13 @@ OUT: dict[str, str] = {
     },
     **{f"llm_common/{room}__init__.py": PEOPLE for room in ("", "data/", "files/", "run/", "text/")},
     "llm_common/checks.py": PEOPLE,
+    "llm_common/command_line.py": PEOPLE,
     "llm_common/cudnn.py": DEVICE,
     "llm_common/errors.py": PEOPLE,
     "llm_common/processes.py": FILES,
     "llm_common/sharding.py": MESHES,
     "llm_common/files/dcp_metadata.py": FAMILIES,
+    "llm_common/files/tree_file.py": BLOCKS,
     "llm_common/run/backend.py": DEVICE,
     "llm_common/run/checkpoint.py": FILES,
     "llm_common/run/folder.py": FILES,
