@@ -1,6 +1,7 @@
 """What one-model train needs: the model that flags name, held-out data, the memory that a step needs."""
 
 import argparse
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from llm_common.config import (
     TrainConfig,
     preset,
 )
-from llm_common.data.datasets import check_data, open_tokens, read_description
+from llm_common.data.datasets import TokenDataset, check_data, open_tokens, read_description
 from llm_common.data.evaluation import Evaluation, open_held_out
 from llm_common.data.shards import find_manifest
 from llm_common.errors import UserError, notice
@@ -25,14 +26,44 @@ from llm_common.run.folder import newest
 from llm_common.text.hf_tokenizer import AnyTokenizer
 
 
-def choose_model(args: argparse.Namespace) -> tuple[ModelConfig, TensorFiles | None]:
+def choose_model(args: argparse.Namespace, seq_len: int) -> tuple[ModelConfig, TensorFiles | None]:
+    """The model that flags name, and weights to start from. A preset's positions grow to a longer `seq_len`."""
     given = [name for name in ("preset", "model_config", "init_from") if getattr(args, name) is not None]
     if len(given) > 1:
         raise UserError(f"{' and '.join('--' + name.replace('_', '-') for name in given)}: give one of them")
     if args.init_from is not None:
         args.init_from = newest(args.init_from)
         return load_weights(args.init_from)
-    return (ModelConfig.from_file(args.model_config) if args.model_config else preset(args.preset or "demo")), None
+    if args.model_config is not None:
+        return ModelConfig.from_file(args.model_config), None
+    cfg = preset(args.preset or "demo")
+    if seq_len > cfg.max_position_embeddings:
+        notice(f"the preset's {cfg.max_position_embeddings:,} positions become {seq_len:,}, as `seq_len` asks for")
+        cfg = dataclasses.replace(cfg, max_position_embeddings=seq_len)
+    return cfg, None
+
+
+def in_words(cfg: ModelConfig) -> str:
+    """A model's shape for people."""
+    groups = cfg.num_key_value_heads
+    heads = f"{cfg.num_attention_heads} heads of {cfg.head_dim}"
+    heads += f" ({groups} of keys and values)" if groups != cfg.num_attention_heads else ""
+    parts = [f"{cfg.num_hidden_layers} layers of width {cfg.hidden_size:,}", heads, f"MLP {cfg.intermediate_size:,}"]
+    parts += [
+        f"{cfg.vocab_size:,} tokens",
+        f"{cfg.max_position_embeddings:,} positions",
+        f"theta {cfg.rope_theta:,.0f}",
+    ]
+    parts += ["one matrix for embedding and head"] if cfg.tie_word_embeddings else []
+    parts += [f"window {cfg.sliding_window:,}"] if cfg.sliding_window else []
+    parts += [f"RoPE scaled by {cfg.rope_scaling.factor:g}"] if cfg.rope_scaling else []
+    return f"{cfg.model_type}, {', '.join(parts)}"
+
+
+def amount(number: float, unit: str) -> str:
+    """A large number with a prefix: 13.1 GFLOP."""
+    power = min(max(int(np.log10(max(number, 1.0)) // 3), 0), 6)
+    return f"{number / 1000**power:.3g} {'-kMGTPE'[power].replace('-', '')}{unit}"
 
 
 def separator_of(path: Path, data: dict[str, Any]) -> int | None:
@@ -101,11 +132,19 @@ def dry_run(
 ) -> None:
     cfg, train, opt = recipe.model, recipe.train, recipe.optimizer
     tokens = train.batch_size * train.seq_len
-    console.print(f"model: {cfg}", markup=False)
-    console.print(f"steps: {opt.total_steps:,} of {tokens:,} tokens, {opt.total_steps * tokens:,} tokens in all")
-    console.print(f"FLOPs: {flops_per_step(cfg, train):.3e} per step")
-    parts = ", ".join(f"{name} {size / GIB:.3f}" for name, size in need.items())
-    console.print(f"memory: about {sum(need.values()) / GIB:.3f} GiB ({parts})")
+    console.print(f"model: {in_words(cfg)}", markup=False)
+    all_tokens, flops = opt.total_steps * tokens, flops_per_step(cfg, train)
+    epochs = (
+        opt.total_steps
+        * train.batch_size
+        / (dataset.n_windows if isinstance(dataset, TokenDataset) else len(dataset.answers))
+    )
+    console.print(
+        f"steps: {opt.total_steps:,} of {tokens:,} tokens, {all_tokens:,} in all, which is {epochs:.2f} times the data"
+    )
+    console.print(f"work: {amount(flops, 'FLOP')} a step, {amount(flops * opt.total_steps, 'FLOP')} in all")
+    parts = ", ".join(f"{name} {size / GIB:.2f}" for name, size in need.items() if size)
+    console.print(f"memory: about {sum(need.values()) / GIB:.2f} GiB ({parts})")
     inputs, targets = dataset.batch(0)
     console.print(
         f"first batch: {inputs.shape[0]} x {inputs.shape[1]}, {int((targets != -100).sum()):,} counted targets"

@@ -2,6 +2,8 @@
 
 import contextlib
 import statistics
+import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -20,9 +22,52 @@ def duration(seconds: float) -> str:
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
+class Heartbeat:
+    """Says on stderr what a program is doing when it has said nothing for a while; to be used as a context manager.
+
+    what: said after `every` seconds, and again as often, with the seconds since it began; `says` begins another one, or
+    only tells that something was printed.
+    """
+
+    def __init__(self, what: str, every: float = 8.0) -> None:
+        self.what, self.every = what, every
+        self._began = self._said = time.monotonic()
+        self._end = threading.Event()
+        self._thread = threading.Thread(target=self._beat, daemon=True)
+
+    def __enter__(self) -> "Heartbeat":
+        self._thread.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._end.set()
+        self._thread.join()
+
+    def says(self, what: str | None = None) -> None:
+        """Something was printed, or something else is done from now on."""
+        self._said = time.monotonic()
+        if what is not None and what != self.what:
+            self.what, self._began = what, self._said
+
+    def _beat(self) -> None:
+        while not self._end.wait(min(1.0, self.every / 4)):
+            now = time.monotonic()
+            if now - self._said >= self.every:
+                self._said = now
+                print(f"{self.what} ({duration(now - self._began)})", file=sys.stderr, flush=True)
+
+
 @contextlib.contextmanager
 def reading_bar(console: Console) -> Iterator[Callable[[str, int, int], None]]:
-    """A bar on a terminal; `show(text, done, total)` moves it."""
+    """A bar on a terminal, a line every few seconds on stderr elsewhere; `show(text, done, total)` moves it."""
+    if not console.is_terminal:
+        with Heartbeat("starting") as heart:
+
+            def show(text: str, done: int, total: int) -> None:
+                heart.what = f"{text}: {100 * done / max(total, 1):.0f} %"
+
+            yield show
+        return
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -61,19 +106,28 @@ class TrainingProgress:
         self._window: list[float] = []  # seconds of the steps since the last line
         self._steps = 0
         self._began = time.monotonic()
+        self._heart = Heartbeat("compiling the first step")
         columns = (BarColumn(), TextColumn("{task.completed}/{task.total}"), TextColumn("{task.fields[text]}"))
         self._bar = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
         self._task = self._bar.add_task("", total=total_steps, text="")
 
     def __enter__(self) -> "TrainingProgress":
         self._bar.start()
+        if not self.console.quiet:
+            self._heart.__enter__()
         return self
 
     def __exit__(self, *exception: object) -> None:
+        if not self.console.quiet:
+            self._heart.__exit__()
         self._bar.stop()
 
     def __call__(self, row: dict[str, Any]) -> None:
         event = row.get("event")
+        if event is None:  # what is printed is no step, but every few; the others say how far the run is
+            self._heart.what = f"step {row['step']}/{self.total_steps}  loss {row['loss']:.4f}"
+        if event is not None or row["step"] % self.log_every == 0:
+            self._heart.says()
         if event is None:
             self._step(row)
         elif event == "resume":

@@ -16,6 +16,7 @@ add_bos_token=False; --count-prefix does that too.
 
 import dataclasses
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 
 from llm_common.config import (
@@ -28,6 +29,7 @@ from llm_common.config import (
 from llm_common.errors import UserError, is_out_of_memory, require_framework
 from llm_common.run.checkpoint import load_weights, read_settings
 from llm_common.run.folder import newest
+from llm_common.run.progress import Heartbeat
 from llm_common.sharding import MeshConfig, check_sharded
 from llm_common.text.hf_tokenizer import load_tokenizer, open_tokenizer
 from llm_tools.evaluating import MOST_TOKENS, batches, open_data, open_text, show
@@ -102,7 +104,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     hosts = join(backend, args, mesh)
     only_the_first_prints(hosts)
     try:
-        with backend.evaluator(recipe, weights, hosts.device, mesh) as evaluate:
+        heart = Heartbeat(f"evaluating {evaluation.n_targets:,} tokens") if hosts.index == 0 else nullcontext()
+        with heart, backend.evaluator(recipe, weights, hosts.device, mesh) as evaluate:
             result = evaluation.summary(*evaluate(evaluation))
     except Exception as error:
         if not is_out_of_memory(error):

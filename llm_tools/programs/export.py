@@ -13,6 +13,7 @@ from llm_common.errors import UserError
 from llm_common.files.export import DTYPES, export
 from llm_common.run.checkpoint import load_weights, stops_of
 from llm_common.run.folder import newest
+from llm_common.run.progress import Heartbeat
 from llm_common.text.hf_tokenizer import load_tokenizer
 from llm_tools.flags import make_parser
 
@@ -33,5 +34,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     folder = newest(args.checkpoint)
     cfg, weights = load_weights(folder)
     tokenizer, stops = load_tokenizer(folder), stops_of(folder)
-    names = export(args.out, cfg, weights, tokenizer, args.dtype, int(args.shard_gib * 2**30), stops)
+    with Heartbeat(f"writing {args.out}"):
+        names = export(args.out, cfg, weights, tokenizer, args.dtype, int(args.shard_gib * 2**30), stops)
     print(f"{args.out}: {', '.join(names)}")

@@ -17,12 +17,14 @@ are text, unless --special-tokens-in-text. Many prompts are worked on in batches
 """
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 
 from llm_common.config import COMPILE, DTYPES, SamplingConfig
 from llm_common.errors import UserError, require_framework
 from llm_common.run.checkpoint import load_weights
 from llm_common.run.folder import newest
+from llm_common.run.progress import Heartbeat
 from llm_common.sharding import MeshConfig, check_mesh
 from llm_common.tensors import check_prompts
 from llm_common.text.hf_tokenizer import load_tokenizer, open_tokenizer
@@ -115,7 +117,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     results: dict[str, list[list[int]]] = {}
     for backend in backends:
         name = backend.name
-        with backend.generator(cfg, weights, args.compute_dtype, hosts.device, mesh, args.compile) as stream:
+        making = backend.generator(cfg, weights, args.compute_dtype, hosts.device, mesh, args.compile)
+        heart = Heartbeat(f"{name}: generating") if hosts.index == 0 else nullcontext()
+        with heart, making as stream:
             results[name] = []
             while (done := len(results[name])) < len(rows):
                 results[name] += write_texts(

@@ -32,7 +32,7 @@ from llm_common.config import (
 )
 from llm_common.data.answers import open_dataset
 from llm_common.data.datasets import TokenDataset, check_data
-from llm_common.errors import UserError, is_out_of_memory, require_framework
+from llm_common.errors import UserError, is_out_of_memory, notice, require_framework
 from llm_common.run.estimates import flops_per_step, memory_advice, memory_per_step, peak_flops
 from llm_common.run.folder import LOG_FILE, Run, check_goes_on
 from llm_common.run.progress import TrainingProgress
@@ -93,7 +93,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     prepare_environment(args.cache_dir)
     configs = (TrainConfig, OptimizerConfig, ExecutionConfig, RunConfig)
     train, opt, execution, config = (from_flags(cls, args) for cls in configs)
-    cfg, initial = choose_model(args)
+    cfg, initial = choose_model(args, train.seq_len)
     recipe = Recipe(cfg, train, opt, execution)
     mesh = None if args.mesh is None else MeshConfig.parse(args.mesh)
     if mesh is not None:
@@ -102,6 +102,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     known = {key: x for key, x in recipe.settings().items() if key not in by_the_data}
     check_goes_on(args.out, {"train": known, "optimizer": dataclasses.asdict(opt)})
     tokenizer = open_tokenizer(args.tokenizer or args.init_from or Path("data/bpe.json"))
+    if initial is None and args.model_config is None and tokenizer.vocab_size > cfg.vocab_size:
+        notice(f"the preset's vocabulary of {cfg.vocab_size:,} becomes the tokenizer's {tokenizer.vocab_size:,}")
+        cfg = dataclasses.replace(cfg, vocab_size=tokenizer.vocab_size)
+        recipe = dataclasses.replace(recipe, model=cfg)
     check_vocabulary(tokenizer, cfg.vocab_size)
     data = check_data(args.data, tokenizer)
     if by_the_data:

@@ -12,6 +12,7 @@ parity demo --data my_texts/                      train a small model in both fr
 """
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import math
@@ -27,6 +28,7 @@ from llm_common.command_line import CommandParser
 from llm_common.config import DTYPES, PRESETS, ModelConfig, preset
 from llm_common.errors import UserError, first_line, nearest, require_framework, run_main
 from llm_common.run.host_memory import keep_freed_memory
+from llm_common.run.progress import Heartbeat
 from parity.commands.mutants import add_flags, run_mutants
 
 OUT = Path("runs/parity")
@@ -124,7 +126,11 @@ def main(argv: list[str] | None = None) -> int:
         "calibrate": _calibrate,
         "demo": _demo,
     }
-    return 0 if commands[args.command](args) else 1
+    # what has no bar of its own, or shows none to a pipe, says now and then that it is at work
+    quiet = args.command in ("trace", "pair", "sharded", "calibrate") or not sys.stderr.isatty()
+    beats = quiet and args.command not in ("run", "report")
+    with Heartbeat(f"parity {args.command}") if beats else contextlib.nullcontext():
+        return 0 if commands[args.command](args) else 1
 
 
 def _settings(args: argparse.Namespace, **more):
@@ -153,13 +159,20 @@ def _run(args: argparse.Namespace) -> bool:
         f"{settings.attention} attention, {settings.cfg}"
     )
     jobs = args.jobs or (min(2, os.cpu_count() or 1) if args.device == "cpu" else 1)
-    tell, drawn = lambda *found: print_progress(console, *found), {}
+    drawn: dict = {}
+    heart = Heartbeat("the first checks")
+
+    def tell(name: str, rows: list, seconds: float) -> None:
+        print_progress(console, name, rows, seconds)
+        heart.says(f"the checks after {name}")
+
     if args.quick and not args.check:
         args.check = [name for name in CHECKS if name not in SLOW]
-    if args.check:
-        rows = run_checks(settings, tuple(args.check), tell, jobs)
-    else:
-        rows, drawn = run_with_figures(settings, tell, jobs)
+    with heart:
+        if args.check:
+            rows = run_checks(settings, tuple(args.check), tell, jobs)
+        else:
+            rows, drawn = run_with_figures(settings, tell, jobs)
     if not rows:
         raise UserError("nothing was checked: the chosen check has no part in the chosen dtype")
     paragraphs = [f"Seed {settings.seed}, {settings.attention} attention, `{settings.cfg}`."]

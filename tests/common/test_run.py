@@ -2,6 +2,7 @@
 is lost.
 """
 
+import io
 import json
 import os
 import random
@@ -11,10 +12,12 @@ import subprocess
 import sys
 import textwrap
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
+from rich.console import Console
 
 from llm_common.config import OptimizerConfig, Recipe, RunConfig, TrainConfig, preset
 from llm_common.data.evaluation import Evaluation
@@ -30,6 +33,7 @@ from llm_common.run.checkpoint import (
 )
 from llm_common.run.folder import Run
 from llm_common.run.log import RunLog, read_log
+from llm_common.run.progress import Heartbeat, reading_bar
 from llm_common.tensors import tensor_shapes
 
 CFG, ROOT = preset("tiny"), Path(__file__).parents[2]
@@ -454,3 +458,30 @@ def test_a_folder_replaced_meanwhile_is_not_written_into(tmp_path, capsys):
     assert latest_checkpoint(tmp_path / "run-rescued-1").name == "step-00000010"
     assert latest_checkpoint(tmp_path / "moved").name == "step-00000003"
     assert "was replaced by another folder while this run trained: it goes on in" in capsys.readouterr().err
+
+
+def lines_until(said: Callable[[], str], wanted: str) -> str:
+    """What was said once `wanted` is in it; a slow machine may take its time."""
+    found, end = "", time.monotonic() + 60
+    while wanted not in found and time.monotonic() < end:
+        time.sleep(0.05)
+        found += said()
+    return found
+
+
+def test_a_program_that_says_nothing_says_what_it_does(capsys):
+    said = lambda: capsys.readouterr().err
+    with Heartbeat("reading", every=0.1) as heart:
+        assert "reading (0:0" in lines_until(said, "reading")
+        heart.says("writing")
+        assert "writing (0:0" in lines_until(said, "writing")
+    said()
+    time.sleep(0.3)
+    assert not said()  # it has ended
+
+
+def test_reading_into_a_pipe_is_shown_too(capsys, monkeypatch):
+    monkeypatch.setattr(Heartbeat.__init__, "__defaults__", (0.1,))
+    with reading_bar(Console(file=io.StringIO())) as show:
+        show("encoding", 1, 4)
+        assert "encoding: 25 % (0:0" in lines_until(lambda: capsys.readouterr().err, "encoding")
