@@ -2,15 +2,18 @@
 
     one-model export --checkpoint runs/first --out my_model/
     one-model export --checkpoint runs/first --out my_model/ --dtype bfloat16
+    one-model export --checkpoint runs/first --out my_model.gguf --dtype q8_0
 
 The folder holds config.json, model.safetensors (in shards, if it is large) and the tokenizer with its chat template.
+A name that ends in .gguf is one file for llama.cpp: float32, float16, bfloat16 or q8_0; it needs the package gguf.
 """
 
 from collections.abc import Sequence
 from pathlib import Path
 
-from llm_common.errors import UserError
+from llm_common.errors import UserError, require_package
 from llm_common.files.export import DTYPES, export
+from llm_common.files.gguf_export import TYPES, export_gguf
 from llm_common.run.checkpoint import load_weights, stops_of
 from llm_common.run.folder import newest
 from llm_common.run.progress import Heartbeat
@@ -23,17 +26,28 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--checkpoint", type=Path, required=True, help="a run (its newest checkpoint) or one checkpoint"
     )
-    parser.add_argument("--out", type=Path, required=True, help="a folder that does not exist yet")
-    parser.add_argument("--dtype", choices=DTYPES, default="float32")
+    parser.add_argument("--out", type=Path, required=True, help="a new folder, or a new .gguf file")
+    kinds = tuple(dict.fromkeys((*DTYPES, *TYPES)))
+    parser.add_argument("--dtype", choices=kinds, default="float32", help="q8_0: in a .gguf file alone")
     parser.add_argument("--shard-gib", type=float, default=5.0, help="the most that one file holds")
     args = parser.parse_args(argv)
     if args.out.exists():
         raise UserError(f"--out {args.out}: is there already; nothing is overwritten")
     if not 0 < args.shard_gib < float("inf"):
         raise UserError(f"--shard-gib {args.shard_gib}: must be positive")
+    as_gguf = args.out.suffix == ".gguf"
+    if as_gguf:
+        require_package("gguf", "gguf")
+    elif args.dtype not in DTYPES:
+        raise UserError(f"--dtype {args.dtype}: is for GGUF; give --out a name that ends in .gguf")
     folder = newest(args.checkpoint)
     cfg, weights = load_weights(folder)
     tokenizer, stops = load_tokenizer(folder), stops_of(folder)
+    if as_gguf:
+        with Heartbeat(f"writing {args.out}"):
+            size = export_gguf(args.out, cfg, weights, tokenizer, args.dtype)
+        print(f"{args.out}: {size / 1e6:,.1f} MB, {args.dtype}" + ("" if tokenizer else "; no tokenizer is in it"))
+        return
     with Heartbeat(f"writing {args.out}"):
         names = export(args.out, cfg, weights, tokenizer, args.dtype, int(args.shard_gib * 2**30), stops)
     print(f"{args.out}: {', '.join(names)}")

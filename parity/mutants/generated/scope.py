@@ -101,6 +101,7 @@ OUT: dict[str, str] = {
     "llm_common/processes.py": FILES,
     "llm_common/sharding.py": MESHES,
     "llm_common/files/dcp_metadata.py": FAMILIES,
+    "llm_common/files/gguf_export.py": FAMILIES,
     "llm_common/files/tree_file.py": BLOCKS,
     "llm_common/run/backend.py": DEVICE,
     "llm_common/run/checkpoint.py": FILES,
