@@ -14,7 +14,7 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,8 +35,9 @@ from llm_common.run.checkpoint import (
     save_checkpoint,
 )
 from llm_common.run.hosts import ONE_HOST, Hosts, text_hash
-from llm_common.run.log import RunLog, TensorBoard
+from llm_common.run.log import RunLog
 from llm_common.run.settings import check_resumable, run_settings, total_steps
+from llm_common.run.trackers import Trackers
 from llm_common.text.hf_tokenizer import AnyTokenizer
 
 LOCK_FILE, LOG_FILE = ".lock", "log.jsonl"
@@ -48,7 +49,8 @@ class Run:
     initial: weights to start from instead of random ones. evaluation: held-out data. roles: the ids that the data ends
     documents and answers with, for those who generate. on_event: is given every row of the log as it is written: steps,
     and rows with the key "event" ("resume", "extend", "evaluation", "save", "stop", "end"). hosts: the processes that
-    train together, each with a Run of its own over the same folder; the first of them keeps lock and log.
+    train together, each with a Run of its own over the same folder; the first of them keeps lock and log. log_to: names
+    of `trackers.SERVICES` that show the curves, too.
     """
 
     def __init__(
@@ -65,10 +67,12 @@ class Run:
         on_event: Callable[[dict[str, Any]], None] | None = None,
         hosts: Hosts = ONE_HOST,
         roles: dict[str, int | None] | None = None,
+        log_to: Sequence[str] = (),
     ) -> None:
         self.folder, self.recipe, self.dataset = folder, recipe, dataset
         self.framework, self.tokenizer, self.config = framework, tokenizer, config or RunConfig()
         self.evaluation, self.initial, self.on_event, self.hosts = evaluation, initial, on_event, hosts
+        self._log_to = log_to
         self.settings = run_settings(recipe, dataset, tokenizer)
         if initial is not None:
             self.settings["initial"] = {"weights": fingerprint(initial)}
@@ -81,7 +85,7 @@ class Run:
         self._lock: int | None = None
         self._place: tuple[int, int] | None = None  # the folder itself, whatever is made of its name meanwhile
         self._log: RunLog | None = None
-        self._board: TensorBoard | None = None
+        self._board: Trackers | None = None
         self._evaluated: tuple[int, dict[str, Any]] | None = None  # the last evaluation, and after which step
         self._saved: tuple[int, Path] | None = None
         self._row: tuple[dict[str, Any], Mapping[str, Any]] | None = None  # of the last step, which may be under way
@@ -152,7 +156,7 @@ class Run:
             if self._log is not None:
                 self._log.close()
             self._log = RunLog(self.folder / LOG_FILE, self._step, framework=self.framework, settings=self.settings)
-            self._board = TensorBoard(self.folder / "tensorboard") if self._board is not None else None
+            self._board = self._trackers() if self._board is not None else None
         return str(self.folder)
 
     def __exit__(self, *exception: object) -> None:
@@ -185,7 +189,7 @@ class Run:
         if self.hosts.index == 0:
             prune_checkpoints(self.folder, 0, 0)  # what a cut-off save left behind
             self._log = RunLog(self.folder / LOG_FILE, step, framework=self.framework, settings=self.settings)
-            self._board = TensorBoard(self.folder / "tensorboard")
+            self._board = self._trackers()
         self._start = self._last = self._last_save = time.monotonic()
         if state is not None:
             self._tell({"event": "resume", "step": step, "checkpoint": found}, log=False)
@@ -200,6 +204,9 @@ class Run:
                     }
                 )
         return state
+
+    def _trackers(self) -> Trackers:
+        return Trackers(self.folder, self._log_to, self.settings)
 
     def _find(self) -> tuple[str | None, dict[str, Any]]:
         folder, _, saved = load_resumable(self.folder, self.recipe.model, self.settings)

@@ -10,6 +10,7 @@ import os
 import platform
 import sys
 import time
+from collections.abc import Mapping
 from datetime import UTC, date, datetime
 from pathlib import Path
 from typing import Any, TextIO
@@ -115,7 +116,7 @@ class TensorBoard:
             folder.mkdir(parents=True, exist_ok=True)
             self._writer = EventFileWriter(str(folder))
 
-    def write(self, step: int, values: dict[str, float]) -> None:
+    def write(self, step: int, values: Mapping[str, float]) -> None:
         if self._writer is None:
             return
         from tensorboard.compat.proto.event_pb2 import Event  # pyright: ignore

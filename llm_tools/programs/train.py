@@ -37,6 +37,7 @@ from llm_common.run.estimates import flops_per_step, memory_advice, memory_per_s
 from llm_common.run.folder import LOG_FILE, Run, check_goes_on
 from llm_common.run.progress import TrainingProgress
 from llm_common.run.settings import run_settings
+from llm_common.run.trackers import parse_services
 from llm_common.sharding import ONE_DEVICE, MeshConfig, check_sharded
 from llm_common.text.hf_tokenizer import open_tokenizer
 from llm_common.text.tokenizer import check_vocabulary
@@ -83,6 +84,7 @@ def make_train_parser() -> argparse.ArgumentParser:
     add_flags(parser, TrainConfig, "training")
     add_flags(parser, ExecutionConfig, "execution")
     add_flags(parser, RunConfig, "checkpoints, evaluation and log")
+    parser.add_argument("--log-to", metavar="NAMES", help="wandb, mlflow or both with a comma: beside log.jsonl")
     return parser
 
 
@@ -90,6 +92,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parse_with_toml(make_train_parser(), argv)
     require(args, "framework", "out")
     require_framework(args.framework)
+    services = parse_services(args.log_to)
     prepare_environment(args.cache_dir)
     configs = (TrainConfig, OptimizerConfig, ExecutionConfig, RunConfig)
     train, opt, execution, config = (from_flags(cls, args) for cls in configs)
@@ -156,6 +159,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         initial=initial,
         on_event=progress,
         hosts=hosts,
+        log_to=services,
         roles={name: data.get(name) for name in ("document_end", "turn_end")},
     )
     if execution.deterministic and mesh is None:

@@ -112,6 +112,7 @@ OUT: dict[str, str] = {
     "llm_common/run/log.py": FILES,
     "llm_common/run/plan.py": DEVICE,
     "llm_common/run/progress.py": PEOPLE,
+    "llm_common/run/trackers.py": PEOPLE,
     "llm_common/text/chat_template.py": FAMILIES,
     "llm_common/text/chat_worker.py": FAMILIES,
     "llm_common/text/hf_tokenizer.py": FAMILIES,
