@@ -107,13 +107,15 @@ def open_evaluation(
     )
 
 
-def check_memory(console: Console, recipe: Recipe, need: dict[str, int], limit: int | None) -> None:
+def check_memory(
+    console: Console, recipe: Recipe, need: dict[str, int], limit: int | None, refuse: bool = True
+) -> None:
     """Refuse what cannot fit, before any long work; warn of what may not."""
     if limit is None:
         return
     kept = sum(size for name, size in need.items() if name != "activations")
     text = f"{memory_advice(recipe, need)}; the device has {limit / GIB:.2f} GiB"
-    if kept > limit:
+    if kept > limit and refuse:
         narrower = ", or --compute-dtype float32" if recipe.train.compute_dtype == "float64" else ""
         raise UserError(
             f"not enough memory: weights, moments and gradients alone need {kept / GIB:.2f} GiB, the device has "

@@ -159,7 +159,11 @@ def empty_model(cfg: ModelConfig, dtype: torch.dtype, device: torch.device | str
 
 
 def init_model(
-    cfg: ModelConfig, seed: int, dtype: torch.dtype, device: torch.device | str, kernels: Kernels = PLAIN
+    cfg: ModelConfig,
+    seed: int,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    kernels: Kernels = PLAIN,
 ) -> CausalLM:
     """A model with the initial weights of `seed`."""
     return empty_model(cfg, dtype, device, kernels).init_weights(seed)

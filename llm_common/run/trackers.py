@@ -47,7 +47,7 @@ class WandB:
 
 
 class MLflow:
-    """MLflow, at MLFLOW_TRACKING_URI or in `mlflow.db` in the run's folder. A run that goes on is the same run there."""
+    """MLflow, at MLFLOW_TRACKING_URI or in the run's `mlflow.db`. A run that goes on is the same run there."""
 
     def __init__(self, folder: Path, settings: dict[str, Any]) -> None:
         mlflow = importlib.import_module("mlflow")

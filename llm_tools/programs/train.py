@@ -136,7 +136,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     held_out = "nothing held out" if evaluation is None else f"{evaluation.n_targets:,} held-out tokens"
     console.print(f"{cfg.num_parameters():,} parameters, {size}, {held_out}; log: {args.out / LOG_FILE}", markup=False)
     need = memory_per_step(recipe, not plan.keeps_scores, plan.compiled, mesh or ONE_DEVICE)
-    check_memory(console, recipe, need, backend.memory_limit(hosts.device))
+    check_memory(console, recipe, need, backend.memory_limit(hosts.device), refuse=not args.dry_run)
     flops, tokens_per_step = flops_per_step(cfg, train), train.batch_size * train.seq_len
     if args.dry_run:
         dry_run(console, recipe, need, dataset, tokenizer)

@@ -70,6 +70,7 @@ def test_names_are_refused_before_a_run(monkeypatch):
     assert parse_services("mlflow, wandb,mlflow") == ("mlflow", "wandb")
 
 
+@pytest.mark.filterwarnings("ignore")  # theirs
 @pytest.mark.parametrize("name", ["wandb", "mlflow"])
 def test_the_real_package_offline(name, tmp_path, monkeypatch, capsys):
     for package in {"wandb": ["wandb"], "mlflow": ["mlflow", "sqlalchemy"]}[name]:  # a slim mlflow keeps no database
