@@ -45,6 +45,6 @@ def test_what_they_print_is_right(printed):
     assert said["2"] == "torch.Size([2, 6, 32])"
     assert said["5"] == "(4, 16) 984"
     assert said["6"] == said["7"] == "12"
-    assert abs(float(said["8"]) - 3.9) < 0.2  # log 50, a little less
+    assert 3.0 < float(said["8"]) < 4.1  # log 50 is 3.9, and three steps are made
     first, second = said["10"].split("] [")
     assert first.strip("[]") == second.strip("[]")
