@@ -18,7 +18,7 @@ from llm_common.config import (
 from llm_common.data.datasets import TokenDataset, check_data, open_tokens, read_description
 from llm_common.data.evaluation import Evaluation, open_held_out
 from llm_common.data.shards import find_manifest
-from llm_common.errors import UserError, notice
+from llm_common.errors import UserError, in_flags, notice
 from llm_common.files.tensor_files import TensorFiles
 from llm_common.run.checkpoint import load_weights
 from llm_common.run.estimates import GIB, flops_per_step, memory_advice
@@ -114,7 +114,7 @@ def check_memory(
     if limit is None:
         return
     kept = sum(size for name, size in need.items() if name != "activations")
-    text = f"{memory_advice(recipe, need)}; the device has {limit / GIB:.2f} GiB"
+    text = in_flags(f"{memory_advice(recipe, need)}; the device has {limit / GIB:.2f} GiB")
     if kept > limit and refuse:
         narrower = ", or --compute-dtype float32" if recipe.train.compute_dtype == "float64" else ""
         raise UserError(
