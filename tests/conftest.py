@@ -13,6 +13,7 @@ def pytest_configure(config) -> None:
     """Before the processes that share the tests begin: they, and the programs that they call, inherit the
     environment.
     """
+    os.environ.setdefault("ONE_MODEL_HEARTBEAT", "600")  # tests compare what is said with what should be
     if getattr(config.option, "numprocesses", None) and not hasattr(config, "workerinput"):
         from parity.core.compile_time import add_flags, known_flags
 

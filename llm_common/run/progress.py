@@ -1,6 +1,7 @@
 """What a person sees of a run: a line every few steps, a bar on a terminal, and a summary at the end."""
 
 import contextlib
+import os
 import statistics
 import sys
 import threading
@@ -25,12 +26,12 @@ def duration(seconds: float) -> str:
 class Heartbeat:
     """Says on stderr what a program is doing when it has said nothing for a while; to be used as a context manager.
 
-    what: said after `every` seconds, and again as often, with the seconds since it began; `says` begins another one, or
+    what: said after `every` seconds (None: those of ONE_MODEL_HEARTBEAT, 8), and again as often, with the seconds since it began; `says` begins another one, or
     only tells that something was printed.
     """
 
-    def __init__(self, what: str, every: float = 8.0) -> None:
-        self.what, self.every = what, every
+    def __init__(self, what: str, every: float | None = None) -> None:
+        self.what, self.every = what, every or float(os.environ.get("ONE_MODEL_HEARTBEAT", "8"))
         self._began = self._said = time.monotonic()
         self._end = threading.Event()
         self._thread = threading.Thread(target=self._beat, daemon=True)

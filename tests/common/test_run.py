@@ -481,7 +481,7 @@ def test_a_program_that_says_nothing_says_what_it_does(capsys):
 
 
 def test_reading_into_a_pipe_is_shown_too(capsys, monkeypatch):
-    monkeypatch.setattr(Heartbeat.__init__, "__defaults__", (0.1,))
+    monkeypatch.setenv("ONE_MODEL_HEARTBEAT", "0.1")
     with reading_bar(Console(file=io.StringIO())) as show:
         show("encoding", 1, 4)
         assert "encoding: 25 % (0:0" in lines_until(lambda: capsys.readouterr().err, "encoding")

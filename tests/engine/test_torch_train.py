@@ -173,7 +173,7 @@ def test_the_compiled_update_takes_parameters_of_any_shape_and_dtype(dtypes, mon
             torch.nn.Parameter(torch.ones(shape, dtype=x)) for shape, x in zip([(), (2, 3)], dtypes, strict=True)
         ]
         kind = fast_optim.CompiledAdamW if compiled else optim.AdamW
-        optimizer = kind(parameters, 1e-3, 0.9, 0.95, 1e-8, 0.1)
+        optimizer = kind(parameters, 1e-3, (0.9, 0.95), 1e-8, 0.1)
         for _ in range(3):
             for p in parameters:
                 p.grad = torch.full_like(p, 0.3)

@@ -74,7 +74,7 @@ def test_the_ladder_holds_with_the_attention_that_a_cpu_takes_by_itself():
     ("flags", "words"),
     [
         (["run", "--preset", "huge"], "unknown preset 'huge'"),
-        (["run", "--check", "logit"], "--check logit: no such check: did you mean logits?; known: spec, config"),
+        (["run", "--check", "logit"], "--check logit: no such check: did you mean logits.; known: spec, config"),
         (["run", "--seed", "-1"], "seed = -1"),
         (["run", "--batch", "0"], "batch = 0"),
         (["run", "--length", "65"], "length needs 65 positions"),

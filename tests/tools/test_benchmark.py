@@ -46,7 +46,7 @@ def benchmark(*flags: str) -> None:
         (["decode", "--peer", str(SCRIPTS.parent / "examples/peer_torchtitan.py")], "has no function 'decode'"),
         (["train", "--out", "."], "is a folder"),
         (["train", "--out", __file__ + "/speed"], "--out"),
-        (["train", "--loss-chunks", "3", "--seq-len", "128"], "loss_chunks = 3: must divide seq_len = 128"),
+        (["train", "--loss-chunks", "3", "--seq-len", "128"], "--loss-chunks 3: must divide seq_len = 128"),
     ],
 )
 def test_benchmark_refuses_before_it_measures(run, flags, message):
