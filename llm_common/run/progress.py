@@ -26,8 +26,8 @@ def duration(seconds: float) -> str:
 class Heartbeat:
     """Says on stderr what a program is doing when it has said nothing for a while; to be used as a context manager.
 
-    what: said after `every` seconds (None: those of ONE_MODEL_HEARTBEAT, 8), and again as often, with the seconds since it began; `says` begins another one, or
-    only tells that something was printed.
+    what: said after `every` seconds (None: those of ONE_MODEL_HEARTBEAT, 8), and again as often, with the seconds since
+    it began; `says` begins another one, or only tells that something was printed.
     """
 
     def __init__(self, what: str, every: float | None = None) -> None:
