@@ -15,12 +15,13 @@ import optax
 from jax import Array
 
 from jax_llm import layers, optim
+from jax_llm.attention import causal_mask
 from jax_llm.layers import upcast
-from jax_llm.rope import apply_rope
+from jax_llm.rope import apply_rope, rotary_table
 from llm_common.config import RopeScaling
 from llm_common.errors import UserError
 from llm_common.files.tree_file import read_tree, write_tree
-from llm_common.rope import Rotation, rope_table
+from llm_common.rope import Rotation
 from llm_common.schedule import StepScalars
 
 __all__ = [
@@ -58,7 +59,7 @@ def rotate(
     t, h = x.shape[-2:]
     positions = jnp.arange(t) if positions is None else jnp.asarray(positions)
     length = int(jnp.max(positions)) + 1 if positions.size else 1
-    cos, sin = (jnp.asarray(table, upcast(x).dtype) for table in rope_table(Rotation(h, theta, length, scaling)))
+    cos, sin = rotary_table(Rotation(h, theta, length, scaling), length, upcast(x).dtype)
     halves = jnp.concatenate([x[..., 0::2], x[..., 1::2]], axis=-1) if interleaved else x
     out = apply_rope(halves[..., None, :], cos[positions], sin[positions])[..., 0, :]
     if not interleaved:
@@ -74,10 +75,8 @@ def attention(q: Array, k: Array, v: Array, mask: Array | None = None) -> Array:
     gets 0.
     """
     scores = jnp.einsum("...th,...sh->...ts", upcast(q), upcast(k)) * q.shape[-1] ** -0.5
-    if mask is None:
-        return jnp.einsum("...ts,...sh->...th", jax.nn.softmax(scores, axis=-1).astype(v.dtype), v)
+    seen = jnp.broadcast_to(True if mask is None else mask, scores.shape)
     # a row of -inf alone would be NaN, and its gradient, too
-    seen = jnp.broadcast_to(mask, scores.shape)
     scores = jnp.where(seen, scores, jnp.where(seen.any(-1, keepdims=True), -jnp.inf, 0.0))
     probs = jnp.where(seen, jax.nn.softmax(scores, axis=-1), 0.0)
     return jnp.einsum("...ts,...sh->...th", probs.astype(v.dtype), v)
@@ -106,7 +105,7 @@ def multihead_attention(
     if rotation is not None:
         queries, keys = rotation(queries), rotation(keys)
     repeat = lambda a: jnp.repeat(a, heads // a.shape[-3], axis=-3)
-    mask = jnp.tril(jnp.ones((t, t), bool)) if mask is None else mask
+    mask = causal_mask(jnp.arange(t), jnp.arange(t)) if mask is None else mask
     out = attention(queries, repeat(keys), repeat(values), mask)
     return layers.linear(jnp.swapaxes(out, -2, -3).reshape(*x.shape[:-1], -1), o)
 

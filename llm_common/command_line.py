@@ -46,18 +46,24 @@ class CommandParser(argparse.ArgumentParser):
         if choice := re.match(r"argument (\S+): invalid choice: '(.*?)' \(choose from (.*)\)", message, re.DOTALL):
             name, given, known = choice.groups()
             choices = [x.strip().strip("'\"") for x in known.split(",")]
-            what = "" if name in ("command", "what", "program") else f"{name.split('/')[-1]} "
+            what = f"{_last(name)} " if name.startswith("-") else ""
             return f"{what}{given!r} is not known{nearest(given, choices)}; known: {', '.join(choices)}"
         if missing := re.match(r"the following arguments are required: (.*)", message):
-            names = [x.split("/")[-1] for x in missing[1].split(", ")]
+            names = [_last(x) for x in missing[1].split(", ")]
             choices = [x for action in self._actions if action.dest in names for x in action.choices or ()]
             what = f": one of {', '.join(map(str, choices))}" if choices else ""
             return f"{' and '.join(names)} {'is' if len(names) == 1 else 'are'} missing{what}"
         if value := re.match(r"argument (\S+): invalid (.*) value: (.*)", message, re.DOTALL):
             kind = {"int": "a whole number", "float": "a number"}.get(value[2], value[2])
-            return f"{value[1].split('/')[-1]} {value[3].strip(chr(39))}: {kind} is expected"
+            given = value[3].strip("'")
+            return f"{_last(value[1])} {given}: {kind} is expected"
         if one_of := re.match(r"one of the arguments (.*) is required", message):
             return f"{one_of[1].replace(' ', ' or ')} is missing"
         if both := re.match(r"argument (\S+): not allowed with argument (\S+)", message):
             return f"{both[1]} and {both[2]}: give one of them"
         return re.sub(r"^argument (\S+): ", r"\1: ", message)
+
+
+def _last(names: str) -> str:
+    """Of the names that argparse has for one flag, as --input/--data, the last."""
+    return names.split("/")[-1]

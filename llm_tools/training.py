@@ -63,7 +63,8 @@ def in_words(cfg: ModelConfig) -> str:
 def amount(number: float, unit: str) -> str:
     """A large number with a prefix: 13.1 GFLOP."""
     power = min(max(int(np.log10(max(number, 1.0)) // 3), 0), 6)
-    return f"{number / 1000**power:.3g} {'-kMGTPE'[power].replace('-', '')}{unit}"
+    prefix = ("", "k", "M", "G", "T", "P", "E")[power]
+    return f"{number / 1000**power:.3g} {prefix}{unit}"
 
 
 def separator_of(path: Path, data: dict[str, Any]) -> int | None:

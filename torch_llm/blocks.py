@@ -14,10 +14,11 @@ from torch import Tensor
 from llm_common.config import RopeScaling
 from llm_common.errors import UserError
 from llm_common.files.tree_file import read_tree, write_tree
-from llm_common.rope import Rotation, rope_table
+from llm_common.rope import Rotation
 from torch_llm import layers, optim
+from torch_llm.attention import causal_mask
 from torch_llm.layers import upcast
-from torch_llm.rope import apply_rope
+from torch_llm.rope import RotaryTable, apply_rope
 
 __all__ = [
     "attention", "clip_grad_norm_", "feed_forward", "load_state", "multihead_attention", "rotate", "save_state", "silu",
@@ -54,10 +55,9 @@ def rotate(
     t, h = x.shape[-2:]
     positions = torch.arange(t, device=x.device) if positions is None else positions
     length = int(positions.max()) + 1 if positions.numel() else 1
-    table = rope_table(Rotation(h, theta, length, scaling))
-    cos, sin = (torch.from_numpy(values).to(upcast(x).dtype).to(x.device) for values in table)
+    cos, sin = RotaryTable(Rotation(h, theta, length, scaling))(positions.to(x.device), upcast(x).dtype)
     halves = torch.cat([x[..., 0::2], x[..., 1::2]], dim=-1) if interleaved else x
-    out = apply_rope(halves[..., None, :], cos[positions], sin[positions])[..., 0, :]
+    out = apply_rope(halves[..., None, :], cos, sin)[..., 0, :]
     if not interleaved:
         return out
     first, second = torch.chunk(out, 2, dim=-1)
@@ -71,10 +71,9 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Te
     gets 0.
     """
     scores = torch.einsum("...th,...sh->...ts", upcast(q), upcast(k)) * q.shape[-1] ** -0.5
-    if mask is None:
-        return torch.einsum("...ts,...sh->...th", torch.softmax(scores, dim=-1).to(v.dtype), v)
-    # a row of -inf alone would be NaN, and its gradient, too
+    mask = torch.ones((), dtype=torch.bool, device=q.device) if mask is None else mask
     seen = torch.broadcast_to(mask, scores.shape)
+    # a row of -inf alone would be NaN, and its gradient, too
     scores = torch.where(seen, scores, torch.where(seen.any(-1, keepdim=True), -torch.inf, 0.0))
     probs = torch.where(seen, torch.softmax(scores, dim=-1), 0.0)
     return torch.einsum("...ts,...sh->...th", probs.to(v.dtype), v)
@@ -103,7 +102,8 @@ def multihead_attention(
     if rotation is not None:
         queries, keys = rotation(queries), rotation(keys)
     repeat = lambda a: torch.repeat_interleave(a, heads // a.shape[-3], dim=-3)
-    mask = torch.ones(t, t, dtype=torch.bool, device=x.device).tril() if mask is None else mask
+    places = torch.arange(t, device=x.device)
+    mask = causal_mask(places, places) if mask is None else mask
     out = attention(queries, repeat(keys), repeat(values), mask)
     return layers.linear(out.transpose(-2, -3).reshape(*x.shape[:-1], -1), o)
 

@@ -5,6 +5,7 @@ frameworks see the same batches, resuming is one integer, and any number of host
 """
 
 import concurrent.futures
+import functools
 import hashlib
 import io
 import operator
@@ -292,20 +293,24 @@ class TokenDataset:
         self._order = Order(self.n_windows, seed)
 
     def fingerprint(self) -> dict[str, Any]:
-        """What a checkpoint records, so that a run cannot be resumed on other data unseen. Reads every token."""
-        if isinstance(self.tokens, ShardedTokens):
-            self.tokens.check()
-        digest = hashlib.sha256()
-        for start in range(0, len(self.tokens), HASHED_AT_ONCE):
-            digest.update(self.tokens[start : start + HASHED_AT_ONCE].tobytes())
+        """What a checkpoint records, so that a run cannot be resumed on other data unseen. Reads every token, once."""
         return {
             "tokens": len(self.tokens),
-            "sha256": digest.hexdigest(),
+            "sha256": self._sha256,
             "seq_len": self.seq_len,
             "batch_size": self.batch_size,
             "seed": self.seed,
             **({} if self.stride == self.seq_len else {"stride": self.stride}),
         }
+
+    @functools.cached_property
+    def _sha256(self) -> str:
+        if isinstance(self.tokens, ShardedTokens):
+            self.tokens.check()
+        digest = hashlib.sha256()
+        for start in range(0, len(self.tokens), HASHED_AT_ONCE):
+            digest.update(self.tokens[start : start + HASHED_AT_ONCE].tobytes())
+        return digest.hexdigest()
 
     def batch(self, step: int, host: int = 0, n_hosts: int = 1) -> tuple[np.ndarray, np.ndarray]:
         """Inputs and targets of a step, each int32 (B / n_hosts, T): this host's rows of the global batch."""

@@ -4,6 +4,7 @@ The container is written by the `gguf` package; what is decided here is how a mo
 names, the order of the rows of q and k, the frequencies of a scaled RoPE, the tokenizer's table.
 """
 
+import dataclasses
 import json
 import os
 from pathlib import Path
@@ -20,8 +21,14 @@ from llm_common.text.hf_tokenizer import AnyTokenizer, companions, token_ids
 from llm_common.text.tokenizer import Tokenizer
 from llm_common.text.tokenizer_json import read_hf_folder
 
-# what a matrix is stored as; vectors are float32 in all of them, as llama.cpp's own converter has it
-TYPES = ("float32", "float16", "bfloat16", "q8_0")
+# What a matrix is stored as, and the name of a file of such; vectors are float32 in all of them, as llama.cpp's own
+# converter has it.
+TYPES = {
+    "float32": ("F32", "ALL_F32"),
+    "float16": ("F16", "MOSTLY_F16"),
+    "bfloat16": ("BF16", "MOSTLY_BF16"),
+    "q8_0": ("Q8_0", "MOSTLY_Q8_0"),
+}
 BLOCK = 32  # numbers that share a scale in q8_0
 # Of each of our patterns the name under which llama.cpp cuts text into words.
 PATTERNS = {"gpt2": "gpt-2", "cl100k": "dbrx", "llama3": "llama-bpe", "qwen2": "qwen2", "smollm2": "smollm"}
@@ -96,16 +103,15 @@ def interleaved(weight: np.ndarray, head_dim: int) -> np.ndarray:
 
 def rope_factors(cfg: ModelConfig) -> np.ndarray:
     """What llama.cpp divides each frequency by, float32 (H/2,)."""
-    plain = 1.0 / cfg.rope_theta ** (np.arange(0, cfg.head_dim, 2, dtype=np.float64) / cfg.head_dim)
-    return (plain / inverse_frequencies(cfg)).astype(np.float32)
+    plain = dataclasses.replace(cfg, rope_scaling=None)
+    return (inverse_frequencies(plain) / inverse_frequencies(cfg)).astype(np.float32)
 
 
 def _describe(writer: Any, cfg: ModelConfig, dtype: str) -> None:
     import gguf
 
-    kinds = {"float32": "ALL_F32", "float16": "MOSTLY_F16", "bfloat16": "MOSTLY_BF16", "q8_0": "MOSTLY_Q8_0"}
     writer.add_type(gguf.GGUFType.MODEL)
-    writer.add_file_type(gguf.LlamaFileType[kinds[dtype]])
+    writer.add_file_type(gguf.LlamaFileType[TYPES[dtype][1]])
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     writer.add_context_length(cfg.max_position_embeddings)
     writer.add_embedding_length(cfg.hidden_size)
@@ -124,14 +130,13 @@ def _describe(writer: Any, cfg: ModelConfig, dtype: str) -> None:
 def _add_tensor(writer: Any, name: str, x: np.ndarray, dtype: str) -> None:
     import gguf
 
-    kind = {"float16": "F16", "bfloat16": "BF16", "q8_0": "Q8_0"}.get(dtype, "F32") if x.ndim > 1 else "F32"
+    kind = TYPES[dtype][0] if x.ndim > 1 else "F32"
     if kind == "Q8_0" and x.shape[-1] % BLOCK:
         kind = "F16"
     if kind == "F16" and np.abs(x).max(initial=0.0) > np.finfo(np.float16).max:
         raise UserError(f"tensor {name!r}: {np.abs(x).max():g} is not in the range of float16; export as bfloat16")
     raw = gguf.GGMLQuantizationType[kind]
-    data = x if kind == "F32" else x.astype(np.float16) if kind == "F16" else gguf.quants.quantize(x, raw)
-    writer.add_tensor(name, np.ascontiguousarray(data), raw_dtype=raw)
+    writer.add_tensor(name, np.ascontiguousarray(gguf.quants.quantize(x, raw)), raw_dtype=raw)
 
 
 def _add_tokenizer(writer: Any, cfg: ModelConfig, tokenizer: AnyTokenizer) -> None:
@@ -149,18 +154,14 @@ def _add_tokenizer(writer: Any, cfg: ModelConfig, tokenizer: AnyTokenizer) -> No
     added = {x["id"]: x for x in content.get("added_tokens", [])}
     tokens, kinds = [], []
     for i in range(cfg.vocab_size):
-        piece = added[i]["content"] if i in added else pieces.get(i)
-        tokens.append(f"[PAD{i}]" if piece is None else piece)
-        special = i in added and added[i].get("special", True)
-        kinds.append(
-            gguf.TokenType.UNUSED
-            if piece is None
-            else gguf.TokenType.CONTROL
-            if special
-            else gguf.TokenType.USER_DEFINED
-            if i in added
-            else gguf.TokenType.NORMAL
-        )
+        if i in added:
+            kind = gguf.TokenType.CONTROL if added[i].get("special", True) else gguf.TokenType.USER_DEFINED
+            piece = added[i]["content"]
+        else:
+            kind = gguf.TokenType.NORMAL if i in pieces else gguf.TokenType.UNUSED
+            piece = pieces.get(i, f"[PAD{i}]")
+        tokens.append(piece)
+        kinds.append(kind)
     merges = [x if isinstance(x, str) else " ".join(x) for x in model["merges"]]
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre(PATTERNS[pattern])

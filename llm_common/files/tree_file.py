@@ -1,36 +1,30 @@
 """One safetensors file with named arrays and, in its header, JSON: a checkpoint of anything."""
 
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import safetensors
-from safetensors.numpy import save_file
+from safetensors.numpy import save
 
-from llm_common.errors import Damaged, UserError
-from llm_common.files.tensor_files import sync
+from llm_common.errors import Damaged, UserError, write_whole
 
 KIND = "one-model tree"
 
 
 def write_tree(path: Path, arrays: Mapping[str, np.ndarray], values: dict[str, Any]) -> None:
     """Write arrays and JSON so that the file is there whole, or as it was before. Raises UserError if it cannot be."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         metadata = {"format": KIND, "values": json.dumps(values, allow_nan=False)}
     except (TypeError, ValueError) as error:
         raise UserError(f"{path}: the values beside the tensors must be JSON ({error})") from None
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        save_file({name: np.array(x, order="C") for name, x in arrays.items()}, partial, metadata=metadata)
-        sync(partial)
-        os.replace(partial, path)
-    except (OSError, safetensors.SafetensorError) as error:
-        partial.unlink(missing_ok=True)
-        raise UserError(f"{path}: cannot be written ({error}); make room or give another place") from None
+        content = save({name: np.array(x, order="C") for name, x in arrays.items()}, metadata=metadata)
+    except safetensors.SafetensorError as error:
+        raise UserError(f"{path}: cannot be written ({error})") from None
+    write_whole(path, content)
 
 
 def read_tree(path: Path, like: Mapping[str, np.ndarray] | None) -> tuple[dict[str, np.ndarray], dict[str, Any]]:

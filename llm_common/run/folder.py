@@ -338,16 +338,17 @@ def fingerprint(weights: TensorFiles) -> str:
     return digest.hexdigest()
 
 
-def check_goes_on(folder: Path, settings: dict[str, Any]) -> None:
+def check_goes_on(folder: Path, settings: Callable[[], dict[str, Any]]) -> None:
     """Raise UserError, before any framework is asked for, if a run of these settings cannot be in a folder.
 
-    settings: as `run_settings` makes them, or some parts of them. What a checkpoint holds is looked at by `Run.resume`.
+    settings: makes what `run_settings` makes, or some parts of it; called if there is a checkpoint, as it may read all
+    of the data. What a checkpoint holds is looked at by `Run.resume`.
     """
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{folder}: a file; `out` is a folder")
     found = latest_checkpoint(folder)
     if found is not None:
-        check_resumable(found, read_settings(found), settings)
+        check_resumable(found, read_settings(found), settings())
 
 
 def newest(path: Path) -> Path:

@@ -27,22 +27,24 @@ class Heartbeat:
     """Says on stderr what a program is doing when it has said nothing for a while; to be used as a context manager.
 
     what: said after `every` seconds (None: those of ONE_MODEL_HEARTBEAT, 8), and again as often, with the seconds since
-    it began; `says` begins another one, or only tells that something was printed.
+    it began; `says` begins another one, or only tells that something was printed. quiet: nothing is ever said.
     """
 
-    def __init__(self, what: str, every: float | None = None) -> None:
+    def __init__(self, what: str, every: float | None = None, quiet: bool = False) -> None:
         self.what, self.every = what, every or float(os.environ.get("ONE_MODEL_HEARTBEAT", "8"))
         self._began = self._said = time.monotonic()
-        self._end = threading.Event()
+        self._quiet, self._end = quiet, threading.Event()
         self._thread = threading.Thread(target=self._beat, daemon=True)
 
     def __enter__(self) -> "Heartbeat":
-        self._thread.start()
+        if not self._quiet:
+            self._thread.start()
         return self
 
     def __exit__(self, *exception: object) -> None:
         self._end.set()
-        self._thread.join()
+        if not self._quiet:
+            self._thread.join()
 
     def says(self, what: str | None = None) -> None:
         """Something was printed, or something else is done from now on."""
@@ -107,31 +109,27 @@ class TrainingProgress:
         self._window: list[float] = []  # seconds of the steps since the last line
         self._steps = 0
         self._began = time.monotonic()
-        self._heart = Heartbeat("compiling the first step")
+        self._heart = Heartbeat("compiling the first step", quiet=console.quiet)
         columns = (BarColumn(), TextColumn("{task.completed}/{task.total}"), TextColumn("{task.fields[text]}"))
         self._bar = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
         self._task = self._bar.add_task("", total=total_steps, text="")
 
     def __enter__(self) -> "TrainingProgress":
         self._bar.start()
-        if not self.console.quiet:
-            self._heart.__enter__()
+        self._heart.__enter__()
         return self
 
     def __exit__(self, *exception: object) -> None:
-        if not self.console.quiet:
-            self._heart.__exit__()
+        self._heart.__exit__()
         self._bar.stop()
 
     def __call__(self, row: dict[str, Any]) -> None:
         event = row.get("event")
-        if event is None:  # what is printed is no step, but every few; the others say how far the run is
-            self._heart.what = f"step {row['step']}/{self.total_steps}  loss {row['loss']:.4f}"
-        if event is not None or row["step"] % self.log_every == 0:
-            self._heart.says()
         if event is None:
             self._step(row)
-        elif event == "resume":
+            return
+        self._heart.says()
+        if event == "resume":
             self.console.print(f"going on from {row['checkpoint']}, after step {row['step']}", markup=False)
             self._bar.update(self._task, completed=row["step"])
         elif event == "extend":
@@ -152,6 +150,7 @@ class TrainingProgress:
 
     def _step(self, row: dict[str, Any]) -> None:
         step = row["step"]
+        self._heart.what = f"step {step}/{self.total_steps}  loss {row['loss']:.4f}"
         self.losses.append(row["loss"])
         self.skipped += bool(row["skipped"])
         self._steps += 1
@@ -180,6 +179,7 @@ class TrainingProgress:
         if row["skipped"]:
             parts.append("update skipped: the gradient norm is not finite")
         self.console.print("  ".join(parts))
+        self._heart.says()
         self._bar.update(self._task, completed=step, text=text)
 
     def summary(self, folder, log) -> None:

@@ -16,7 +16,6 @@ add_bos_token=False; --count-prefix does that too.
 
 import dataclasses
 from collections.abc import Sequence
-from contextlib import nullcontext
 from pathlib import Path
 
 from llm_common.config import (
@@ -104,7 +103,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     hosts = join(backend, args, mesh)
     only_the_first_prints(hosts)
     try:
-        heart = Heartbeat(f"evaluating {evaluation.n_targets:,} tokens") if hosts.index == 0 else nullcontext()
+        heart = Heartbeat(f"evaluating {evaluation.n_targets:,} tokens", quiet=hosts.index > 0)
         with heart, backend.evaluator(recipe, weights, hosts.device, mesh) as evaluate:
             result = evaluation.summary(*evaluate(evaluation))
     except Exception as error:

@@ -43,11 +43,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     folder = newest(args.checkpoint)
     cfg, weights = load_weights(folder)
     tokenizer, stops = load_tokenizer(folder), stops_of(folder)
-    if as_gguf:
-        with Heartbeat(f"writing {args.out}"):
-            size = export_gguf(args.out, cfg, weights, tokenizer, args.dtype)
-        print(f"{args.out}: {size / 1e6:,.1f} MB, {args.dtype}" + ("" if tokenizer else "; no tokenizer is in it"))
-        return
     with Heartbeat(f"writing {args.out}"):
-        names = export(args.out, cfg, weights, tokenizer, args.dtype, int(args.shard_gib * 2**30), stops)
-    print(f"{args.out}: {', '.join(names)}")
+        if as_gguf:
+            size = export_gguf(args.out, cfg, weights, tokenizer, args.dtype)
+            written = f"{size / 1e6:,.1f} MB, {args.dtype}" + ("" if tokenizer else "; no tokenizer is in it")
+        else:
+            names = export(args.out, cfg, weights, tokenizer, args.dtype, int(args.shard_gib * 2**30), stops)
+            written = ", ".join(names)
+    print(f"{args.out}: {written}")

@@ -17,7 +17,6 @@ are text, unless --special-tokens-in-text. Many prompts are worked on in batches
 """
 
 from collections.abc import Sequence
-from contextlib import nullcontext
 from pathlib import Path
 
 from llm_common.config import COMPILE, DTYPES, SamplingConfig
@@ -118,7 +117,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     for backend in backends:
         name = backend.name
         making = backend.generator(cfg, weights, args.compute_dtype, hosts.device, mesh, args.compile)
-        heart = Heartbeat(f"{name}: generating") if hosts.index == 0 else nullcontext()
+        heart = Heartbeat(f"{name}: generating", quiet=hosts.index > 0)
         with heart, making as stream:
             results[name] = []
             while (done := len(results[name])) < len(rows):

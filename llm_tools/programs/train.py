@@ -103,7 +103,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         check_sharded(mesh, recipe)
     by_the_data = {"document_separator"} if args.document_mask and train.document_separator is None else set()
     known = {key: x for key, x in recipe.settings().items() if key not in by_the_data}
-    check_goes_on(args.out, {"train": known, "optimizer": dataclasses.asdict(opt)})
+    check_goes_on(args.out, lambda: {"train": known, "optimizer": dataclasses.asdict(opt)})
     tokenizer = open_tokenizer(args.tokenizer or args.init_from or Path("data/bpe.json"))
     if initial is None and args.model_config is None and tokenizer.vocab_size > cfg.vocab_size:
         notice(f"the preset's vocabulary of {cfg.vocab_size:,} becomes the tokenizer's {tokenizer.vocab_size:,}")
@@ -118,7 +118,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             check_sharded(mesh, recipe)
     dataset = open_dataset(args.data, train.seq_len, train.batch_size, train.seed, cfg.vocab_size)
     evaluation = open_evaluation(args, cfg, train, config, tokenizer)
-    check_goes_on(args.out, run_settings(recipe, dataset, tokenizer))
+    check_goes_on(args.out, lambda: run_settings(recipe, dataset, tokenizer))
     # What can be refused without a framework has been: to import one takes seconds.
     keep_memory_of_a_small_step(args.device, recipe)
     backend = open_backend(args.framework)

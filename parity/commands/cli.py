@@ -12,7 +12,6 @@ parity demo --data my_texts/                      train a small model in both fr
 """
 
 import argparse
-import contextlib
 import dataclasses
 import json
 import math
@@ -127,9 +126,8 @@ def main(argv: list[str] | None = None) -> int:
         "demo": _demo,
     }
     # what has no bar of its own, or shows none to a pipe, says now and then that it is at work
-    quiet = args.command in ("trace", "pair", "sharded", "calibrate") or not sys.stderr.isatty()
-    beats = quiet and args.command not in ("run", "report")
-    with Heartbeat(f"parity {args.command}") if beats else contextlib.nullcontext():
+    barless = args.command in ("trace", "pair", "sharded", "calibrate") or not sys.stderr.isatty()
+    with Heartbeat(f"parity {args.command}", quiet=not barless or args.command in ("run", "report")):
         return 0 if commands[args.command](args) else 1
 
 
