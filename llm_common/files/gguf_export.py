@@ -7,6 +7,7 @@ names, the order of the rows of q and k, the frequencies of a scaled RoPE, the t
 import dataclasses
 import json
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from llm_common.errors import UserError, require_package
 from llm_common.files.tensor_files import check_finite
 from llm_common.rope import inverse_frequencies
 from llm_common.tensors import Tensors, check_tensors
-from llm_common.text.hf_tokenizer import AnyTokenizer, companions, token_ids
+from llm_common.text.hf_tokenizer import AnyTokenizer, companions, stop_ids, token_ids
 from llm_common.text.tokenizer import Tokenizer
 from llm_common.text.tokenizer_json import read_hf_folder
 
@@ -42,12 +43,18 @@ MODULES = {
 
 
 def export_gguf(
-    path: Path, cfg: ModelConfig, weights: Tensors, tokenizer: AnyTokenizer | None, dtype: str = "float16"
+    path: Path,
+    cfg: ModelConfig,
+    weights: Tensors,
+    tokenizer: AnyTokenizer | None,
+    dtype: str = "float16",
+    stops: Iterable[int] = (),
 ) -> int:
     """Write a GGUF file, whole or not at all; returns its size in bytes.
 
-    dtype: one of `TYPES`; a matrix whose rows are no multiple of 32 is float16 where q8_0 is asked for. Raises
-    UserError for a tokenizer that llama.cpp would read otherwise, and for weights that are not finite.
+    dtype: one of `TYPES`; a matrix whose rows are no multiple of 32 is float16 where q8_0 is asked for. stops: ids at
+    which generation is to end beside the tokenizer's own. Raises UserError for a tokenizer that llama.cpp would read
+    otherwise, for more ends than a file can name, and for weights that are not finite.
     """
     require_package("gguf", "gguf")
     import gguf
@@ -62,7 +69,7 @@ def export_gguf(
     try:
         _describe(writer, cfg, dtype)
         if tokenizer is not None:
-            _add_tokenizer(writer, cfg, tokenizer)
+            _add_tokenizer(writer, cfg, tokenizer, stops)
         for name in weights:
             x = np.asarray(weights[name], np.float32)
             check_finite(name, x)
@@ -139,7 +146,7 @@ def _add_tensor(writer: Any, name: str, x: np.ndarray, dtype: str) -> None:
     writer.add_tensor(name, np.ascontiguousarray(gguf.quants.quantize(x, raw)), raw_dtype=raw)
 
 
-def _add_tokenizer(writer: Any, cfg: ModelConfig, tokenizer: AnyTokenizer) -> None:
+def _add_tokenizer(writer: Any, cfg: ModelConfig, tokenizer: AnyTokenizer, stops: Iterable[int]) -> None:
     """The vocabulary as llama.cpp's byte-level BPE has it: pieces, what each of them is, merges, and the ends' ids."""
     import gguf
 
@@ -168,11 +175,14 @@ def _add_tokenizer(writer: Any, cfg: ModelConfig, tokenizer: AnyTokenizer) -> No
     writer.add_token_list(tokens)
     writer.add_token_types(kinds)
     writer.add_token_merges(merges)
-    ids = token_ids(tokenizer, [])
-    ends = ids.get("eos_token_id")
-    end = ends[0] if isinstance(ends, list) and ends else ends
-    if isinstance(end, int):
-        writer.add_eos_token_id(end)
+    # llama.cpp ends a text at each of the three that a file names: of a text, of a turn, of a message.
+    ends = (writer.add_eos_token_id, writer.add_eot_token_id, writer.add_eom_token_id)
+    found = stop_ids(tokenizer, stops)
+    if len(found) > len(ends):
+        raise UserError(f"GGUF: text would end at each of {found}; a file names {len(ends)} of them at most")
+    for add, i in zip(ends, found, strict=False):
+        add(i)
+    ids = token_ids(tokenizer)
     if isinstance(ids.get("bos_token_id"), int):
         writer.add_bos_token_id(ids["bos_token_id"])
     writer.add_add_bos_token(bool(getattr(tokenizer, "prefix_ids", [])))

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from llm_common.config import ModelConfig
-from llm_common.errors import UserError
+from llm_common.errors import UserError, read_json
 from llm_common.files.tensor_files import MODEL_FILE, TensorFiles, open_model_files
 from llm_common.tensors import check_tensors
 
@@ -63,9 +63,12 @@ def _what_it_is(path: Path) -> str | None:
         return known.get(path.suffix, f"a file; {wanted}")
     names = {entry.name for entry in path.iterdir()}
     weights = MODEL_FILE in names or f"{MODEL_FILE}.index.json" in names
-    if "adapter_config.json" in names and not weights:
+    if "adapter_config.json" in names:  # beside weights, too: transformers would change them by it
+        content = read_json(path / "adapter_config.json")
+        base = content.get("base_model_name_or_path") if isinstance(content, dict) else None
+        of = f" of {base}" if base else ""
         return (
-            "a PEFT adapter (LoRA), which changes another model's weights; merge it first: "
+            f"a PEFT adapter (LoRA){of}, which changes that model's weights; merge it first: "
             "AutoPeftModelForCausalLM.from_pretrained(folder).merge_and_unload().save_pretrained(merged)"
         )
     if ".metadata" in names or any(name.endswith(".distcp") for name in names):

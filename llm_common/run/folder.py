@@ -88,7 +88,7 @@ class Run:
         self._board: Trackers | None = None
         self._evaluated: tuple[int, dict[str, Any]] | None = None  # the last evaluation, and after which step
         self._saved: tuple[int, Path] | None = None
-        self._row: tuple[dict[str, Any], Mapping[str, Any]] | None = None  # of the last step, which may be under way
+        self._row: tuple[int, Mapping[str, Any]] | None = None  # of the last step, which may be under way
         self._handlers: dict[int, Any] = {}
 
     # --- beginning and end
@@ -226,12 +226,7 @@ class Run:
         self._step, self._between = step, False
         self._write_row()
         config, now = self.config, time.monotonic()
-        tokens = self.recipe.train.batch_size * self.recipe.train.seq_len
-        times = {
-            "tokens_per_second": round(tokens / max(now - self._last, 1e-9), 1),
-            "seconds": round(now - self._start, 3),
-        }
-        self._row = {"step": step, **times, "framework": self.framework}, metrics
+        self._row = step, metrics
         last = step >= self.recipe.optimizer.total_steps
         if config.eval_every and step % config.eval_every == 0 and not last and not self._stops():
             self._evaluate(step, evaluate)
@@ -244,7 +239,8 @@ class Run:
             self.stop_signal = self.stop_signal or stop
         if (by_steps or by_time or stop is not None) and not last:
             self._save(step, snapshot, evaluate)
-        self._last = time.monotonic()
+        if self._row is None:  # something else was done since this step ended, which is no part of the next one's time
+            self._last = time.monotonic()
         self._between = True
         return stop is not None
 
@@ -255,14 +251,18 @@ class Run:
         return any(number is not None for number in self.hosts.gather(self.stop_signal))
 
     def _write_row(self) -> None:
-        """Log the last step, if that was not done yet."""
+        """Log the last step, if that was not done yet; its time is that from the end of the one before to its own."""
         if self._row is None:
             return
-        (times, metrics), self._row = self._row, None
-        row = {"step": times["step"], **metrics, **times}
+        (step, metrics), self._row = self._row, None
+        row = {"step": step, **metrics}  # waits for the step
+        tokens, now = self.recipe.train.batch_size * self.recipe.train.seq_len, time.monotonic()
+        row["tokens_per_second"] = round(tokens / max(now - self._last, 1e-9), 1)
+        row |= {"seconds": round(now - self._start, 3), "framework": self.framework}
+        self._last = now
         self._tell(row)
         if self._board is not None:
-            self._board.write(row["step"], {key: row[key] for key in ("loss", "grad_norm", "lr", "tokens_per_second")})
+            self._board.write(step, {key: row[key] for key in ("loss", "grad_norm", "lr", "tokens_per_second")})
 
     def finish(self, step: int, snapshot: Callable[[], TrainingState], evaluate: EvaluateLoss) -> Path:
         """Save if this step is not saved yet, say how the run ended, and return the newest checkpoint."""

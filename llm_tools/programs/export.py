@@ -45,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     tokenizer, stops = load_tokenizer(folder), stops_of(folder)
     with Heartbeat(f"writing {args.out}"):
         if as_gguf:
-            size = export_gguf(args.out, cfg, weights, tokenizer, args.dtype)
+            size = export_gguf(args.out, cfg, weights, tokenizer, args.dtype, stops)
             written = f"{size / 1e6:,.1f} MB, {args.dtype}" + ("" if tokenizer else "; no tokenizer is in it")
         else:
             names = export(args.out, cfg, weights, tokenizer, args.dtype, int(args.shard_gib * 2**30), stops)

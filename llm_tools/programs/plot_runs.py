@@ -27,10 +27,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.out.suffix not in (".png", ".svg", ".pdf", ".html"):
         raise UserError(f"--out {args.out}: must end in .png, .svg, .pdf or .html")
     runs = [read_run(path) for path in args.runs]
-    figure = draw(runs, args.smooth)
     args.out.parent.mkdir(parents=True, exist_ok=True)
     if args.out.suffix == ".html":
-        args.out.write_text(page(figure, runs), encoding="utf-8")
+        args.out.write_text(page(runs, args.smooth), encoding="utf-8")
     else:
-        figure.savefig(args.out, dpi=120)
+        draw(runs, args.smooth).savefig(args.out, dpi=120)
     print(f"{args.out}: {', '.join(run['name'] for run in runs)}")

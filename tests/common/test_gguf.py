@@ -103,6 +103,19 @@ def test_narrow_types_round_as_they_say(tmp_path, dtype, error):
     assert "output.weight" in found
 
 
+def test_text_ends_where_the_checkpoint_says(tmp_path):
+    cfg, weights = model()
+    path = tmp_path / "m.gguf"
+    own = tokenizer().end_of_text
+    export_gguf(path, cfg, weights, tokenizer(), stops=[own, 7, 9])
+    fields = gguf.GGUFReader(path).fields
+    assert [fields[f"tokenizer.ggml.{x}_token_id"].contents() for x in ("eos", "eot", "eom")] == [own, 7, 9]
+    export_gguf(path, cfg, weights, tokenizer())
+    assert "tokenizer.ggml.eot_token_id" not in gguf.GGUFReader(path).fields
+    with pytest.raises(UserError, match="names 3 of them at most"):
+        export_gguf(path, cfg, weights, tokenizer(), stops=[7, 8, 9])
+
+
 def test_what_llama_cpp_would_read_otherwise_is_refused(tmp_path, capsys):
     cfg, weights = model(model_type="mistral", sliding_window=4)
     with pytest.raises(UserError, match="no sliding window"):
@@ -120,9 +133,10 @@ def test_the_program_writes_one_from_a_folder(tmp_path, capsys):
     from llm_common.files.export import export
 
     cfg, weights = model()
-    export(tmp_path / "hf", cfg, weights, tokenizer())
+    export(tmp_path / "hf", cfg, weights, tokenizer(), stops=[7])
     program.main(["--checkpoint", str(tmp_path / "hf"), "--out", str(tmp_path / "m.gguf"), "--dtype", "q8_0"])
     assert "q8_0" in capsys.readouterr().out
     reader = gguf.GGUFReader(tmp_path / "m.gguf")
+    assert reader.fields["tokenizer.ggml.eot_token_id"].contents() == 7
     pieces = json.loads((tmp_path / "hf" / "tokenizer.json").read_text())["model"]["vocab"]
     assert reader.fields["tokenizer.ggml.tokens"].contents()[:256] == sorted(pieces, key=pieces.get)[:256]

@@ -2,6 +2,7 @@
 is lost.
 """
 
+import collections
 import io
 import json
 import os
@@ -115,6 +116,38 @@ def test_evaluations_and_saves_have_their_own_rhythm(tmp_path):
         ("save", 10),
         ("end", 10),
     ]
+
+
+class Slow(collections.UserDict):
+    """Metrics of a step that is under way: who reads them waits for 2 seconds."""
+
+    def __init__(self, clock, values):
+        super().__init__(values)
+        self.clock = clock
+
+    def keys(self):
+        self.clock[0] += 2.0
+        return super().keys()
+
+
+def test_the_speed_is_that_of_the_steps_alone(tmp_path, monkeypatch):
+    """Evaluations and saves of 100 seconds are no part of a step's time, nor do they hide one's."""
+    clock = [0.0]
+    monkeypatch.setattr("llm_common.run.folder.time.monotonic", lambda: clock[0])
+    run, rows = make_run(tmp_path, losses=[1.0], config=RunConfig(eval_every=3, save_every=4))
+
+    def slow(_):
+        clock[0] += 100.0
+        return 8.0, 8
+
+    with run:
+        run.resume()
+        for step in range(1, 11):
+            metrics = Slow(clock, {"loss": 1 / step, "grad_norm": 1.0, "lr": 0.1, "skipped": False})
+            run.after_step(step, metrics, lambda: make_state(step), slow)  # noqa: B023  # called at once
+        run.finish(10, lambda: make_state(10), slow)
+    tokens = TrainConfig().batch_size * 8
+    assert [row["tokens_per_second"] for row in rows if "event" not in row] == [tokens / 2] * 10
 
 
 def test_saving_by_the_clock(tmp_path):
