@@ -1,7 +1,7 @@
 """Our JAX model against `transformers`: the stacked layers are found one by one, and the trace knows every module.
 In float32: transformers computes norms and rotary angles in float32 whatever it is given, as a trace in float64 tells.
 
-parity pair examples/against_transformers.py
+parity pair examples/against_transformers.py, or python examples/against_transformers.py
 """
 
 import jax
@@ -40,3 +40,6 @@ llama = Pair(
     name="Llama",
     dtypes=["float32"],
 )
+
+if __name__ == "__main__":
+    llama.compare().show()

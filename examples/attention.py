@@ -1,7 +1,7 @@
 """Flax's attention against torch.nn.MultiheadAttention, which keeps the three projections in one matrix: a map of
 functions.
 
-parity pair examples/attention.py
+parity pair examples/attention.py, or python examples/attention.py
 """
 
 import flax.linen as linen
@@ -34,3 +34,6 @@ params = flax_attention.init(jax.random.key(0), x.astype(np.float32))
 names = {"mha.in_proj_weight": joined("kernel"), "mha.in_proj_bias": joined("bias")}
 names |= {"mha.out_proj.weight": "params.out.kernel", "mha.out_proj.bias": "params.out.bias"}
 attention = Pair(flax_attention, SelfAttention(), inputs=[x], params=params, names=names, name="attention")
+
+if __name__ == "__main__":
+    attention.compare().show()

@@ -1,6 +1,6 @@
 """A multilayer perceptron in Flax and in PyTorch: everything is matched by itself, kernels are found transposed.
 
-parity pair examples/mlp.py
+parity pair examples/mlp.py, or python examples/mlp.py
 """
 
 import flax.linen as linen
@@ -34,3 +34,6 @@ x = np.random.default_rng(0).standard_normal((5, 32))
 params = MLP().init(jax.random.key(0), x.astype(np.float32))
 optimizers = (optax.sgd(1e-2, momentum=0.9), lambda p: torch.optim.SGD(p, 1e-2, momentum=0.9))
 mlp = Pair(MLP(), TorchMLP(), inputs=[x], params=params, optimizers=optimizers, name="MLP")
+
+if __name__ == "__main__":
+    mlp.compare().show()

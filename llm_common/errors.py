@@ -49,6 +49,11 @@ def nearest(given: str, known: Iterable[str]) -> str:
     return f": did you mean {near[0]}?" if near else ""
 
 
+def counted(n: int, thing: str) -> str:
+    """A number of things, as "1 step" and "2,000 steps"."""
+    return f"{n:,} {thing}{'' if n == 1 else 's'}"
+
+
 def in_flags(message: str) -> str:
     """A message for a person at a command line: `some_field` becomes --some-field, and so does a config's own field
     with its value.

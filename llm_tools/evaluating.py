@@ -11,7 +11,7 @@ from llm_common.config import (
 )
 from llm_common.data.datasets import check_data, open_tokens
 from llm_common.data.evaluation import DocumentEvaluation, Evaluation, open_held_out
-from llm_common.errors import UserError
+from llm_common.errors import UserError, counted
 from llm_common.text.corpus import Corpus
 from llm_common.text.hf_tokenizer import AnyTokenizer
 from llm_common.text.tokenizer import check_vocabulary
@@ -67,7 +67,7 @@ def show(
         return
     print(
         f"{folder}: loss {result['loss']:.6f} nats per token, perplexity {result['perplexity']:.4f}, "
-        f"{result['tokens']:,} tokens"
+        f"{counted(result['tokens'], 'token')}"
     )
     if "bits_per_byte" in result:
         print(f"{result['bits_per_byte']:.6f} bits per byte, {result['bytes']:,} bytes")

@@ -12,7 +12,7 @@ from llm_common.data.answers import ExampleReader, read_pairs, write_examples
 from llm_common.data.datasets import unigram_entropy, write_tokens
 from llm_common.data.sequences import AUTO, DocumentEncoder
 from llm_common.data.shards import is_held_out
-from llm_common.errors import UserError, notice
+from llm_common.errors import UserError, counted, notice
 from llm_common.text.hf_tokenizer import AnyTokenizer
 
 T = TypeVar("T")
@@ -46,7 +46,7 @@ def prepare_examples(args: argparse.Namespace, tokenizer: AnyTokenizer) -> None:
         reader = ExampleReader(tokenizer, args.chat, args.turn_end, args.special_tokens_in_text)
         info = write_examples(path, itertools.starmap(reader, found), reader, args.max_length, args.validation)
         print(
-            f"{path}: {info['examples']:,} example{'s' if info['examples'] > 1 else ''}, {info['tokens']:,} tokens, "
+            f"{path}: {counted(info['examples'], 'example')}, {counted(info['tokens'], 'token')}, "
             "the longest "
             f"{info['longest']}; {info['left_out']} left out"
         )
@@ -66,7 +66,7 @@ def write(path: Path, texts: Iterable[str], encoder: DocumentEncoder, held_out: 
     info = write_tokens(path, texts, encoder, held_out)
     entropy = unigram_entropy(np.load(path, mmap_mode="r"))
     print(
-        f"{path}: {info['tokens']:,} tokens of {info['documents']:,} documents, "
+        f"{path}: {counted(info['tokens'], 'token')} of {counted(info['documents'], 'document')}, "
         f"{info['bytes'] / info['tokens']:.2f} bytes a token, unigram entropy {entropy:.3f} nats"
     )
     if info["document_ends_inside"]:

@@ -9,7 +9,7 @@ import numpy as np
 
 from llm_common.config import ModelConfig, SamplingConfig
 from llm_common.data.sequences import encode_conversation, resolve_token
-from llm_common.errors import UserError, is_out_of_memory
+from llm_common.errors import UserError, counted, is_out_of_memory
 from llm_common.run.checkpoint import stops_of
 from llm_common.run.estimates import GIB, decode_bytes
 from llm_common.text.hf_tokenizer import AnyTokenizer
@@ -130,7 +130,7 @@ def compare(
         print((prompt if not args.chat else "") + text.text)
         at = next((i for i, (a, b) in enumerate(zip(jax, torch, strict=False)) if a != b), min(len(jax), len(torch)))
         if jax == torch:
-            print(f"[the same {len(jax)} tokens in both frameworks]")
+            print(f"[the same {counted(len(jax), 'token')} in both frameworks]")
             continue
         prefix = np.array([prompt_ids + jax[:at]])
         exact = TorchSide(cfg, "float64").logits(weights, prefix)[0, -1]

@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from llm_common.errors import counted
 from llm_common.run.estimates import GIB
 
 
@@ -143,7 +144,7 @@ class TrainingProgress:
             bits = f"  {row['bits_per_byte']:.4f} bits per byte" if "bits_per_byte" in row else ""
             self.console.print(
                 f"step {row['step']}  held-out loss {row['loss']:.4f}  perplexity {row['perplexity']:.2f}{bits}  "
-                f"({row['tokens']:,} tokens)"
+                f"({counted(row['tokens'], 'token')})"
             )
         elif event == "save":
             self.console.print(f"step {row['step']}  saved {row['checkpoint']}", markup=False)

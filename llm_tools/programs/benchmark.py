@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from llm_common.config import PRESETS, ExecutionConfig, TrainConfig
-from llm_common.errors import UserError
+from llm_common.errors import UserError, counted
 from llm_common.processes import end_with_launcher
 from llm_common.text.words import PATTERNS
 from llm_tools.bench import tokenizer_cases
@@ -103,7 +103,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             write(args.out, report, {"ceilings": [before, after], "cases": results, "date": date.today().isoformat()})
     failed = sum("error" in r for r in results)
     if failed:
-        raise UserError(f"{failed} of {len(results)} cases failed: the table says why")
+        raise UserError(f"{failed} of {counted(len(results), 'case')} failed: the table says why")
 
 
 # --- tables

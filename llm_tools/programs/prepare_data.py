@@ -24,7 +24,7 @@ from rich.console import Console
 
 from llm_common.data.sequences import AUTO, DocumentEncoder
 from llm_common.data.shards import PART, prepare
-from llm_common.errors import UserError
+from llm_common.errors import UserError, counted
 from llm_common.run.progress import reading_bar
 from llm_common.text.hf_tokenizer import open_tokenizer
 from llm_tools.flags import add_corpus_flags, add_special_flag, at_least_one, cores, make_parser, open_corpus
@@ -102,6 +102,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             return
     for side, m in manifests.items():
         print(
-            f"{args.out / side}: {m['tokens']:,} tokens of {m['documents']:,} documents in {len(m['shards'])} shards, "
+            f"{args.out / side}: {counted(m['tokens'], 'token')} of {counted(m['documents'], 'document')} in "
+            f"{counted(len(m['shards']), 'shard')}, "
             f"{m['bytes'] / m['tokens']:.2f} bytes a token"
         )

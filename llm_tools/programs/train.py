@@ -32,7 +32,7 @@ from llm_common.config import (
 )
 from llm_common.data.answers import open_dataset
 from llm_common.data.datasets import TokenDataset, check_data
-from llm_common.errors import UserError, is_out_of_memory, notice, require_framework
+from llm_common.errors import UserError, counted, is_out_of_memory, notice, require_framework
 from llm_common.run.estimates import flops_per_step, memory_advice, memory_per_step, peak_flops
 from llm_common.run.folder import LOG_FILE, Run, check_goes_on
 from llm_common.run.progress import TrainingProgress
@@ -129,9 +129,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     where = "" if mesh is None else f", mesh {mesh}, {processes}"
     console.print(f"{args.framework}: {plan}{where}", markup=False)
     size = (
-        f"{len(dataset.tokens):,} tokens of data"
+        f"{counted(len(dataset.tokens), 'token')} of data"
         if isinstance(dataset, TokenDataset)
-        else f"{len(dataset.answers):,} example{'s' if len(dataset.answers) > 1 else ''}"
+        else counted(len(dataset.answers), "example")
     )
     held_out = "nothing held out" if evaluation is None else f"{evaluation.n_targets:,} held-out tokens"
     console.print(f"{cfg.num_parameters():,} parameters, {size}, {held_out}; log: {args.out / LOG_FILE}", markup=False)

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from llm_common.errors import UserError, write_whole
+from llm_common.errors import UserError, counted, write_whole
 from llm_common.run.progress import reading_bar
 from llm_common.text.bpe_trainer import TIE_RULES, check_special_tokens, train_bpe
 from llm_common.text.hf_tokenizer import companions
@@ -69,7 +69,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         for name, content in companions(tokenizer).items():
             write_whole(args.out / name, content)
     size = f", from {corpus.size / 1e6:.1f} MB" if corpus.files else ""
-    print(f"{args.out}: {len(tokenizer.merges)} merges, {tokenizer.vocab_size} ids{size}")
+    print(f"{args.out}: {counted(len(tokenizer.merges), 'merge')}, {tokenizer.vocab_size} ids{size}")
     if len(tokenizer.merges) < wanted:
         print(
             f"no pair was left after {len(tokenizer.merges)} of {wanted} merges: every word is one token. "

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from llm_common.config import OptimizerConfig
-from llm_common.errors import UserError
+from llm_common.errors import UserError, counted
 from llm_common.run.checkpoint import TrainingState
 from parity import spec, spec_run
 from parity.core.compare import (
@@ -103,7 +103,7 @@ def _float64_steps(s: Settings) -> Iterator[Row]:
     for n in s.updates:
         updates = [update_of(states[n].weights, weights) for states in kept]
         norm = global_norm(updates[0])
-        row = three_way("adamw", f"update after {n} steps, clip active", "float64", updates, UPDATE_ALLOWED)
+        row = three_way("adamw", f"update after {counted(n, 'step')}, clip active", "float64", updates, UPDATE_ALLOWED)
         row = dataclasses.replace(row, noise=noise)
         if not norm > 0:
             row = dataclasses.replace(row, ok=False, side=JAX, note="the update is zero")

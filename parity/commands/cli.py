@@ -25,7 +25,7 @@ from pathlib import Path
 
 from llm_common.command_line import CommandParser
 from llm_common.config import DTYPES, PRESETS, ModelConfig, preset
-from llm_common.errors import UserError, first_line, nearest, require_framework, run_main
+from llm_common.errors import UserError, counted, first_line, nearest, require_framework, run_main
 from llm_common.run.host_memory import keep_freed_memory
 from llm_common.run.progress import Heartbeat
 from parity.commands.mutants import add_flags, run_mutants
@@ -37,6 +37,18 @@ CHECK_NAMES = (
     "kernels", "noise", "schedule", "adamw", "library", "files", "resume", "calls", "runs", "trajectory",
     "evaluation", "cache", "programs", "tokens", "device",
 )  # fmt: skip
+
+# How long, on two cores: told beforehand, for what takes minutes looks like what hangs.
+TAKES = {
+    "run": "3 to 7 minutes",
+    "run --quick": "1 to 2 minutes",
+    "trace": "half a minute",
+    "mutants": "6 to 20 minutes",
+    "demo": "3 to 7 minutes",
+    "sharded": "3 to 8 minutes",
+    "sharded --quick": "1 to 2 minutes",
+}
+PARTS = ("check", "case", "fuzz", "words", "name", "list", "generated", "gates", "pytest", "bugs")  # flags
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -125,10 +137,19 @@ def main(argv: list[str] | None = None) -> int:
         "calibrate": _calibrate,
         "demo": _demo,
     }
+    if (words := _takes(args)) is not None:
+        print(words, flush=True)
     # what has no bar of its own, or shows none to a pipe, says now and then that it is at work
     barless = args.command in ("trace", "pair", "sharded", "calibrate") or not sys.stderr.isatty()
     with Heartbeat(f"parity {args.command}", quiet=not barless or args.command in ("run", "report")):
         return 0 if commands[args.command](args) else 1
+
+
+def _takes(args: argparse.Namespace) -> str | None:
+    """How long a command takes, or None of a part of one, or of another machine."""
+    whole = args.command + (" --quick" if getattr(args, "quick", False) else "")
+    part = any(getattr(args, name, None) for name in PARTS) or getattr(args, "device", "cpu") != "cpu"
+    return None if part or whole not in TAKES else f"parity {whole}: {TAKES[whole]} on two cores"
 
 
 def _settings(args: argparse.Namespace, **more):
@@ -196,16 +217,16 @@ def _drawn(args: argparse.Namespace, settings) -> bool:
         share = row.measured / row.allowed if row.allowed else row.measured
         shares[one.kind] = max(shares.get(one.kind, 0.0), share)
         if done % 20 == 0 or not row.ok:
-            console.print(f"  {done} cases ({time.perf_counter() - start:.0f} s)")
+            console.print(f"  {counted(done, 'case')} ({time.perf_counter() - start:.0f} s)")
 
     done, found, row = fuzz(settings, seconds, jobs, tell)
     largest = ", ".join(f"{kind} {share:.2g}" for kind, share in sorted(shares.items()))
     console.print(f"largest figure by kind, in units of what is allowed: {largest}")
     if found is None or row is None:
-        console.print(f"{done} drawn cases, no difference; seed {settings.seed}")
+        console.print(f"{counted(done, 'drawn case')}, no difference; seed {settings.seed}")
         return True
     print_table(console, [row])
-    console.print(f"after {done} cases; again: parity run --case '{found}'", markup=False, soft_wrap=True)
+    console.print(f"after {counted(done, 'case')}; again: parity run --case '{found}'", markup=False, soft_wrap=True)
     return False
 
 
@@ -257,10 +278,14 @@ def _report(args: argparse.Namespace) -> bool:
     from parity.report.report import make_console, write_html_of
 
     console, out = make_console(), ["--out", str(args.out)]
-    for file, command in (("report.json", "run"), ("trace.json", "trace"), ("mutants.json", "mutants")):
-        if not (args.out / file).is_file():
-            console.rule(f"parity {command}", align="left")
-            main([command, *out])
+    files = {"run": "report.json", "trace": "trace.json", "mutants": "mutants.json"}
+    missing = [command for command, file in files.items() if not (args.out / file).is_file()]
+    if missing:
+        names = ", ".join(f"parity {command} ({TAKES[command]})" for command in missing)
+        console.print(f"run first, on two cores: {names}; Ctrl-C ends, and what was done by then is kept")
+    for command in missing:
+        console.rule(f"parity {command}", align="left")
+        main([command, *out])
     page = write_html_of(args.out)
     console.print(f"{page}: {page.stat().st_size / 1024:.0f} KiB, one file")
     return json.loads((args.out / "report.json").read_text(encoding="utf-8"))["ok"]
@@ -315,7 +340,8 @@ def _calibrate(args: argparse.Namespace) -> bool:
             if not row.ok
         ]
         console.print(
-            f"  {shape:16} seed {seed}  {len(rows)} figures  ({seconds:.0f} s)  {'; '.join(bad)}", markup=False
+            f"  {shape:16} seed {seed}  {counted(len(rows), 'figure')}  ({seconds:.0f} s)  {'; '.join(bad)}",
+            markup=False,
         )
 
     seeds = range(args.first_seed, args.first_seed + args.seeds)
@@ -328,7 +354,7 @@ def _calibrate(args: argparse.Namespace) -> bool:
     effects = json.loads(mutants.read_text(encoding="utf-8"))["smallest effects"] if mutants.is_file() else None
     write_table(args.out / "tolerances.md", figures, total, "Tolerances and their margins", args.steps, effects)
     alarms = sum(figure.alarms for figure in figures)
-    console.print(f"{total} runs, {alarms} false alarms; {args.out / 'tolerances.md'}")
+    console.print(f"{counted(total, 'run')}, {counted(alarms, 'false alarm')}; {args.out / 'tolerances.md'}")
     return alarms == 0
 
 

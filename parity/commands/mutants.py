@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from llm_common.errors import UserError
+from llm_common.errors import UserError, counted
 
 
 def add_flags(parser: argparse.ArgumentParser, out: Path) -> None:
@@ -70,7 +70,7 @@ def _generated(args: argparse.Namespace) -> bool:
             console.print(str(mutation), markup=False, soft_wrap=True)
         return True
     jobs, known = args.jobs or os.cpu_count() or 1, reasons()
-    console.print(f"planting {len(chosen)} generated mutants; outcomes so far are kept in {folder}")
+    console.print(f"planting {counted(len(chosen), 'generated mutant')}; outcomes so far are kept in {folder}")
 
     def said(outcome: Outcome) -> str:
         return f"survived: {described(outcome)}" if outcome.how == "survived" and outcome.name not in known else ""
@@ -126,7 +126,9 @@ def _user_tests(args: argparse.Namespace) -> bool:
         table.add_row(area, str(len(mine)), str(sum(not seen.through for seen in mine)), names)
     console.print(table)
     seen = sum(not one.through for one in found)
-    console.print(f"{args.pytest} sees {seen} of {len(found)} bugs: {100 * seen / len(found):.0f} %", markup=False)
+    console.print(
+        f"{args.pytest} sees {seen} of {counted(len(found), 'bug')}: {100 * seen / len(found):.0f} %", markup=False
+    )
     proposed = proposals(found, args.jobs)
     for one in proposed:
         check, dtype = one.check.split(" ")
@@ -159,7 +161,7 @@ def run_mutants(args: argparse.Namespace) -> bool:
             console.print(f"{m.area}: {m.name}  [dim]{where}[/dim]  {m.check} {m.side} {m.place}", soft_wrap=True)
         return True
     start = time.perf_counter()
-    console.print(f"planting {len(chosen)} bugs, one by one")
+    console.print(f"planting {counted(len(chosen), 'bug')}, one by one")
     said = lambda outcome: "" if outcome.ok else f"not as expected: {outcome.area}: {outcome.name}"
     outcomes = plant_all(chosen, args.jobs, Progress(console, 25, said))
     print_outcomes(console, outcomes)

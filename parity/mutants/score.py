@@ -14,7 +14,7 @@ import jax
 from rich.console import Console
 from rich.table import Table
 
-from llm_common.errors import UserError
+from llm_common.errors import UserError, counted
 from parity.checks.ladder import processes, rows_of
 from parity.core.compare import Row
 from parity.core.planting import planted
@@ -210,8 +210,8 @@ def print_outcomes(console: Console, outcomes: Sequence[Outcome]) -> None:
         f"[bold {'red' if wrong else 'green'}]{s['caught']} of {s['bugs']} planted bugs caught[/] "
         f"({s['shared or in both sides']} of them in shared code or in both sides), {s['right side']} with the right "
         "side, "
-        f"{s['localised']} of {s['with a place']} at the right place; {s['false alarms']} false alarms in "
-        f"{s['without a bug']} runs without a bug"
+        f"{s['localised']} of {s['with a place']} at the right place; {counted(s['false alarms'], 'false alarm')} in "
+        f"{counted(s['without a bug'], 'run')} without a bug"
     )
 
 

@@ -10,6 +10,7 @@ import numpy as np
 import optax
 import torch
 
+from llm_common.errors import counted
 from parity.core.compare import EPS, Row, Side, tensor_errors, worst
 from parity.pair.matching import Arrays
 
@@ -73,7 +74,7 @@ def compare_optimizers(
             rows.append(
                 Row(
                     "optimizer",
-                    f"update after {n} steps",
+                    f"update after {counted(n, 'step')}",
                     dtype,
                     error,
                     allowed,

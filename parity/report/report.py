@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from llm_common.errors import counted
 from llm_common.run.log import environment
 from parity.core.compare import Row
 
@@ -26,7 +27,8 @@ def verdict_line(rows: list[Row]) -> str:
     """One sentence: do they agree, and if not, which side differs first."""
     failed = [row for row in rows if not row.ok]
     if not failed:
-        return f"All {len(rows)} checks hold: JAX, PyTorch and the specification agree."
+        hold = "The one check holds" if len(rows) == 1 else f"All {len(rows)} checks hold"
+        return f"{hold}: JAX, PyTorch and the specification agree."
     first = failed[0]
     return (
         f"{len(failed)} of {len(rows)} checks fail. First at {first.check} ({first.item}): {number(first.measured)}, "
@@ -127,7 +129,7 @@ def print_progress(console: Console, name: str, rows: list[Row], seconds: float)
         return
     bad = [row for row in rows if not row.ok]
     mark = "[green]ok  [/green]" if not bad else "[bold red]FAIL[/bold red]"
-    text = f"{len(rows)} figures" if not bad else escape(f"{bad[0].item}: side {bad[0].side}")
+    text = f"{counted(len(rows), 'figure')}" if not bad else escape(f"{bad[0].item}: side {bad[0].side}")
     console.print(f"  {mark} {name:11} {text}  ({seconds:.0f} s)")
 
 

@@ -139,7 +139,7 @@ def test_a_check_without_a_part_in_the_dtype_says_so(tmp_path):
 def test_the_verdict_names_the_first_failure():
     good = Row("logits", "x", "float64", 0.0, 1.0, True)
     bad = Row("gradients", "y", "float64", 2.0, 1.0, False, JAX)
-    assert report.verdict_line([good]).startswith("All 1 checks hold")
+    assert report.verdict_line([good]).startswith("The one check holds")
     assert report.verdict_line([good, bad]) == "1 of 2 checks fail. First at gradients (y): 2, allowed 1. Side: JAX."
 
 
