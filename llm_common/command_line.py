@@ -3,7 +3,9 @@ not with a page of usage.
 """
 
 import argparse
+import itertools
 import re
+import sys
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
@@ -13,6 +15,8 @@ from llm_common.errors import UserError, nearest
 class CommandParser(argparse.ArgumentParser):
     """An `ArgumentParser` that raises UserError where argparse prints its usage and ends the process."""
 
+    may_be_empty = ("--prompt",)
+
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **{"allow_abbrev": False, **options})
 
@@ -20,6 +24,13 @@ class CommandParser(argparse.ArgumentParser):
         raise UserError(f"{self._explained(message)} ({self.prog} --help lists all)")
 
     def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:
+        given = sys.argv[1:] if args is None else args
+        for before, value in itertools.pairwise(given):
+            if before.startswith("--") and value == "" and before not in self.may_be_empty:
+                raise UserError(f"{before} is empty: give a value, or leave the flag out")
+        for value in given:
+            if re.fullmatch(r"--[\w-]+=", value) and value[:-1] not in self.may_be_empty:
+                raise UserError(f"{value[:-1]} is empty: give a value, or leave the flag out")
         parsed, left = self.parse_known_args(args, namespace)
         if left:
             self.error(self._unknown(left))

@@ -45,8 +45,11 @@ def notice(text: str) -> None:
 
 def nearest(given: str, known: Iterable[str]) -> str:
     """The nearest known name, as a question, or nothing where none is near."""
-    near = difflib.get_close_matches(given, list(known), n=1, cutoff=0.6)
-    return f": did you mean {near[0]}?" if near else ""
+    names = {name.lstrip("-"): name for name in known}
+    asked = given.lstrip("-")
+    longer = [name for name in names if name.startswith((f"{asked}-", f"{asked}_"))]
+    near = longer[:1] or difflib.get_close_matches(asked, list(names), n=1, cutoff=0.7)
+    return f": did you mean {names[near[0]]}?" if near and asked else ""
 
 
 def counted(n: int, thing: str) -> str:
@@ -204,6 +207,9 @@ def run_main(main: Callable[[], int | None]) -> None:
     """Call a script's `main`; a UserError, or a file that the system refuses, becomes one line on stderr and exit code
     2, Ctrl-C exit code 130.
     """
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed by whoever began this program
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # what a terminal cannot show is no reason to end

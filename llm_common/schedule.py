@@ -7,7 +7,9 @@ cosine climbs again after its last step.
 import math
 from typing import NamedTuple
 
+from llm_common.checks import is_finite
 from llm_common.config import OptimizerConfig
+from llm_common.errors import UserError
 
 
 class StepScalars(NamedTuple):
@@ -31,6 +33,18 @@ def learning_rate(cfg: OptimizerConfig, step: int) -> float:
 def bias_corrections(beta1: float, beta2: float, n: int) -> tuple[float, float]:
     """1 - beta1^n and 1 - beta2^n for the n-th update, n = 1, 2, ... (Kingma and Ba 2015, algorithm 1)."""
     return 1.0 - beta1**n, 1.0 - beta2**n
+
+
+def check_adamw(lr: float, betas: tuple[float, float], eps: float, weight_decay: float) -> None:
+    """Raise UserError for settings with which AdamW would move weights the wrong way, or nowhere."""
+    if not isinstance(betas, (tuple, list)) or len(betas) != 2:
+        raise UserError(f"betas = {betas!r}: two numbers are needed")
+    for name, value in (("lr", lr), ("eps", eps), ("weight_decay", weight_decay)):
+        if not is_finite(value) or value < 0:
+            raise UserError(f"{name} = {value!r}: must be a finite number of at least 0")
+    for beta in betas:
+        if not is_finite(beta) or not 0 <= beta < 1:
+            raise UserError(f"betas = {betas!r}: both must lie in [0, 1)")
 
 
 def step_scalars(cfg: OptimizerConfig, step: int, adam_count: int) -> StepScalars:

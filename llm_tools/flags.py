@@ -14,7 +14,17 @@ from pathlib import Path
 from typing import Any
 
 from llm_common.command_line import CommandParser
-from llm_common.config import ExecutionConfig, ModelConfig, OptimizerConfig, Recipe, TrainConfig
+from llm_common.config import (
+    ATTENTION_BACKENDS,
+    COMPILE,
+    DTYPES,
+    REMAT,
+    ExecutionConfig,
+    ModelConfig,
+    OptimizerConfig,
+    Recipe,
+    TrainConfig,
+)
 from llm_common.errors import UserError, nearest, read_small
 from llm_common.processes import end_with_launcher
 from llm_common.run.backend import Backend
@@ -26,6 +36,8 @@ from llm_common.sharding import MeshConfig
 from llm_common.text.corpus import Corpus
 
 LARGEST_TOML = 1 << 20  # bytes
+CHOICES = {"attention_backend": ATTENTION_BACKENDS, "compile": COMPILE, "compute_dtype": DTYPES, "remat": REMAT}
+TABLES = ("model", "data", "machine", "optimizer", "training", "execution", "run", "checkpoints", "sampling")
 
 
 def make_parser(program: str, doc: str | None) -> CommandParser:
@@ -43,12 +55,16 @@ def add_flags(parser: argparse.ArgumentParser, cls: type, title: str) -> None:
     for field in dataclasses.fields(cls):
         default = None if field.default is dataclasses.MISSING else field.default
         flag, text = "--" + field.name.replace("_", "-"), f"default: {'none' if default is None else default}"
+        choices = CHOICES.get(field.name)
+        if choices is not None:
+            text = f"one of {', '.join(choices)} ({text})"
         if hints[field.name] is bool:
             group.add_argument(flag, action=argparse.BooleanOptionalAction, default=default, help=text)
             continue
         group.add_argument(
             flag,
             type=_parser_of(hints[field.name]),
+            choices=choices,
             default=default,
             metavar=getattr(hints[field.name], "__name__", "number or 'none'").upper(),
             help=text,
@@ -69,8 +85,9 @@ def recipe_from_flags(args: argparse.Namespace, model: ModelConfig, optimizer: O
 def parse_with_toml(parser: argparse.ArgumentParser, argv: typing.Sequence[str] | None = None) -> argparse.Namespace:
     """The flags, over the settings of the TOML file given as `--config`, over the defaults.
 
-    The file's keys are the flags' names with underscores, at the top or in tables of any name. Raises UserError for a
-    file that is not TOML, a key that no flag has, and a value of the wrong kind.
+    The file's keys are the flags' names with underscores, at the top or in tables, whose names are for people: those of
+    `TABLES`. Raises UserError for a file that is not TOML, a table or a key that is not known, and a value of the wrong
+    kind.
     """
     parser.add_argument("--config", type=Path, metavar="TOML", help="settings in a file; flags given besides go first")
     argv = sys.argv[1:] if argv is None else argv
@@ -82,7 +99,7 @@ def parse_with_toml(parser: argparse.ArgumentParser, argv: typing.Sequence[str] 
 
 def _read_toml(parser: argparse.ArgumentParser, path: Path) -> dict[str, Any]:
     if not path.is_file():
-        raise UserError(f"--config {path}: no such file")
+        raise UserError(f"--config {path}: {'a folder; a file is needed' if path.is_dir() else 'no such file'}")
     if path.suffix == ".json":
         raise UserError(f"--config {path}: a TOML file is expected; a model's config.json goes to --model-config")
     try:
@@ -94,14 +111,18 @@ def _read_toml(parser: argparse.ArgumentParser, path: Path) -> dict[str, Any]:
         raise UserError(f"{path}: not TOML ({reason})") from None
     actions = {action.dest: action for action in parser._actions if action.dest not in ("help", "config")}
     values: dict[str, Any] = {}
+    tables = [key for key, value in content.items() if isinstance(value, dict)]
+    for table in tables:
+        if table not in TABLES:
+            raise UserError(f"{path}: unknown table [{table}]{nearest(table, TABLES)}; known: {', '.join(TABLES)}")
     for key, value in content.items():
         for name, x in value.items() if isinstance(value, dict) else [(key, value)]:
             if name in values:
                 raise UserError(f"{path}: key {name!r} is there twice")
             if name not in actions:
-                raise UserError(
-                    f"{path}: unknown key {name!r}{nearest(name, actions)}; known keys: {', '.join(sorted(actions))}"
-                )
+                near = nearest(name, actions)
+                known = "" if near else f"; known keys: {', '.join(sorted(actions))}"
+                raise UserError(f"{path}: unknown key {name!r}{near}{known}")
             values[name] = _toml_value(path, actions[name], x)
     return values
 
@@ -118,7 +139,11 @@ def _toml_value(path: Path, action: argparse.Action, value: Any) -> Any:
         if not all(isinstance(x, str) for x in items):
             raise wrong
         return [action.type(x) if callable(action.type) else x for x in items]
-    if isinstance(value, list) and value and all(isinstance(x, int) and not isinstance(x, bool) for x in value):
+    if value == "":
+        raise UserError(f"{path}: {action.dest} is empty: give a value, or leave the key out")
+    several = "several" in getattr(action.type, "__name__", "")
+    whole = isinstance(value, list) and value and all(isinstance(x, int) and not isinstance(x, bool) for x in value)
+    if whole and several:
         value = ",".join(map(str, value))
         try:
             return action.type(value) if callable(action.type) else value
@@ -149,6 +174,9 @@ def prepare_environment(cache_dir: Path | None) -> None:
     kernels.
     """
     if cache_dir is not None:
+        place = next((x for x in (cache_dir, *cache_dir.parents) if x.exists()), cache_dir)
+        if not place.is_dir():
+            raise UserError(f"--cache-dir {cache_dir}: {place} is a file; a folder is needed")
         os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache_dir / "jax"))
         os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_dir / "torch"))
     os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.92")
@@ -163,8 +191,7 @@ def keep_memory_of_a_small_step(device: str, recipe: Recipe) -> None:
     """`keep_freed_memory` where it pays. To be called before a framework starts its threads, so before one can be asked
     for devices.
     """
-    accelerators = ("nvidia[0-9]*", "accel*", "vfio", "kfd", "dxg")  # what drivers put into /dev
-    alone = device == "auto" and not any(any(Path("/dev").glob(name)) for name in accelerators)
+    alone = device == "auto" and not any(any(Path("/dev").glob(name)) for name in ACCELERATORS)
     if (device == "cpu" or alone) and sum(memory_per_step(recipe, False, False).values()) < GIB / 2:
         keep_freed_memory()
 
@@ -175,6 +202,15 @@ def at_least_one(args: argparse.Namespace, *names: str) -> None:
         value = getattr(args, name)
         if value is not None and value < 1:
             raise UserError(f"--{name.replace('_', '-')} {value}: at least 1")
+
+
+MOST_PROCESSES = 512
+
+
+def check_processes(processes: int | None) -> None:
+    """Raise UserError for more processes than any machine has cores."""
+    if processes is not None and processes > MOST_PROCESSES:
+        raise UserError(f"--processes {processes}: at most {MOST_PROCESSES}; this machine has {cores()} cores")
 
 
 def cores() -> int:
@@ -225,12 +261,40 @@ def open_corpus(
 def add_mesh_flags(parser: Any) -> None:
     """`--mesh` and `--join-timeout`, for a parser or a group of it."""
     parser.add_argument("--mesh", help="many devices, as data=2,fsdp=4,tensor=2: replicas, cut weights, cut matrices")
-    parser.add_argument("--join-timeout", type=float, default=300, help="seconds to wait for the other processes")
+    parser.add_argument("--join-timeout", type=seconds, default=300, help="seconds to wait for the other processes")
+
+
+def seconds(text: str) -> float:
+    """A flag's number of seconds."""
+    value = float(text)
+    if not 0 < value < math.inf:
+        raise ValueError(text)
+    return value
+
+
+seconds.__name__ = "a positive number"
+
+
+DEVICES = ("auto", "cpu", "gpu", "tpu")
+ACCELERATORS = ("nvidia[0-9]*", "accel*", "vfio", "kfd", "dxg")  # what drivers put into /dev
+
+
+def check_device(device: str) -> None:
+    """Raise UserError, before a framework is imported, for a device that no machine has, or that this one lacks."""
+    if device not in DEVICES:
+        raise UserError(f"--device {device}{nearest(device, DEVICES)}; known: {', '.join(DEVICES)}")
+    if device in ("gpu", "tpu") and Path("/dev").is_dir() and not any(any(Path("/dev").glob(x)) for x in ACCELERATORS):
+        raise UserError(f"--device {device}: this machine has none that a driver shows in /dev; take --device cpu")
 
 
 def join(backend: Backend, args: argparse.Namespace, mesh: MeshConfig | None) -> Hosts:
     """The processes of this program: this one alone, or those that the environment knows of."""
-    started = max(int(os.environ.get(name, "1")) for name in ("WORLD_SIZE", "SLURM_NTASKS", "JAX_NUM_PROCESSES"))
+    started = 1
+    for name in ("WORLD_SIZE", "SLURM_NTASKS", "JAX_NUM_PROCESSES", "NNODES"):
+        text = os.environ.get(name, "1")
+        if not text.isdigit() or text == "0":
+            raise UserError(f"the environment variable {name} = {text!r} is no number of processes")
+        started = max(started, int(text) if name != "NNODES" or mesh is None else 1)
     if mesh is None:
         if started > 1:
             raise UserError(f"{started} processes were started: say how they share the work, as --mesh data={started}")

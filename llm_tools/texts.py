@@ -12,7 +12,7 @@ from llm_common.data.sequences import encode_conversation, resolve_token
 from llm_common.errors import UserError, counted, is_out_of_memory
 from llm_common.run.checkpoint import stops_of
 from llm_common.run.estimates import GIB, decode_bytes
-from llm_common.text.hf_tokenizer import AnyTokenizer
+from llm_common.text.hf_tokenizer import AnyTokenizer, load_tokenizer
 from llm_common.text.text_stream import TextStream
 from llm_common.text.words import clean
 
@@ -23,16 +23,31 @@ def read_prompts(args: argparse.Namespace) -> list[str]:
     prompts = list(args.prompt or [])
     if args.prompts_file is not None:
         if not args.prompts_file.is_file():
-            raise UserError(f"--prompts-file {args.prompts_file}: no such file")
+            what = "a folder; a file is needed" if args.prompts_file.is_dir() else "no such file"
+            raise UserError(f"--prompts-file {args.prompts_file}: {what}")
         try:
             text = args.prompts_file.read_bytes().decode("utf-8-sig")
         except UnicodeDecodeError as error:
             raise UserError(f"{args.prompts_file}: not UTF-8 at byte {error.start}") from None
         # a newline ends a prompt, and nothing else does: a prompt may hold other separators
         prompts += [line for line in text.replace("\r\n", "\n").split("\n") if line]
+    if not prompts and args.prompts_file is not None:
+        raise UserError(f"--prompts-file {args.prompts_file}: has no line with a prompt")
     if not prompts:
         raise UserError("no prompt: give --prompt or --prompts-file")
     return [clean(prompt) for prompt in prompts]
+
+
+PROBE = "The cat's 123 dogs, I'LL  see\n\n\tЕлка 日本語 🙂 <|endoftext|> def f(x): return x"
+
+
+def check_own_tokenizer(given: Path | None, tokenizer: AnyTokenizer, folder: Path) -> None:
+    """Raise UserError for a tokenizer with other ids than the one that is saved with a checkpoint: its numbers would
+    mean nothing.
+    """
+    own = None if given is None else load_tokenizer(folder)
+    if own is not None and own.encode(PROBE) != tokenizer.encode(PROBE):
+        raise UserError(f"--tokenizer {given}: has other ids than the tokenizer of {folder}; leave the flag out")
 
 
 def encode(tokenizer: AnyTokenizer, prompt: str, args: argparse.Namespace) -> list[int]:

@@ -67,6 +67,20 @@ def amount(number: float, unit: str) -> str:
     return f"{number / 1000**power:.3g} {prefix}{unit}"
 
 
+def check_separator(separator: int | tuple[int, ...] | None, data: dict[str, Any], vocab_size: int) -> None:
+    """Raise UserError for a document separator that the data cannot have: with it the mask would separate nothing."""
+    given = (separator,) if isinstance(separator, int) else separator or ()
+    for i in given:
+        if i >= vocab_size:
+            raise UserError(f"`document_separator` {i}: the vocabulary has {vocab_size:,} tokens")
+    if given and "document_end" in data and data["document_end"] not in given:
+        end = "nothing" if data["document_end"] is None else f"token {data['document_end']}"
+        raise UserError(
+            f"`document_separator` {', '.join(map(str, given))}: documents in the data end with {end}; give that, or "
+            "--document-mask alone"
+        )
+
+
 def separator_of(path: Path, data: dict[str, Any]) -> int | None:
     """The id that ends a document in a file of tokens; None for examples, which are rows of their own and hide
     nothing.

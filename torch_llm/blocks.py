@@ -26,13 +26,22 @@ __all__ = [
 ]  # fmt: skip
 
 
+def _real(*tensors: Tensor) -> None:
+    """Raise UserError for tensors of whole numbers, in which a result would be cut off."""
+    for x in tensors:
+        if not x.is_floating_point():
+            raise UserError(f"a tensor of {str(x.dtype).removeprefix('torch.')}: one of real numbers is needed")
+
+
 def silu(x: Tensor) -> Tensor:
     """x * sigmoid(x), in float32 and rounded once; any shape."""
+    _real(x)
     return torch.nn.functional.silu(upcast(x)).to(x.dtype)
 
 
 def softmax(x: Tensor, dim: int = -1) -> Tensor:
     """Probabilities along an axis, in float32 and rounded once; any shape."""
+    _real(x)
     return torch.softmax(upcast(x), dim=dim).to(x.dtype)
 
 
@@ -47,15 +56,21 @@ def rotate(
     theta: float = 10_000.0,
     scaling: RopeScaling | None = None,
     interleaved: bool = False,
+    length: int | None = None,
 ) -> Tensor:
     """Rotary embedding of x (..., T, H) at positions, (T,) or (..., T), 0 to T - 1 if None.
 
     interleaved: the pairs are (x[2i], x[2i + 1]), as the paper and Meta's files have them, not (x[i], x[i + H/2]).
+    length: more than the largest position; found if it is not given.
     """
-    t, h = x.shape[-2:]
-    positions = torch.arange(t, device=x.device) if positions is None else positions
-    length = int(positions.max()) + 1 if positions.numel() else 1
-    cos, sin = RotaryTable(Rotation(h, theta, length, scaling))(positions.to(x.device), upcast(x).dtype)
+    t, h = _rotated(x, theta)
+    positions = torch.arange(t, device=x.device) if positions is None else torch.as_tensor(positions, device=x.device)
+    if positions.dtype == torch.bool or positions.is_floating_point():
+        raise UserError(f"positions of {str(positions.dtype).removeprefix('torch.')}: whole numbers are needed")
+    positions = positions.long()
+    if length is None:
+        length = int(positions.max()) + 1 if positions.numel() else 1
+    cos, sin = RotaryTable(Rotation(h, theta, length, scaling))(positions, upcast(x).dtype)
     halves = torch.cat([x[..., 0::2], x[..., 1::2]], dim=-1) if interleaved else x
     out = apply_rope(halves[..., None, :], cos, sin)[..., 0, :]
     if not interleaved:
@@ -64,12 +79,27 @@ def rotate(
     return torch.stack([first, second], dim=-1).reshape(x.shape)
 
 
+def _rotated(x: Tensor, theta: float) -> tuple[int, int]:
+    """T and H of what is rotated. Raises UserError for what has no pairs, or no frequencies."""
+    _real(x)
+    if x.ndim < 2 or x.shape[-1] % 2:
+        raise UserError(f"x of shape {tuple(x.shape)}: (..., T, H) with an even H is needed")
+    if not 0 < theta < float("inf"):
+        raise UserError(f"theta = {theta}: must be positive")
+    return x.shape[-2], x.shape[-1]
+
+
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
     """softmax(q k^T / sqrt(H)) v for q (..., T, H), k (..., S, H), v (..., S, any): (..., T, any).
 
     mask: bool, True where a query may look, broadcast to (..., T, S); None: everywhere. A query that may look nowhere
     gets 0.
     """
+    _real(q, k, v)
+    if mask is not None and mask.dtype != torch.bool:
+        raise UserError(
+            f"mask of {str(mask.dtype).removeprefix('torch.')}: bool is needed, True where a query may look"
+        )
     scores = torch.einsum("...th,...sh->...ts", upcast(q), upcast(k)) * q.shape[-1] ** -0.5
     mask = torch.ones((), dtype=torch.bool, device=q.device) if mask is None else mask
     seen = torch.broadcast_to(mask, scores.shape)
@@ -94,10 +124,12 @@ def multihead_attention(
     heads: N; k and v may have fewer, K, each for N/K of the queries'. rotation: of q and k, (..., N, T, H), as `rotate`
     is. mask: as of `attention`, instead of the causal one.
     """
+    if heads < 1:
+        raise UserError(f"heads = {heads}: at least 1")
     t, h = x.shape[-2], q.shape[0] // heads
-    if q.shape[0] % heads or k.shape[0] % h or heads % max(k.shape[0] // h, 1):
+    if h == 0 or q.shape[0] % heads or k.shape[0] % h or heads % max(k.shape[0] // h, 1):
         raise UserError(f"heads = {heads} do not divide weights of {q.shape[0]} and {k.shape[0]} rows")
-    split = lambda w: layers.linear(x, w).reshape(*x.shape[:-1], -1, h).transpose(-2, -3)  # (..., N, T, H)
+    split = lambda w: layers.linear(x, w).reshape(*x.shape[:-1], w.shape[0] // h, h).transpose(-2, -3)  # (..., N, T, H)
     queries, keys, values = split(q), split(k), split(v)
     if rotation is not None:
         queries, keys = rotation(queries), rotation(keys)
@@ -105,15 +137,18 @@ def multihead_attention(
     places = torch.arange(t, device=x.device)
     mask = causal_mask(places, places) if mask is None else mask
     out = attention(queries, repeat(keys), repeat(values), mask)
-    return layers.linear(out.transpose(-2, -3).reshape(*x.shape[:-1], -1), o)
+    return layers.linear(out.transpose(-2, -3).reshape(*x.shape[:-1], q.shape[0]), o)
 
 
 @torch.no_grad()
-def clip_grad_norm_(parameters: Iterable[Tensor], max_norm: float) -> Tensor:
+def clip_grad_norm_(parameters: Iterable[Tensor] | Tensor, max_norm: float) -> Tensor:
     """Multiply the gradients by min(1, max_norm / norm), in place; returns the norm before. No epsilon is added to it.
 
-    A parameter without a gradient is left out.
+    A parameter without a gradient is left out. Raises UserError unless max_norm is positive.
     """
+    if not max_norm > 0:
+        raise UserError(f"max_norm = {max_norm}: must be positive")
+    parameters = [parameters] if isinstance(parameters, Tensor) else parameters
     grads = [p.grad for p in parameters if p.grad is not None]
     norm = optim.global_norm(grads)
     factor = optim.clip_factor(norm, max_norm)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from llm_common.config import OptimizerConfig
-from llm_common.schedule import bias_corrections
+from llm_common.schedule import bias_corrections, check_adamw
 from llm_common.tensors import decays
 from torch_llm.layers import upcast
 
@@ -87,6 +87,7 @@ class AdamW(torch.optim.Optimizer):
         eps: float = 1e-8,
         weight_decay: float = 0.1,
     ) -> None:
+        check_adamw(lr, betas, eps, weight_decay)
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "count": 0}
         super().__init__(params, defaults)  # the groups are what `state_dict`, pickle and deepcopy keep
 

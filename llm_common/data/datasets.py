@@ -285,11 +285,12 @@ class TokenDataset:
             raise UserError(
                 f"{path}: {len(self.tokens)} tokens are fewer than one window of seq_len + 1 = {seq_len + 1}"
             )
-        if vocab_size is not None:
+        if vocab_size is not None or isinstance(source, np.ndarray):
             low, high = int(self.tokens.min()), int(self.tokens.max())
-            if low < 0 or high >= vocab_size:
+            most = 2**31 if vocab_size is None else vocab_size  # batches are int32
+            if low < 0 or high >= most:
                 bad = low if low < 0 else high
-                raise UserError(f"{path}: token id {bad} is outside the model's vocabulary [0, {vocab_size})")
+                raise UserError(f"{path}: token id {bad} is outside the model's vocabulary [0, {most})")
         self._order = Order(self.n_windows, seed)
 
     def fingerprint(self) -> dict[str, Any]:

@@ -77,6 +77,9 @@ def _what_it_is(path: Path) -> str | None:
         return "an Orbax checkpoint; one-model convert-checkpoint --from-orbax makes one of this program of it"
     if any(name.endswith(".gguf") for name in names) and not any(name.endswith(".safetensors") for name in names):
         return "holds a GGUF file, of llama.cpp; transformers reads it (gguf_file=...), then save_pretrained"
+    runs = sorted(entry.name for entry in path.iterdir() if (entry / "log.jsonl").is_file())
+    if runs and not weights:
+        return f"holds runs; give one of them: {', '.join(str(path / name) for name in runs[:5])}"
     if CONFIG_FILE not in names:
         if "refs" in names and "snapshots" in names:
             return f"a folder of the hub's cache; give the one inside it: {next((path / 'snapshots').glob('*'), path)}"

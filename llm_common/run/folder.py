@@ -43,6 +43,10 @@ from llm_common.text.hf_tokenizer import AnyTokenizer
 LOCK_FILE, LOG_FILE = ".lock", "log.jsonl"
 
 
+# What asks a run to save and end: Ctrl-C, a scheduler, a terminal that is closed.
+STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
 class Run:
     """A run's folder and everything about a run that is not a framework's.
 
@@ -100,7 +104,7 @@ class Run:
         self.hosts.check_same(settings=text_hash([self.settings, self.recipe.model.to_hf()]))
         self.hosts.first(self._take_lock)
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
+            for number in STOPS:
                 self._handlers[number] = signal.signal(number, self._request_stop)
         return self
 
@@ -186,6 +190,10 @@ class Run:
             self._saved = (step, Path(found))
             before = saved.get("segments") or [{"from_step": 0, "total_steps": total_steps(saved)}]
             self.segments = before + ([self.segments[0] | {"from_step": step}] if extended else [])
+        if found is None and self.hosts.index == 0 and (self.folder / LOG_FILE).is_file():
+            damaged = ", ".join(sorted(x.name for x in self.folder.glob("step-*")))
+            where = f" ({damaged} is no whole checkpoint)" if damaged else ""
+            notice(f"{self.folder} has the log of a run but no checkpoint to go on from{where}: it begins at step 1")
         if self.hosts.index == 0:
             prune_checkpoints(self.folder, 0, 0)  # what a cut-off save left behind
             self._log = RunLog(self.folder / LOG_FILE, step, framework=self.framework, settings=self.settings)

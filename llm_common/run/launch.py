@@ -88,7 +88,7 @@ def _attend(processes: list[subprocess.Popen[bytes]]) -> int:
             if process.poll() is None:
                 process.send_signal(number)
 
-    before = {number: signal.signal(number, forward) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.signal(number, forward) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
     said = {f"{line}\n".encode() for line in SAID}
     readers = [threading.Thread(target=_show, args=(process, said)) for process in processes]
     try:

@@ -38,8 +38,19 @@ def differences(saved: dict[str, Any], asked: dict[str, Any]) -> list[str]:
         for key, value in json.loads(canonical_json(asked.get(part, {}))).items():
             old = before.get(key) if isinstance(before, dict) else None
             if old != value and key not in MAY_CHANGE and key != "total_steps":
-                found.append(f"{part}.{key} = {old!r} here, {value!r} asked for")
+                found.append(_in_words(part, key, old, value))
     return found
+
+
+def _in_words(part: str, key: str, old: Any, new: Any) -> str:
+    """One difference, by the field that a person sets."""
+    if part == "data" and key in ("sha256", "tokens", "manifest"):
+        return f"`data` has other tokens ({key} {str(old)[:12]} here, {str(new)[:12]} asked for)"
+    if part == "data" and key == "tokenizer":
+        return "`tokenizer` is another"
+    if part == "initial":
+        return f"`init_from` has other weights ({key})"
+    return f"`{key}` = {old!r} here, {new!r} asked for"
 
 
 def well_formed_settings(settings: Any) -> bool:
@@ -65,7 +76,7 @@ def check_resumable(folder: Path, saved: dict[str, Any], asked: dict[str, Any]) 
     differing = differences(saved, asked)
     old, new = (total_steps(x) for x in (saved, asked))
     if isinstance(old, int) and isinstance(new, int) and new < old:
-        differing.append(f"optimizer.total_steps = {old} here, {new} asked for: a run may become longer, not shorter")
+        differing.append(f"`total_steps` = {old} here, {new} asked for: a run may become longer, not shorter")
     if differing:
         raise UserError(f"{folder}: the run was started with other settings: {'; '.join(differing)}; use another `out`")
 

@@ -4,7 +4,7 @@
     one-model check-tokenizer my_llama/ models/smollm2
 
 Compared are texts, prompts, and conversations in the chat template, if there is one. The exit code is 0 if all ids are
-the same.
+the same, 1 if some are not or a folder cannot be read at all.
 """
 
 import warnings
@@ -40,14 +40,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     for folder in args.folders:
         if not folder.is_dir():
             raise UserError(f"{folder}: no such folder")
+        read_so_far = 0
         for name, read in (("through tokenizers", HfTokenizer), ("in Python", read_hf_folder)):
             try:
                 found = differences(folder, read(folder))
             except UserError as error:
                 print(f"{folder}, {name}: not read ({error})")
                 continue
+            read_so_far += 1
             print(f"{folder}, {name}: {found or 'the same ids'}")
             different += bool(found)
+        different += not read_so_far
     return 1 if different else 0
 
 

@@ -37,12 +37,14 @@ from llm_tools.flags import (
     add_special_flag,
     add_text_flags,
     at_least_one,
+    check_device,
     join,
     make_parser,
     only_the_first_prints,
     prepare_environment,
 )
 from llm_tools.frameworks import open_backend
+from llm_tools.texts import check_own_tokenizer
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -73,16 +75,21 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--json", action="store_true", help="one line of JSON")
     args = parser.parse_args(argv)
     at_least_one(args, "seq_len", "batch_size")
+    if args.data is not None and (args.field != "text" or args.count_prefix or args.as_text or args.replace_invalid):
+        raise UserError("--field, --as-text, --replace-invalid and --count-prefix are for --text, not for --data")
     if isinstance(args.batches, int):
         at_least_one(args, "batches")
 
     require_framework(args.framework)
+    check_device(args.device)
     prepare_environment(None)
     folder = newest(args.checkpoint)
     cfg, weights = load_weights(folder)
     if args.seq_len is not None:
         check_length(cfg, args.seq_len, "--seq-len")
     tokenizer = open_tokenizer(args.tokenizer) if args.tokenizer else load_tokenizer(folder)
+    if tokenizer is not None:
+        check_own_tokenizer(args.tokenizer, tokenizer, folder)
     saved = read_settings(folder)
     train = Recipe.from_settings(cfg, saved.get("train", {"seq_len": cfg.max_position_embeddings})).train
     if args.compute_dtype is not None:

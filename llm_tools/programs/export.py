@@ -20,6 +20,8 @@ from llm_common.run.progress import Heartbeat
 from llm_common.text.hf_tokenizer import load_tokenizer
 from llm_tools.flags import make_parser
 
+FILES = (".bin", ".h5", ".json", ".npz", ".onnx", ".pt", ".pth", ".safetensors")  # what an export is not
+
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = make_parser("export", __doc__)
@@ -29,13 +31,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, required=True, help="a new folder, or a new .gguf file")
     kinds = tuple(dict.fromkeys((*DTYPES, *TYPES)))
     parser.add_argument("--dtype", choices=kinds, default="float32", help="q8_0: in a .gguf file alone")
-    parser.add_argument("--shard-gib", type=float, default=5.0, help="the most that one file holds")
+    parser.add_argument("--shard-gib", type=float, help="the most that one file holds (default: 5)")
     args = parser.parse_args(argv)
     if args.out.exists():
         raise UserError(f"--out {args.out}: is there already; nothing is overwritten")
-    if not 0 < args.shard_gib < float("inf"):
+    if args.shard_gib is not None and not 0 < args.shard_gib < float("inf"):
         raise UserError(f"--shard-gib {args.shard_gib}: must be positive")
-    as_gguf = args.out.suffix == ".gguf"
+    as_gguf = args.out.suffix.lower() == ".gguf"
+    if args.out.name.lower() == ".gguf" or (args.out.suffix.lower() in FILES and not as_gguf):
+        raise UserError(f"--out {args.out}: a folder is written; or one file, whose name ends in .gguf")
+    if as_gguf and args.shard_gib is not None:
+        raise UserError("--shard-gib: a GGUF file is one file; leave the flag out")
     if as_gguf:
         require_package("gguf", "gguf")
     elif args.dtype not in DTYPES:
@@ -48,6 +54,6 @@ def main(argv: Sequence[str] | None = None) -> None:
             size = export_gguf(args.out, cfg, weights, tokenizer, args.dtype, stops)
             written = f"{size / 1e6:,.1f} MB, {args.dtype}" + ("" if tokenizer else "; no tokenizer is in it")
         else:
-            names = export(args.out, cfg, weights, tokenizer, args.dtype, int(args.shard_gib * 2**30), stops)
+            names = export(args.out, cfg, weights, tokenizer, args.dtype, int((args.shard_gib or 5.0) * 2**30), stops)
             written = ", ".join(names)
     print(f"{args.out}: {written}")

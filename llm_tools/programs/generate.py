@@ -34,6 +34,7 @@ from llm_tools.flags import (
     add_mesh_flags,
     add_special_flag,
     at_least_one,
+    check_device,
     from_flags,
     join,
     make_parser,
@@ -41,7 +42,18 @@ from llm_tools.flags import (
     prepare_environment,
 )
 from llm_tools.frameworks import FRAMEWORKS, open_backend
-from llm_tools.texts import MOST_TEXTS, all_stops, batch_size, compare, encode, read_prompts, write_texts
+from llm_tools.texts import (
+    MOST_TEXTS,
+    all_stops,
+    batch_size,
+    check_own_tokenizer,
+    compare,
+    encode,
+    read_prompts,
+    write_texts,
+)
+
+NEW_TOKENS = 100
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -56,7 +68,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--batch-size", type=int, help="texts at once (default: what a GiB of cache holds, at most 64)")
     add_special_flag(parser, default=None)
     parser.add_argument("--chat", action="store_true", help="put each prompt into the tokenizer's chat template")
-    parser.add_argument("--max-new-tokens", type=int, default=100)
+    parser.add_argument(
+        "--max-new-tokens", type=int, help=f"default: {NEW_TOKENS}, or as many as the model has room for"
+    )
     parser.add_argument("--texts", type=int, default=1, help="how many continuations of each prompt")
     parser.add_argument(
         "--stop", action="append", default=[], help="text that ends a text and is not in it; may be repeated"
@@ -82,6 +96,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     add_flags(parser, SamplingConfig, "sampling")
     args = parser.parse_args(argv)
 
+    check_device(args.device)
     prepare_environment(None)
     sampling = from_flags(SamplingConfig, args)
     at_least_one(args, "texts", "batch_size", "max_new_tokens")
@@ -100,7 +115,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     if tokenizer is None:
         raise UserError(f"{folder} has no tokenizer: give one with --tokenizer")
     check_vocabulary(tokenizer, cfg.vocab_size)
+    check_own_tokenizer(args.tokenizer, tokenizer, folder)
     encoded = [encode(tokenizer, prompt, args) for prompt in prompts]
+    room = cfg.max_position_embeddings - max(map(len, encoded))
+    if args.max_new_tokens is None:
+        args.max_new_tokens = max(1, min(NEW_TOKENS, room))
+    elif 0 < room < args.max_new_tokens:
+        raise UserError(
+            f"--max-new-tokens {args.max_new_tokens}: beside the longest prompt there is room for {room} at most"
+        )
     check_prompts(encoded, cfg, args.max_new_tokens)
     stops = () if args.ignore_eos else all_stops(tokenizer, folder, args)
     rows = [(prompt, ids, n) for prompt, ids in zip(prompts, encoded, strict=True) for n in range(args.texts)]

@@ -27,7 +27,15 @@ from llm_common.data.shards import PART, prepare
 from llm_common.errors import UserError, counted
 from llm_common.run.progress import reading_bar
 from llm_common.text.hf_tokenizer import open_tokenizer
-from llm_tools.flags import add_corpus_flags, add_special_flag, at_least_one, cores, make_parser, open_corpus
+from llm_tools.flags import (
+    add_corpus_flags,
+    add_special_flag,
+    at_least_one,
+    check_processes,
+    cores,
+    make_parser,
+    open_corpus,
+)
 from llm_tools.preparing import divide, prepare_examples, write
 
 
@@ -41,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "--data", type=Path, nargs="+", default=[], help="files and folders (default: Python's documentation)"
     )
     add_corpus_flags(parser, "encode shards")
-    parser.add_argument("--part-size", type=int, default=PART, help="characters of text for each shard")
+    parser.add_argument("--part-size", type=int, help=f"characters of text for each shard (default: {PART:,})")
     parser.add_argument(
         "--validation", type=float, default=0.0, help="share of the documents to hold out, by their hash"
     )
@@ -77,6 +85,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             f"--out {args.out}: .npz is for examples: give --prompt-field and --answer-field, or end it in .npy"
         )
     at_least_one(args, "processes", "part_size")
+    check_processes(args.processes)
     encoder = DocumentEncoder(tokenizer, args.document_end, args.special_tokens_in_text)
     with reading_bar(Console()) as show:
         corpus = open_corpus(args.data, args, show, "encoding")
@@ -88,10 +97,13 @@ def main(argv: Sequence[str] | None = None) -> None:
                 args.tokenizer,
                 args.validation,
                 processes,
-                args.part_size,
+                args.part_size or PART,
                 args.document_end,
                 args.special_tokens_in_text,
             )
+        elif args.processes is not None or args.part_size is not None:
+            flag = "--processes" if args.processes is not None else "--part-size"
+            raise UserError(f"{flag}: is for shards: give --out a folder; one file is written by one process")
         elif args.validation == 0:
             write(args.out, corpus.documents(), encoder)
             return

@@ -44,6 +44,7 @@ from llm_common.text.tokenizer import check_vocabulary
 from llm_tools.flags import (
     add_flags,
     add_mesh_flags,
+    check_device,
     from_flags,
     join,
     keep_memory_of_a_small_step,
@@ -53,7 +54,7 @@ from llm_tools.flags import (
     require,
 )
 from llm_tools.frameworks import open_backend
-from llm_tools.training import check_memory, choose_model, dry_run, open_evaluation, separator_of
+from llm_tools.training import check_memory, check_separator, choose_model, dry_run, open_evaluation, separator_of
 
 
 def make_train_parser() -> argparse.ArgumentParser:
@@ -93,6 +94,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     require(args, "framework", "out")
     require_framework(args.framework)
     services = parse_services(args.log_to)
+    check_device(args.device)
     prepare_environment(args.cache_dir)
     configs = (TrainConfig, OptimizerConfig, ExecutionConfig, RunConfig)
     train, opt, execution, config = (from_flags(cls, args) for cls in configs)
@@ -105,8 +107,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     known = {key: x for key, x in recipe.settings().items() if key not in by_the_data}
     check_goes_on(args.out, lambda: {"train": known, "optimizer": dataclasses.asdict(opt)})
     tokenizer = open_tokenizer(args.tokenizer or args.init_from or Path("data/bpe.json"))
-    if initial is None and args.model_config is None and tokenizer.vocab_size > cfg.vocab_size:
-        notice(f"the preset's vocabulary of {cfg.vocab_size:,} becomes the tokenizer's {tokenizer.vocab_size:,}")
+    grown = initial is None and args.model_config is None and tokenizer.vocab_size > cfg.vocab_size
+    preset_size = cfg.vocab_size
+    if grown:
         cfg = dataclasses.replace(cfg, vocab_size=tokenizer.vocab_size)
         recipe = dataclasses.replace(recipe, model=cfg)
     check_vocabulary(tokenizer, cfg.vocab_size)
@@ -116,10 +119,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         recipe = dataclasses.replace(recipe, train=train)
         if mesh is not None:
             check_sharded(mesh, recipe)
+    check_separator(train.document_separator, data, cfg.vocab_size)
     dataset = open_dataset(args.data, train.seq_len, train.batch_size, train.seed, cfg.vocab_size)
     evaluation = open_evaluation(args, cfg, train, config, tokenizer)
     check_goes_on(args.out, lambda: run_settings(recipe, dataset, tokenizer))
     # What can be refused without a framework has been: to import one takes seconds.
+    if grown:
+        notice(f"the preset's vocabulary of {preset_size:,} becomes the tokenizer's {tokenizer.vocab_size:,}")
     keep_memory_of_a_small_step(args.device, recipe)
     backend = open_backend(args.framework)
     hosts = join(backend, args, mesh)

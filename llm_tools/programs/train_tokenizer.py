@@ -20,7 +20,7 @@ from llm_common.text.bpe_trainer import TIE_RULES, check_special_tokens, train_b
 from llm_common.text.hf_tokenizer import companions
 from llm_common.text.tokenizer import END_OF_TEXT, FILE_NAME, Tokenizer
 from llm_common.text.words import PATTERNS
-from llm_tools.flags import add_corpus_flags, at_least_one, cores, make_parser, open_corpus
+from llm_tools.flags import add_corpus_flags, at_least_one, check_processes, cores, make_parser, open_corpus
 
 WORTH_A_PROCESS = 32 << 20  # bytes of text for each: to start one takes as long as to count ten
 
@@ -47,6 +47,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     args = parser.parse_args(argv)
     at_least_one(args, "processes")
+    check_processes(args.processes)
     check_special_tokens(args.special_tokens, args.vocab_size)
     if args.out.suffix and args.out.suffix != ".json":
         raise UserError(f"--out {args.out}: a .json file, or a folder")
@@ -60,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             args.special_tokens,
             args.pattern,
             args.tie_rule,
-            args.processes or max(1, min(cores(), corpus.size // WORTH_A_PROCESS)),
+            min(args.processes or cores(), max(1, corpus.size // WORTH_A_PROCESS)),
             lambda n: show("merging", n, wanted) if n % 100 == 0 else None,
         )
     if args.out.suffix:

@@ -131,7 +131,7 @@ def read_name(name: str, ndim: int = 1) -> Name:
     raw = tuple(token.lower() for token in tokens)
     # the last words may be the place of a gate, as in bias_ih_l0
     role = next((ROLE_OF[word] for word in reversed(raw) if word in ROLE_OF), "")
-    words: list[str] = [SYNONYMS.get(word, word) for word in raw if not word.isdigit()]
+    words = [SYNONYMS.get(str(word), str(word)) for word in raw if not word.isdigit()]
     if raw[-1:] == ("b",) and ndim > 1:
         return Name("weight", tuple(words), _numbers(raw), raw)
     kept = [word for i, word in enumerate(words) if word and not (word in ROLE_OF and i == len(words) - 1)]

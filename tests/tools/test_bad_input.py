@@ -58,7 +58,7 @@ from llm_tools.frameworks import open_backend
         (
             "train",
             ["--framework", "jax", "--out", "{}/x", "--remat", "some"],
-            "--remat 'some': must be one of none, dots",
+            "--remat 'some' is not known; known: none, dots",
         ),
         ("train", ["--framework", "jax", "--out", "{}/x", "--init-from", "{}"], "has a config.json but no weights"),
         (

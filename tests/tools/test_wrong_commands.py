@@ -36,7 +36,7 @@ WRONG = [
     (RUN + "--out {}/x --data {}/text.txt", "not a token file"),
     (RUN + "--out {}/x --eval-data {}/q.npy", "q.npy"),
     (RUN + "--out {}/x --tokenizer {}/q.json", "make one with one-model train-tokenizer"),
-    (RUN + "--out {}/run --lr-max 0.5", "optimizer.lr_max"),
+    (RUN + "--out {}/run --lr-max 0.5", "--lr-max = 0.001 here, 0.5 asked for"),
     (RUN + "--out {}/run --total-steps 2", "a run may become longer, not shorter"),
     (RUN + "--out {}/run --seed 4", "seed"),
     ("train --config {}/typo.toml", "unknown key 'learning_rate_max'"),
@@ -63,6 +63,35 @@ WRONG = [
     ("plot-runs {}/run --out {}/x.bmp", "must end in .png"),
     ("convert-checkpoint --from {}/nope --to-dcp {}/z", "nope"),
     ("benchmark", "what is missing: one of train"),
+    (RUN + "--out {}/run --data {}/other.npy", "--data has other tokens"),
+    (RUN + "--out {}/x --document-mask --document-separator 5", "documents in the data end with token"),
+    (RUN + "--out {}/x --document-separator 5000", "the vocabulary has"),
+    (RUN + "--out {}/x --cache-dir {}/text.txt", "is a file; a folder is needed"),
+    (RUN + "--out {}/x --join-timeout -1", "--join-timeout -1: a positive number is expected"),
+    (RUN + "--out {}/x --device cuda", "--device cuda"),
+    (RUN + "--out {}/x --remat some", "--remat 'some' is not known"),
+    (RUN + "--out {}/x --lr 1", "there is no flag --lr: did you mean --lr-max?"),
+    (RUN + "--out {}/x --epochs 3", "there is no flag --epochs ("),
+    (RUN + "--out {}/x --preset EMPTY", "--preset is empty"),
+    (RUN + "--out EMPTY", "--out is empty"),
+    (RUN + "--out {}/x --mesh=", "--mesh is empty"),
+    ("train --config {}/table.toml", "unknown table [optimiser]: did you mean optimizer?"),
+    ("train --config {}/list.toml", "batch_size = [8] is not what --batch-size takes"),
+    ("train --config {}/empty.toml", "preset is empty"),
+    ("train --config {}", "a folder; a file is needed"),
+    ("generate --framework jax --checkpoint {} --prompt a", "holds runs; give one of them"),
+    ("generate --framework jax --checkpoint {}/run --prompts-file {} --max-new-tokens 2", "a folder; a file is needed"),
+    ("generate --framework jax --checkpoint {}/run --prompts-file {}/nothing.txt", "has no line with a prompt"),
+    ("generate --framework jax --checkpoint {}/run --tokenizer {}/other.json --prompt a", "has other ids than the"),
+    ("evaluate --framework jax --checkpoint {}/run --tokenizer {}/other.json --text {}/text.txt", "has other ids than"),
+    ("evaluate --framework jax --checkpoint {}/run --data {}/p.npy --field words", "are for --text, not for --data"),
+    ("export --checkpoint {}/run --out {}/m.bin", "a folder is written; or one file, whose name ends in .gguf"),
+    ("export --checkpoint {}/run --out {}/m.GGUF --shard-gib 1", "--shard-gib: a GGUF file is one file"),
+    (
+        "prepare-data --tokenizer {}/bpe.json --data {}/text.txt --out {}/y.npy --processes 2",
+        "--processes: is for shards",
+    ),
+    ("train-tokenizer --data {}/text.txt --out {}/new.json --processes 100000", "--processes 100000: at most 512"),
     ("benchmark trian", "'trian' is not known: did you mean train?"),
 ]
 
@@ -94,14 +123,23 @@ def shop(tmp_path_factory):
     Workshop(folder)
     (folder / "typo.toml").write_text("learning_rate_max = 1.0")
     (folder / "near.toml").write_text("lr_mx = 1.0")
-    call("prepare_data", "--tokenizer", folder / "bpe.json", "--data", folder / "text.txt", "--out", folder / "p.npy")
+    (folder / "table.toml").write_text("[optimiser]\nlr_max = 1.0")
+    (folder / "list.toml").write_text("batch_size = [8]")
+    (folder / "empty.toml").write_text("preset = ''")
+    (folder / "nothing.txt").write_text("\n\n")
+    call("train_tokenizer", "--data", folder / "text.txt", "--out", folder / "other.json", "--vocab-size", 258)
+    text = (folder / "text.txt").read_text()
+    (folder / "half.txt").write_text(text[: len(text) // 2])
+    for name, out in (("text.txt", "p.npy"), ("half.txt", "other.npy")):
+        call("prepare_data", "--tokenizer", folder / "bpe.json", "--data", folder / name, "--out", folder / out)
     flags = RUN.format(*[folder] * 3).split()[1:]
     call("train", *flags, "--out", folder / "run", "--total-steps", 3, "--device", "cpu", "--batch-size", 2)
     return folder
 
 
 def test_every_wrong_command_is_one_line_with_the_fix_before_a_framework_is_imported(shop):
-    asked = [words.replace("{}", str(shop)).split() for words, _ in WRONG]
+    given = [words.replace("{}", str(shop)).split() for words, _ in WRONG]
+    asked = [["" if word == "EMPTY" else word for word in words] for words in given]
     of_run = lambda words: words[0] == "train" and str(shop / "run") in words
     asked = [[*words, "--batch-size", "2"] if of_run(words) else words for words in asked]
     ended = subprocess.run(
