@@ -18,6 +18,7 @@ def cross_entropy_sum(logits: Array, targets: Array) -> tuple[Array, Array]:
     logits (..., V), targets (...). Computed in float32. Targets must lie in [0, V) or be -100: that is checked on the
     host, where the data is read.
     """
+    assert targets.shape == logits.shape[:-1], f"targets {targets.shape} for logits {logits.shape}"
     logits = upcast(logits)
     counted = targets != IGNORE_INDEX
     safe = jnp.where(counted, targets, 0)

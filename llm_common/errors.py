@@ -221,6 +221,9 @@ def run_main(main: Callable[[], int | None]) -> None:
     except UserError as error:
         print(f"error: {in_flags(str(error))}", file=sys.stderr)
         sys.exit(2)
+    except MemoryError as error:
+        print(f"error: memory ran out on the host: {first_line(error)}; ask for less at once", file=sys.stderr)
+        sys.exit(2)
     except OSError as error:
         if error.filename is None and error.errno is None:
             raise

@@ -71,7 +71,7 @@ def write(path: Path, texts: Iterable[str], encoder: DocumentEncoder, held_out: 
     )
     if info["document_ends_inside"]:
         notice(
-            f"{info['document_ends_inside']:,} times the token that ends a document stands inside one: train.py "
+            f"{info['document_ends_inside']:,} times the token that ends a document stands inside one: one-model train "
             "--document-mask "
             "refuses this file; give another --document-end"
         )

@@ -6,11 +6,12 @@ only where it is switched on
 """
 
 import contextlib
+import os
 from typing import Any
 
 import jax
 
-from llm_common.errors import UserError
+from llm_common.errors import UserError, first_line
 from llm_common.run.host_memory import host_memory, host_memory_used
 
 
@@ -30,7 +31,11 @@ def platform_devices(name: str) -> list[Any]:
     """All devices of a platform ("cpu", "gpu" or "tpu"), of every host, or those of the default one for "auto"."""
     try:
         return jax.devices(None if name == "auto" else name)
-    except RuntimeError:
+    except RuntimeError as error:
+        asked = os.environ.get("JAX_PLATFORMS")
+        if asked:
+            why = first_line(error)
+            raise UserError(f"JAX_PLATFORMS={asked}: JAX cannot start so ({why}); unset it") from None
         found = ", ".join(sorted({d.platform for d in jax.devices()}))
         raise UserError(
             f"JAX sees no {name} here, only: {found}; use one of these or install jax[cuda13] / jax[tpu]"

@@ -230,6 +230,8 @@ def open_tokens(path: Path) -> np.ndarray | ShardedTokens:
         raise UserError(
             unfinished
             if (path / "parts").is_dir()
+            else f"{path}: a folder without shards; give the .npy file in it, or one that one-model prepare-data wrote"
+            if path.is_dir()
             else f"{path}: no such token file; make one with one-model prepare-data"
         )
     try:

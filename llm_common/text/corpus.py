@@ -226,6 +226,9 @@ class Corpus:
         for where, record in self.records(file):
             text = record.get(self.field) if isinstance(record, dict) else record
             if not isinstance(text, str):
+                if isinstance(record, dict) and self.field in record:
+                    kind = type(record[self.field]).__name__
+                    raise UserError(f"{where}: field {self.field!r} holds no text but a value of kind {kind}")
                 keys = ", ".join(map(str, record))[:300] if isinstance(record, dict) else type(record).__name__
                 raise UserError(f"{where}: no text in field {self.field!r} (found: {keys}); name it with `field`")
             yield text

@@ -4,7 +4,7 @@
     one-model evaluate --framework torch --checkpoint my_llama/ --text book.txt --seq-len 512
     one-model evaluate --framework torch --checkpoint runs/first --text book.txt --json
 
---data: held-out tokens or examples of prepare_data.py. What decides their loss is what the run was trained with (the
+--data: held-out tokens or examples of prepare-data. What decides their loss is what the run was trained with (the
 length of a window, the document mask, the dtype, how many batches), unless a flag says otherwise: the loss is the one
 in log.jsonl.
 
@@ -55,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--text", type=Path, help="a file of text, JSONL, JSON or CSV, or a folder with some")
-    source.add_argument("--data", type=Path, help="tokens (.npy, shards) or examples (.npz) of prepare_data.py")
+    source.add_argument("--data", type=Path, help="tokens (.npy, shards) or examples (.npz) of prepare-data")
     parser.add_argument("--tokenizer", type=Path, help="default: the one saved with the checkpoint")
     parser.add_argument("--seq-len", type=int, help="default: the run's for --data, the model's positions for --text")
     parser.add_argument(

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from llm_common.errors import UserError, counted, write_whole
+from llm_common.errors import UserError, counted, notice, write_whole
 from llm_common.run.progress import reading_bar
 from llm_common.text.bpe_trainer import TIE_RULES, check_special_tokens, train_bpe
 from llm_common.text.hf_tokenizer import companions
@@ -84,6 +84,7 @@ def refuse_to_overwrite(out: Path) -> None:
     if own.exists():
         try:
             Tokenizer.load(own)
+            notice(f"{own} is replaced; token files that were made with it no longer fit")
         except UserError:
             raise UserError(
                 f"--out {own}: is there already, and is no tokenizer of this program; give another name"

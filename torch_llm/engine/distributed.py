@@ -58,7 +58,9 @@ from torch_llm.optim import make_optimizer
 
 def make_mesh(config: MeshConfig, device_type: str) -> DeviceMesh:
     """The mesh of all processes. Raises UserError unless it takes exactly those."""
-    check_devices(config, dist.get_world_size(), "device", f"start {config.size} processes, as train.py does by itself")
+    check_devices(
+        config, dist.get_world_size(), "device", f"start {config.size} processes, as one-model train does by itself"
+    )
     return init_device_mesh(device_type, config.shape, mesh_dim_names=AXES)
 
 
