@@ -5,6 +5,7 @@ parity run --check gradients --dtype float64 --seed 7
 parity run --model-config path/to/config.json --length 33
 parity trace                                      every module given identical inputs: where do the sides part?
 parity mutants                                    planted bugs: is each caught, on the right side, at the right place?
+parity judge ref.py:make port.py:make --inputs x.npz   is the candidate the same program as the reference?
 parity pair examples/mlp.py                       a pair that is not ours
 parity report                                     one HTML page of all that was run; what was not is run first
 parity calibrate --seeds 4                        how far every tolerance is from correct code
@@ -28,6 +29,8 @@ from llm_common.config import DTYPES, PRESETS, ModelConfig, preset
 from llm_common.errors import UserError, counted, first_line, nearest, require_framework, run_main
 from llm_common.run.host_memory import keep_freed_memory
 from llm_common.run.progress import Heartbeat
+from parity.commands.judge import add_flags as judge_flags
+from parity.commands.judge import run_judge
 from parity.commands.mutants import add_flags, run_mutants
 
 OUT = Path("runs/parity")
@@ -72,6 +75,8 @@ def _parser() -> argparse.ArgumentParser:
     _model_flags(trace)
     trace.add_argument("--dtype", default="float64", choices=DTYPES)
     add_flags(commands.add_parser("mutants", help="plant bugs and see that each is caught"), OUT)
+    judged = commands.add_parser("judge", help="is a candidate the same program as a reference, in any framework?")
+    judge_flags(judged)
     pair = commands.add_parser("pair", help="compare a pair of your own: a script that makes a parity.pair.Pair")
     pair.add_argument("script", type=Path, help="Python file; every Pair among its names is compared")
     pair.add_argument("--dtype", action="append", choices=("float64", "float32"), help="float64 and float32 by default")
@@ -131,6 +136,7 @@ def main(argv: list[str] | None = None) -> int:
         "run": _run,
         "trace": _trace,
         "mutants": run_mutants,
+        "judge": run_judge,
         "pair": _pair,
         "report": _report,
         "sharded": _sharded,
@@ -140,9 +146,10 @@ def main(argv: list[str] | None = None) -> int:
     if (words := _takes(args)) is not None:
         print(words, flush=True)
     # what has no bar of its own, or shows none to a pipe, says now and then that it is at work
-    barless = args.command in ("trace", "pair", "sharded", "calibrate") or not sys.stderr.isatty()
+    barless = args.command in ("trace", "judge", "pair", "sharded", "calibrate") or not sys.stderr.isatty()
     with Heartbeat(f"parity {args.command}", quiet=not barless or args.command in ("run", "report")):
-        return 0 if commands[args.command](args) else 1
+        result = commands[args.command](args)
+        return (0 if result else 1) if isinstance(result, bool) else result
 
 
 def _takes(args: argparse.Namespace) -> str | None:

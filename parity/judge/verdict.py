@@ -104,7 +104,9 @@ class Verdict:
             kinds: dict[str, set[str]] = {}
             for figure in self.figures:
                 kinds.setdefault(figure.check, set()).add(figure.tensor)
-            what = ", ".join(f"{counted(len(x), check.rstrip('s'))}" for check, x in kinds.items())
+            kinds.pop("parameters", None)
+            matched = counted(len(self.matching.maps), "parameter")
+            what = ", ".join([matched, *(counted(len(x), check.rstrip("s")) for check, x in kinds.items())])
             dtypes, modes = (
                 {getattr(x, key): None for x in self.figures if getattr(x, key)} for key in ("dtype", "mode")
             )
