@@ -12,23 +12,26 @@ from unittest import mock
 
 import numpy as np
 
+from parity.judge.layouts import Layout
+
 SEED = 31
 
 
 class Draws:
-    def __init__(self, seed: int = SEED) -> None:
-        self.seed, self.n = seed, 0
+    def __init__(self, layout: Layout | None = None, seed: int = SEED) -> None:
+        self.seed, self.n, self.layout = seed, 0, layout or Layout()
 
     def kept(self, shape: tuple[int, ...], rate: float) -> np.ndarray:
-        """Which elements stay, bool."""
+        """Which elements stay, bool; drawn in the reference's layout."""
         self.n += 1
-        return np.random.default_rng((self.seed, self.n)).random(tuple(shape)) >= rate
+        drawn = np.random.default_rng((self.seed, self.n)).random(self.layout.of_output(tuple(shape), back=True))
+        return np.ascontiguousarray(self.layout.input(drawn)) >= rate
 
 
 @contextlib.contextmanager
-def dropout_drawn(mode: str) -> Iterator[Draws]:
-    """While this is open, what drops out draws from here; in eval mode nothing does."""
-    draws = Draws()
+def dropout_drawn(mode: str, layout: Layout | None = None) -> Iterator[Draws]:
+    """While this is open, what drops out draws from here; in eval mode nothing does. layout: of a candidate."""
+    draws = Draws(layout)
     with contextlib.ExitStack() as stack:
         if mode == "train":
             for patch in _patches(draws):

@@ -216,7 +216,7 @@ class JaxSide:
 
         def forward(values, trained, states, rest):
             args, kwargs = call.filled({**trained, **rest})
-            with dropout_drawn(call.mode):
+            with dropout_drawn(call.mode, call.layout):
                 outputs, after = self.function(
                     with_leaves(self.params, values), with_leaves(self.states, states), args, kwargs, call.mode
                 )

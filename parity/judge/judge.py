@@ -85,7 +85,7 @@ class Setup:
         if side == "reference":
             return self.reference.run(parameters, state, Call(self.args, self.kwargs, dtype, mode, cotangent))
         args, kwargs = self.layout.inputs(self.args, self.kwargs)
-        call = Call(args, kwargs, dtype, mode, cotangent)
+        call = Call(args, kwargs, dtype, mode, cotangent, self.layout)
         return self.candidate.run(self.mapped(parameters), self.mapped_state(state), call)
 
     def shapes(self, side: str, dtype: str, mode: str) -> list[tuple[int, ...]]:

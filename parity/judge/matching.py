@@ -286,7 +286,7 @@ def _numbered_sizes(todo: Arrays) -> dict[tuple[int, ...], set[int]]:
 
 def _stack_axes(group: Arrays, sizes: Mapping[tuple[int, ...], set[int]]) -> tuple[int, ...]:
     """The axes along which the leaves of a group hold layers, if they do."""
-    for axes in ((0,), (1,), (0, 1)):
+    for axes in ((0, 1), (0,), (1,)):
         if any(x.ndim < len(axes) + (axes != (0,)) for x in group.values()) or not group:
             continue
         counts = {tuple(x.shape[a] for a in axes) for x in group.values() if x.ndim > max(axes)}

@@ -12,6 +12,7 @@ import numpy as np
 
 from llm_common.errors import UserError
 from parity.judge import trees
+from parity.judge.layouts import Layout
 from parity.judge.maps import Arrays
 
 MODES = ("eval", "train")
@@ -32,6 +33,7 @@ class Call:
     dtype: str
     mode: str = "eval"
     cotangent: Cotangent | None = None  # None: no gradients
+    layout: Layout | None = None  # of a candidate
 
     def leaves(self) -> list[tuple[str, Any]]:
         """(path, leaf) of all arguments; the positional ones are "0", "1", ..."""

@@ -86,7 +86,7 @@ class TorchSide:
         trained = {i: x.requires_grad_() for i, x in arrays.items() if x.is_floating_point() or x.is_complex()}
         args, kwargs = call.filled(arrays)
         told = mode_arguments(_arguments(module), kwargs, call.mode)
-        with dropout_drawn(call.mode), torch.set_grad_enabled(call.cotangent is not None):
+        with dropout_drawn(call.mode, call.layout), torch.set_grad_enabled(call.cotangent is not None):
             found = trees.leaves(module(*args, **kwargs, **told))
         outputs = [(path, x) for path, x in found if isinstance(x, torch.Tensor)]
         results = [(path, to_numpy(x)) for path, x in outputs]

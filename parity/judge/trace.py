@@ -56,7 +56,7 @@ def trace(setup: Any, mode: str, dtype: str) -> Place:
     )
     theirs_args, theirs_kwargs = setup.layout.inputs(args, kwargs)
     ours_call = Call(args, kwargs, dtype, mode, setup.cotangents["reference"])
-    theirs_call = Call(theirs_args, theirs_kwargs, dtype, mode, setup.cotangents["candidate"])
+    theirs_call = Call(theirs_args, theirs_kwargs, dtype, mode, setup.cotangents["candidate"], setup.layout)
     try:
         ours = Taps()
         setup.reference.tapped(parameters, state, ours_call, ours, {b: a for a, b in names.items()})

@@ -236,8 +236,8 @@ def test_the_command_has_four_exit_codes(tmp_path, capsys):
     from parity.commands import cli
 
     (tmp_path / "m.py").write_text(MODELS)
-    np.savez(tmp_path / "x.npz", **{"0": X})
-    np.savez(tmp_path / "nan.npz", **{"0": X * np.nan})
+    np.savez(tmp_path / "x.npz", X)
+    np.savez(tmp_path / "nan.npz", X * np.nan)
     call = lambda name, inputs="x.npz", *flags: cli.main(
         ["judge", f"{tmp_path}/m.py:reference", f"{tmp_path}/m.py:{name}", "--inputs", f"{tmp_path}/{inputs}", *flags]
     )
