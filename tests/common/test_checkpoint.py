@@ -159,7 +159,9 @@ def test_weights_alone_load_from_a_hugging_face_folder(tmp_path):
 def test_a_run_goes_on_only_with_its_own_settings(tmp_path):
     saved = {"train": {"seed": 0, "attention_backend": "auto"}, "data": {"tokens": 5}}
     check_resumable(tmp_path, saved, {"train": {"seed": 0, "attention_backend": "reference"}, "data": {"tokens": 5}})
-    with pytest.raises(UserError, match="train.seed = 0 here, 1 asked for; data.tokens = 5 here, 6 asked for"):
+    with pytest.raises(
+        UserError, match="`seed` = 0 here, 1 asked for; `data` has other tokens .tokens 5 here, 6 asked for"
+    ):
         check_resumable(tmp_path, saved, {"train": {"seed": 1}, "data": {"tokens": 6}})
 
 
@@ -272,9 +274,9 @@ def test_a_run_becomes_longer_and_not_shorter(tmp_path):
     check_resumable(
         tmp_path, saved, {"optimizer": {"total_steps": 200, "lr_max": 1.0}, "train": {"document_separator": (1, 2)}}
     )
-    with pytest.raises(UserError, match="total_steps = 100 here, 50 asked for: a run may become longer, not shorter"):
+    with pytest.raises(UserError, match="`total_steps` = 100 here, 50 asked for: a run may become longer, not shorter"):
         check_resumable(tmp_path, saved, {"optimizer": {"total_steps": 50, "lr_max": 1.0}})
-    with pytest.raises(UserError, match=r"optimizer.lr_max = 1.0 here, 2.0 asked for"):
+    with pytest.raises(UserError, match=r"`lr_max` = 1.0 here, 2.0 asked for"):
         check_resumable(tmp_path, saved, {"optimizer": {"total_steps": 200, "lr_max": 2.0}})
 
 

@@ -206,7 +206,7 @@ def test_a_file_in_the_place_of_the_folder(tmp_path):
         drive(make_run(tmp_path / "x")[0])
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_saves_and_ends_after_the_step(number, tmp_path):
     run, rows = make_run(tmp_path)
     before = signal.getsignal(number)

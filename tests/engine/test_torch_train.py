@@ -348,7 +348,7 @@ def test_a_finished_run_is_left_as_it_is(tmp_path):
     before = (folder / "state.json").stat().st_mtime_ns
     assert train(tmp_path, tokenizer=Tokenizer([])) == folder
     assert (folder / "state.json").stat().st_mtime_ns == before
-    with pytest.raises(UserError, match="data.tokenizer = "):
+    with pytest.raises(UserError, match="`tokenizer` is another"):
         train(tmp_path, tokenizer=Tokenizer([(b"a", b"b")]))
 
 
@@ -363,7 +363,7 @@ def test_token_ids_out_of_range_stop_training(part, token):
 def test_a_run_with_other_settings_is_not_resumed(tmp_path):
     train(tmp_path)
     other = OptimizerConfig(lr_max=2e-2, warmup_steps=2, total_steps=12)
-    with pytest.raises(UserError, match="optimizer.lr_max = 0.01 here, 0.02 asked for"):
+    with pytest.raises(UserError, match="`lr_max` = 0.01 here, 0.02 asked for"):
         train(tmp_path, other)
 
 

@@ -54,7 +54,7 @@ def test_from_text_to_the_same_text_in_both_frameworks(folder, run):
     code, out, _ = run("train", "--framework", "torch", "--out", folder / "jax", *common)
     assert (code, "nothing left to do" in out) == (0, True)
     code, _, err = run("train", "--framework", "jax", "--out", folder / "jax", *common, "--lr-max", "2e-3")
-    assert (code, "optimizer.lr_max = 0.001 here, 0.002 asked for" in err) == (2, True)
+    assert (code, "--lr-max = 0.001 here, 0.002 asked for" in err) == (2, True)
 
 
 def test_from_text_to_shards_to_training_with_documents_apart(folder, run, tmp_path):
