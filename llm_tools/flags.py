@@ -293,7 +293,7 @@ def join(backend: Backend, args: argparse.Namespace, mesh: MeshConfig | None) ->
     for name in ("WORLD_SIZE", "SLURM_NTASKS", "JAX_NUM_PROCESSES", "NNODES"):
         text = os.environ.get(name, "1")
         if not text.isdigit() or text == "0":
-            raise UserError(f"the environment variable {name} = {text!r} is no number of processes")
+            raise UserError(f"{name}={text}: must be a whole number of at least 1")
         started = max(started, int(text) if name != "NNODES" or mesh is None else 1)
     if mesh is None:
         if started > 1:

@@ -61,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             args.special_tokens,
             args.pattern,
             args.tie_rule,
-            min(args.processes or cores(), max(1, corpus.size // WORTH_A_PROCESS)),
+            args.processes or max(1, min(cores(), corpus.size // WORTH_A_PROCESS)),
             lambda n: show("merging", n, wanted) if n % 100 == 0 else None,
         )
     if args.out.suffix:

@@ -5,6 +5,7 @@ of a matrix behind a flattened picture are reordered, and tensors that were gues
 outputs agree is the right one, for a wrong one does not make two programs agree.
 """
 
+import contextlib
 import itertools
 import math
 from collections.abc import Callable, Iterator
@@ -15,15 +16,16 @@ import numpy as np
 
 from parity.judge.allowance import error
 from parity.judge.maps import Map, Part
+from parity.judge.results import paired
 
 Change = dict[str, Map]
-MOST = 96  # ways that are tried
+MOST = 64  # ways that are tried
 AGREE = {"float64": 1e-6, "float32": 1e-4}  # far above rounding, far below what a wrong way gives
 
 
 def settle(setup: Any, mode: str, dtype: str) -> None:
     """Take the first way by which the outputs agree, if they do not as the names were read."""
-    if setup.matching.missing or setup.matching.unused:
+    if setup.matching.missing or setup.matching.unused or setup.given_weights:
         return
     agree = AGREE.get(dtype, 0.05)
     try:
@@ -55,10 +57,9 @@ def _distance(setup: Any, ours: Any, dtype: str, mode: str) -> float:
         theirs = setup.run("candidate", setup.parameters, setup.state, dtype, mode, gradients=False)
     except Exception:
         return math.inf
-    paired = zip(ours.outputs, theirs.outputs, strict=False)
     found = [
         error(np.asarray(setup.layout.output(b, a.shape, back=True), a.dtype), a)
-        for (_, a), (_, b) in paired
+        for _, a, b in paired(ours.outputs, theirs.outputs) or ()
         if np.issubdtype(a.dtype, np.inexact)
     ]
     return max(found, default=math.inf)
@@ -66,12 +67,27 @@ def _distance(setup: Any, ours: Any, dtype: str, mode: str) -> float:
 
 def _changes(setup: Any) -> Iterator[tuple[str, Change]]:
     """(what is done, the maps that it changes)."""
-    maps = {name: made for name, made in setup.matching.maps.items() if isinstance(made, Map)}
+    how = setup.matching.how
+    fixed = lambda name: any(words in how[name] for words in ("(given)", "(by value)", "(the same name)"))
+    maps = {name: made for name, made in setup.matching.maps.items() if isinstance(made, Map) and not fixed(name)}
     shapes = {name: made(setup.parameters).shape for name, made in maps.items()}
-    yield from _turned(maps, shapes)
-    yield from _flipped(maps, shapes)
-    yield from _flattened(maps, shapes)
+    yield from _turned({name: maps[name] for name in setup.matching.unoriented if name in maps}, shapes)
+    if setup.reference.framework != setup.candidate.framework:
+        transposed = {name: made for name, made in maps.items() if _is_transposed(setup, name, made)}
+        yield from _flipped(transposed, {name: shapes[name] for name in transposed})
+        if setup.layout.text:
+            yield from _flattened(maps, shapes)
     yield from _swapped(setup, maps, shapes)
+
+
+def _is_transposed(setup: Any, name: str, made: Map) -> bool:
+    """Whether a kernel is that of a transposed convolution, by the module or the name."""
+    module: Any = getattr(setup.candidate, "module", None)
+    words = f"{name} {made}".lower()
+    if hasattr(module, "get_submodule"):
+        with contextlib.suppress(AttributeError):
+            words += type(module.get_submodule(name.rpartition(".")[0])).__name__.lower()
+    return "transpose" in words.replace("transposed", "") or "deconv" in words
 
 
 def _each(made: Map, change: Callable[[Part], Part]) -> Map:
@@ -80,7 +96,7 @@ def _each(made: Map, change: Callable[[Part], Part]) -> Map:
 
 def _turned(maps: dict[str, Map], shapes: dict[str, tuple[int, ...]]) -> Iterator[tuple[str, Change]]:
     """Square matrices, of each kind of leaf together, then each alone."""
-    square = [name for name, shape in shapes.items() if len(shape) == 2 and shape[0] == shape[1] > 1]
+    square = [name for name in maps if len(shapes[name]) == 2 and shapes[name][0] == shapes[name][1] > 1]
     kinds: dict[str, list[str]] = {}
     for name in square:
         if len(maps[name].parts) == 1:

@@ -181,14 +181,14 @@ class JaxSide:
                 {name: to_numpy(x) for name, x in after.items()},
             )
 
-    def shapes(self, parameters: Arrays, state: Arrays, call: Call) -> list[tuple[int, ...]]:
+    def shapes(self, parameters: Arrays, state: Arrays, call: Call) -> list[tuple[str, tuple[int, ...]]]:
         with scope(call.dtype):
-            program, _ = self._program(call)
+            program, key = self._program(call)
             try:
                 _, (outputs, _) = jax.eval_shape(program, *_arguments(parameters, state, call))
             except UNCOMPILABLE:
-                return [x.shape for _, x in self.run(parameters, state, call).outputs]
-        return [x.shape for x in outputs]
+                return [(path, x.shape) for path, x in self.run(parameters, state, call).outputs]
+            return [(path, x.shape) for path, x in zip(self._paths[key], outputs, strict=True)]
 
     def narrow(self, parameters: Arrays, state: Arrays, call: Call) -> list[str]:
         with scope(call.dtype):

@@ -27,6 +27,7 @@ from parity.judge.alternatives import settle
 from parity.judge.layouts import Layout, found_layout, read_layout
 from parity.judge.maps import Arrays, Map
 from parity.judge.matching import Matching, match
+from parity.judge.results import named, paired
 from parity.judge.sides import MODES, Call, Result, Side, side_of
 from parity.judge.verdict import Figure, Place, Verdict
 
@@ -56,6 +57,8 @@ class Setup:
     keep: np.ndarray | None = None  # of outputs: which positions count
     cases: dict[str, tuple[Arrays, Arrays, Any, Any]] = field(default_factory=dict)  # the draws that were judged
     precision: str = "float64"  # the dtype whose rounding counts in the widest run
+    same_paths: bool = False  # whether outputs have the same names on both sides, in any order
+    given_weights: bool = False  # whether the weights are compared as they are
     reached: set[str] = field(default_factory=set)  # parameters that a gradient reached
 
     def cover(self, text: str) -> None:
@@ -67,7 +70,8 @@ class Setup:
 
         def of(i: int, path: str, shape: tuple[int, ...]) -> np.ndarray:
             mine = self.layout.of_output(shape, back=True) if side == "candidate" else shape
-            drawn = np.random.default_rng((self.seed, 3, i)).standard_normal(mine)
+            which = [*path.encode()] if self.same_paths else [i]
+            drawn = np.random.default_rng((self.seed, 3, *which)).standard_normal(mine)
             if self.keep is not None and drawn.shape[: self.keep.ndim] == self.keep.shape:
                 drawn = drawn * self.keep.reshape(self.keep.shape + (1,) * (drawn.ndim - self.keep.ndim))
             return self.layout.output(drawn, shape) if side == "candidate" else drawn
@@ -88,7 +92,7 @@ class Setup:
         call = Call(args, kwargs, dtype, mode, cotangent, self.layout)
         return self.candidate.run(self.mapped(parameters), self.mapped_state(state), call)
 
-    def shapes(self, side: str, dtype: str, mode: str) -> list[tuple[int, ...]]:
+    def shapes(self, side: str, dtype: str, mode: str) -> list[tuple[str, tuple[int, ...]]]:
         """The shapes of a side's outputs; of JAX without computing anything."""
         if side == "reference":
             call = Call(self.args, self.kwargs, dtype, mode)
@@ -147,6 +151,7 @@ def judge(
     setup = Setup(
         ours, theirs, args, kwargs, matching, states, read_layout(layout), dict(ours.parameters), dict(ours.state), seed
     )
+    setup.given_weights = weights == "given"
     setup.keep = None if mask is None else np.asarray(mask, bool)
     _parameters(setup, weights)
     place = Place()
@@ -261,6 +266,7 @@ def _start(setup: Setup, mode: str, given: bool) -> None:
             raised = raised or error
             continue
         running = running or layout
+        setup.same_paths = dict(ours).keys() == dict(theirs).keys() and len(dict(ours)) == len(ours)
         if layout.fits(ours, theirs):
             if layout.text and not given:
                 setup.notes.append(f"layout {layout.text} was found, say otherwise with layout=")
@@ -340,7 +346,7 @@ def _precision(setup: Setup, dtype: str, mode: str) -> str:
             found[who] = (
                 f"the {who} computes in float32 in {', '.join(narrow[:4])}{' and more' if len(narrow) > 4 else ''}"
             )
-    tables = [name for name in setup.states.missing if _rounded(setup.candidate.state[name])]
+    tables = [n for n in setup.states.missing if _rounded(setup.candidate.state[n]) and _matters(setup, n, dtype, mode)]
     tables += [name for name in setup.states.unused if _rounded(setup.reference.state[name])]
     if tables:
         found["tables"] = f"{', '.join(tables[:3])} was made in float32"
@@ -348,6 +354,18 @@ def _precision(setup: Setup, dtype: str, mode: str) -> str:
         setup.cover(f"float64: {'; '.join(found.values())}, so float32's rounding is allowed")
         return NARROW_TO
     return dtype
+
+
+def _matters(setup: Setup, name: str, dtype: str, mode: str) -> bool:
+    """Whether the candidate's outputs depend on a buffer."""
+    kept = setup.candidate.state[name]
+    try:
+        before = setup.run("candidate", setup.parameters, setup.state, dtype, mode, gradients=False)
+        setup.candidate.state[name] = kept * 1.01 + 0.01
+        after = setup.run("candidate", setup.parameters, setup.state, dtype, mode, gradients=False)
+    finally:
+        setup.candidate.state[name] = kept
+    return any(not np.array_equal(x, y, equal_nan=True) for _, x, y in paired(before.outputs, after.outputs) or ())
 
 
 def _rounded(x: np.ndarray) -> bool:
@@ -368,6 +386,9 @@ def _draws(setup: Setup, rng: np.random.Generator):
         state[n] is not x for n, x in setup.state.items()
     ):
         yield FILLED, filled, state, setup.args, setup.kwargs
+    for path, x in trees.leaves(setup.args) + trees.leaves(setup.kwargs):
+        if not _is_drawn_float(x) and _drawn(x, 1.0, np.random.default_rng(0)) is x:
+            setup.cover(f"input {path}: only ever as it was given")
     for scale in (1.0, 1e-2, 30.0):
         drawn = lambda x, scale=scale: _drawn(x, scale, rng)
         args, kwargs = tuple(trees.mapped(drawn, list(setup.args))), trees.mapped(drawn, setup.kwargs)
@@ -438,8 +459,9 @@ def _judge_in(
             if draw == GIVEN:
                 setup.cover(f"{dtype}: the reference cannot run in it ({_said(again)})")
             return None
-    if draw != GIVEN and not all(np.isfinite(x).all() for _, x in ours.outputs if _is_number(x)):
-        return None  # these inputs are not what the reference is for
+    if draw != GIVEN and not all(np.isfinite(x).any() for _, x in ours.outputs if _is_number(x) and x.size):
+        setup.cover(f"{draw}: the reference gives no finite number there")
+        return None
     try:
         theirs = setup.run("candidate", parameters, state, dtype, mode, gradients)
     except Exception as raised:
@@ -447,6 +469,13 @@ def _judge_in(
         raise _Raised(
             Figure("run", "the candidate", math.inf, 0.0, dtype, draw, mode, side="candidate", hint=hint)
         ) from raised
+    if draw == GIVEN and truth is None:
+        again = setup.run("candidate", parameters, state, dtype, mode, gradients)
+        same = paired(theirs.outputs, again.outputs) or ()
+        if any(not np.array_equal(x, y, equal_nan=True) for _, x, y in same):
+            where: dict[str, Any] = {"dtype": dtype, "draw": draw, "mode": mode, "side": "candidate"}
+            hint = "two runs of it on the same inputs differ"
+            setup.figures.append(Figure("run", "the candidate", math.inf, 0.0, **where, hint=hint))
     rng = np.random.default_rng((setup.seed, 9))
     nudged = [
         _nudged(setup, precision, dtype, mode, parameters, state, rng, gradients)
@@ -456,7 +485,7 @@ def _judge_in(
     _outputs(setup, ours, theirs, [x for x in nudged if x], truth, precision, common)
     if gradients:
         _gradients(setup, ours, theirs, [x for x in nudged if x], truth, precision, common)
-    if mode == "train":
+    if setup.states.maps or mode == "train":
         _state(setup, ours, theirs, [x for x in nudged if x], truth, precision, common, state)
     return ours
 
@@ -494,13 +523,13 @@ def _nudged(
 def _outputs(
     setup: Setup, ours: Result, theirs: Result, nudged: list[Result], truth, precision: str, common: dict
 ) -> None:
-    paired = _paired(ours.outputs, theirs.outputs)
-    if paired is None:
+    pairs = paired(ours.outputs, theirs.outputs)
+    if pairs is None:
         hint = f"the reference gives {_shapes(ours.outputs)}, the candidate {_shapes(theirs.outputs)}"
         setup.figures.append(Figure("outputs", "number of outputs", math.inf, 0.0, **common, hint=hint))
         return
     ours_by, theirs_by = {}, {}
-    for path, a, b in paired:
+    for path, a, b in pairs:
         turned = setup.layout.output(b, a.shape, back=True)
         if setup.keep is not None and a.shape[: setup.keep.ndim] == setup.keep.shape and turned.shape == a.shape:
             a, turned = a[setup.keep], turned[setup.keep]
@@ -513,6 +542,9 @@ def _outputs(
         if a.shape != b.shape:
             hint = f"the reference's shape is {a.shape}, the candidate's {b.shape}"
             setup.figures.append(Figure("outputs", path or "0", math.inf, 0.0, **common, hint=hint))
+        elif _is_number(a) != _is_number(b):
+            hint = f"the reference gives {a.dtype.kind}, the candidate {b.dtype.kind} (i: whole numbers, f: real ones)"
+            setup.figures.append(Figure("outputs", path, math.inf, 0.0, **common, hint=hint))
         elif not _is_number(a):
             off = int((a != b).sum())
             setup.figures.append(
@@ -523,7 +555,7 @@ def _outputs(
             setup.cover(f"outputs: {bad} of {a.size} numbers of {path or 'output 0'} are not finite in the reference")
     of = lambda result: {
         path: (x[setup.keep] if setup.keep is not None and x.shape[: setup.keep.ndim] == setup.keep.shape else x)
-        for path, x in _named(result.outputs)
+        for path, x in named(result.outputs)
     }
     # what holds no finite number on the reference's side shows nothing of the candidate
     tells = lambda path, x: np.isfinite(x).any() or not np.array_equal(x, theirs_by[path], equal_nan=True)
@@ -539,22 +571,6 @@ def _outputs(
         common,
         False,
     )
-
-
-def _paired(
-    a: list[tuple[str, np.ndarray]], b: list[tuple[str, np.ndarray]]
-) -> list[tuple[str, np.ndarray, np.ndarray]] | None:
-    """Outputs that belong together: by path if the paths are the same, else in order."""
-    mine, theirs = dict(_named(a)), dict(_named(b))
-    if mine.keys() == theirs.keys():
-        return [(path, x, theirs[path]) for path, x in mine.items()]
-    if len(a) != len(b):
-        return None
-    return [(path, x, y) for (path, x), (_, y) in zip(_named(a), b, strict=True)]
-
-
-def _named(outputs: list[tuple[str, np.ndarray]]) -> list[tuple[str, np.ndarray]]:
-    return [(path or "output", x) for path, x in outputs]
 
 
 def _shapes(outputs: list[tuple[str, np.ndarray]]) -> str:

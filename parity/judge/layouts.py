@@ -45,10 +45,13 @@ class Layout:
         order = np.argsort(self.axes) if back else self.axes
         return tuple(shape[i] for i in order)
 
-    def fits(self, ours: Sequence[tuple[int, ...]], theirs: Sequence[tuple[int, ...]]) -> bool:
+    def fits(self, ours: Sequence[tuple[str, tuple[int, ...]]], theirs: Sequence[tuple[str, tuple[int, ...]]]) -> bool:
         """Whether the candidate's outputs have the shapes that the reference's are expected to have there."""
+        by_path = dict(theirs)
+        if dict(ours).keys() == by_path.keys():
+            theirs = [(path, by_path[path]) for path, _ in ours]
         return len(ours) == len(theirs) and all(
-            _without_ones(self.of_output(a)) == _without_ones(b) for a, b in zip(ours, theirs, strict=True)
+            _without_ones(self.of_output(a)) == _without_ones(b) for (_, a), (_, b) in zip(ours, theirs, strict=True)
         )
 
 

@@ -52,7 +52,8 @@ class Matching:
 
     maps: dict[str, Map | Given] = field(default_factory=dict)
     how: dict[str, str] = field(default_factory=dict)
-    guesses: list[str] = field(default_factory=list)
+    guesses: list[str] = field(default_factory=list)  # which tensor it is
+    unoriented: list[str] = field(default_factory=list)  # square matrices that may be turned
     missing: dict[str, str] = field(default_factory=dict)  # candidate's name -> why
     unused: list[str] = field(default_factory=list)  # the reference's leaves that no tensor is made of
 
@@ -73,6 +74,7 @@ class Name:
     words: tuple[str, ...]
     numbers: tuple[int, ...]
     raw: tuple[str, ...]  # every word as it stands, in lower case
+    ranks: tuple[int, ...] = ()  # of the numbers, among the tensors of the side that differ in them alone
 
 
 def match(candidate: Arrays, reference: Arrays, names: Mapping[str, Any] | None = None) -> Matching:
@@ -88,9 +90,10 @@ def match(candidate: Arrays, reference: Arrays, names: Mapping[str, Any] | None 
     free = {name: x for name, x in reference.items() if name not in used}
     parts, read = _layers(todo, free)
     arrays = {key: part(reference) for key, part in parts.items()}
-    read |= {name: read_name(name, x.ndim) for name, x in todo.items()}
+    read = _ranked(read, arrays) | _ranked({name: read_name(name, x.ndim) for name, x in todo.items()}, todo)
     turned = _usually_turned(todo, arrays, read)
     work = _Work(result, todo, parts, arrays, read, turned, reference)
+    _exact(work)
     _groups(work)
     _stacks(work)
     _assign(work)
@@ -151,8 +154,28 @@ def likeness(a: Name, b: Name, numbers: Sequence[int] | None = None) -> float:
     mine, theirs = a.numbers, b.numbers if numbers is None else (*b.numbers, *numbers)
     if mine and theirs:
         n = min(len(mine), len(theirs))
-        score += 0.5 if mine == theirs else 0.3 if mine[-n:] == theirs[-n:] or mine[:n] == theirs[:n] else -0.3
+        if a.ranks and a.ranks == b.ranks:
+            score += 0.5
+        elif mine == theirs:
+            score += 0.3
+        else:
+            score += 0.2 if mine[-n:] == theirs[-n:] or mine[:n] == theirs[:n] else -0.3
     return score
+
+
+def _ranked(read: dict[str, Name], tensors: Mapping[str, np.ndarray]) -> dict[str, Name]:
+    """Names with the ranks of their numbers: Dense_0, Dense_1 and fc1, fc2 and 0, 2 of a Sequential all count 0, 1."""
+    kinds: dict[Any, set[tuple[int, ...]]] = defaultdict(set)
+    kind = lambda name: (tuple(w for w in read[name].raw if not w.isdigit()), tensors[name].size, read[name].role)
+    for name, found in read.items():
+        kinds[kind(name)].add(found.numbers)
+    ranked = {}
+    for name, found in read.items():
+        of_kind = kinds[kind(name)]
+        places = [sorted({x[i] for x in of_kind if len(x) > i}) for i in range(len(found.numbers))]
+        varying = [(i, n) for i, n in enumerate(found.numbers) if len(places[i]) > 1]
+        ranked[name] = replace(found, ranks=tuple(places[i].index(n) for i, n in varying) or (0,))
+    return ranked
 
 
 # --- what is given
@@ -257,6 +280,16 @@ def _layers(todo: Arrays, free: Arrays) -> tuple[dict[str, Part], dict[str, Name
                     part = part.sliced(a, i, i + 1)
                 parts[key] = part.then(("reshape", rest))
                 read[key] = replace(base, numbers=(*base.numbers[:before], *at, *base.numbers[before:]))
+    # leaves at the top of a nest that hold layers, beside others that do not
+    for count in sorted({x.shape[0] for x in left.values() if x.ndim > 1}):
+        group = [leaf for leaf, x in left.items() if x.ndim > 1 and x.shape[0] == count]
+        if sum(left[leaf].size for leaf in group) // count in sizes.get((count,), ()):
+            for leaf in group:
+                x = left.pop(leaf)
+                for i in range(count):
+                    key, base = f"{leaf}[{i}]", read_name(leaf, x.ndim - 1)
+                    parts[key] = _layer(Part(leaf), x, i)
+                    read[key] = replace(base, numbers=(i, *base.numbers))
     for leaf, x in left.items():
         parts[leaf], read[leaf] = Part(leaf), read_name(leaf, x.ndim)
     return parts, read
@@ -301,13 +334,22 @@ def _stack_axes(group: Arrays, sizes: Mapping[tuple[int, ...], set[int]]) -> tup
 # --- groups that one side keeps in one tensor
 
 
+def _exact(work: _Work) -> None:
+    """What has the same name and the same shape on both sides."""
+    for name in list(work.todo):
+        if name in work.arrays and work.arrays[name].shape == work.todo[name].shape:
+            part = work.parts[name]
+            work.take(name, Map((part,)), f"{part} (the same name)", [name])
+
+
 def _groups(work: _Work) -> None:
-    """Joined projections and gates, on either side."""
-    for members, families in _families(work.parts, work.read).items():
-        for family in families:
+    """Joined projections and gates, on either side; not where both have them apart."""
+    ours, theirs = _families(work.parts, work.read), _families(work.todo, work.read)
+    for members, families in ours.items():
+        for family in families if members not in theirs else ():
             _join(work, members, family)
-    for members, families in _families(work.todo, work.read).items():
-        for family in families:
+    for members, families in theirs.items():
+        for family in families if members not in ours else ():
             if None not in family:
                 _split(work, members, family)  # type: ignore[arg-type]
 
@@ -473,7 +515,9 @@ def _assign(work: _Work) -> None:
         buckets[x.size][0].append(name)
     for key, x in work.arrays.items():
         buckets[x.size][1].append(key)
-    for names, keys in buckets.values():
+    partners: dict[str, str] = {}  # modules, by the larger tensors that belong together
+    module = lambda name: name.rpartition(".")[0]
+    for _, (names, keys) in sorted(buckets.items(), key=lambda item: -item[0]):
         if not names or not keys:
             continue
         scores = np.full((len(names), len(keys)), -50.0)
@@ -486,6 +530,8 @@ def _assign(work: _Work) -> None:
             if cache[shapes]:
                 apart = abs(ranks[0][i] - ranks[1][j])
                 scores[i, j] = likeness(work.read[name], work.read[key]) - 0.4 * apart + 0.05 * (shapes[0] == shapes[1])
+                partner = partners.get(module(name))
+                scores[i, j] += 0.0 if partner is None else 0.8 if partner == module(work.parts[key].leaf) else -0.4
         for i, j in zip(*linear_sum_assignment(-scores), strict=True):
             if scores[i, j] < -1.5:  # another role
                 continue
@@ -493,8 +539,11 @@ def _assign(work: _Work) -> None:
             others = [x for k, x in enumerate(scores[i]) if k != j] + [x for k, x in enumerate(scores[:, j]) if k != i]
             sure = not others or scores[i, j] - max(others) > SURE
             part, square = work.ways(key, work.todo[name].shape)[0], _is_square(work.arrays[key])
-            unsure = not sure or (square and work.turned(work.read[key]) is None)
-            work.take(name, Map((part,)), f"{part} (by name and shape{', a guess' if unsure else ''})", [key], unsure)
+            unoriented = square and work.turned(work.read[key]) is None
+            guess = ", a guess" if not sure or unoriented else ""
+            work.result.unoriented += [name] if unoriented else []
+            partners.setdefault(module(name), module(part.leaf))
+            work.take(name, Map((part,)), f"{part} (by name and shape{guess})", [key], not sure)
 
 
 def _ranks(names: list[str], read: dict[str, Name]) -> list[float]:
@@ -584,6 +633,8 @@ def _ways(
             found.append(part.then(("transpose", (1, 2, 0)), ("reshape", shape)))
         if (x.shape[2], x.shape[0] * x.shape[1]) == shape:
             found.append(part.then(("transpose", (2, 0, 1)), ("reshape", shape)))
+        if (x.shape[0] * x.shape[2], x.shape[1]) == shape:
+            found.append(part.then(("transpose", (0, 2, 1)), ("reshape", shape)))
     elif x.ndim == 2 and len(shape) == 3:
         if (x.shape[1], x.shape[0]) == (shape[0], shape[1] * shape[2]):
             found.append(part.then(("transpose", (1, 0)), ("reshape", shape)))

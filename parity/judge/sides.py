@@ -4,6 +4,7 @@ No framework is imported here: `side_of` looks at what an object is made of and 
 """
 
 import dataclasses
+import inspect
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
@@ -76,8 +77,8 @@ class Side(Protocol):
         """Run with these parameters and this state; the side itself stays as it was."""
         ...
 
-    def shapes(self, parameters: Arrays, state: Arrays, call: Call) -> list[tuple[int, ...]]:
-        """The shapes of the outputs."""
+    def shapes(self, parameters: Arrays, state: Arrays, call: Call) -> list[tuple[str, tuple[int, ...]]]:
+        """(path, shape) of the outputs."""
         ...
 
     def narrow(self, parameters: Arrays, state: Arrays, call: Call) -> list[str]:
@@ -103,9 +104,17 @@ def side_of(given: Any) -> Side:
         raise UserError(
             f"a {type(model).__name__} is no model: give a module, or (module, weights), or (function, weights)"
         )
+    if weights is None and _makes_a_model(model):
+        made: Any = model
+        return side_of(made())
     from parity.judge.jax_side import jax_side
 
     return jax_side(model, weights)
+
+
+def _makes_a_model(model: Any) -> bool:
+    """Whether a function takes nothing, and so can only be one that makes a model."""
+    return inspect.isfunction(model) and not inspect.signature(model).parameters
 
 
 def is_torch(model: Any) -> bool:
@@ -145,8 +154,8 @@ class NumpySide:
         outputs = [(path, trees.exact(x)) for path, x in trees.leaves(found) if trees.is_array(x)]
         return Result(outputs, {}, {}, dict(state))
 
-    def shapes(self, parameters: Arrays, state: Arrays, call: Call) -> list[tuple[int, ...]]:
-        return [x.shape for _, x in self.run(parameters, state, call).outputs]
+    def shapes(self, parameters: Arrays, state: Arrays, call: Call) -> list[tuple[str, tuple[int, ...]]]:
+        return [(path, x.shape) for path, x in self.run(parameters, state, call).outputs]
 
     def narrow(self, parameters: Arrays, state: Arrays, call: Call) -> list[str]:
         return []

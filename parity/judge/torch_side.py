@@ -50,6 +50,9 @@ class TorchSide:
     framework = "torch"
 
     def __init__(self, module: torch.nn.Module) -> None:
+        lazy = [n for n, p in module.named_parameters() if isinstance(p, torch.nn.parameter.UninitializedParameter)]
+        if lazy:
+            raise UserError(f"the torch module has not been run yet: {lazy[0]} has no shape; run it once before")
         self.module = module
         names = {name: path for path, name in module.names.items()} if isinstance(module, _Function) else {}
         self._own = {names.get(name, name): name for name, _ in module.named_parameters()}
@@ -66,9 +69,10 @@ class TorchSide:
                 made = copy.deepcopy(self.module)
             except Exception as error:  # whatever a module's own attributes raise
                 raise UserError(
-                    f"the torch module cannot be copied ({first_line(error)}); give a function that makes it"
+                    f"the torch module cannot be copied ({first_line(error)}); norms of weights are "
+                    "those of torch.nn.utils.parametrizations"
                 ) from None
-            self._copies = {dtype: made.to(getattr(torch, dtype))}  # of one dtype at a time
+            self._copies = {dtype: made._apply(lambda x: _in_dtype(x, dtype))}  # of one dtype at a time
         module = self._copies[dtype].train(mode == "train")
         tensors = {**dict(module.named_parameters()), **dict(module.named_buffers())}
         originals = dict(self.module.named_buffers())
@@ -106,8 +110,8 @@ class TorchSide:
         grads = {shown: zero(own[name]) for shown, name in self._own.items() if shown not in self.frozen}
         return Result(results, grads, {paths[i]: zero(x) for i, x in trained.items()}, after)
 
-    def shapes(self, parameters: Arrays, state: Arrays, call: Call) -> list[tuple[int, ...]]:
-        return [x.shape for _, x in self.run(parameters, state, call).outputs]
+    def shapes(self, parameters: Arrays, state: Arrays, call: Call) -> list[tuple[str, tuple[int, ...]]]:
+        return [(path, x.shape) for path, x in self.run(parameters, state, call).outputs]
 
     def narrow(self, parameters: Arrays, state: Arrays, call: Call) -> list[str]:
         wanted, found = getattr(torch, call.dtype), set()
@@ -154,6 +158,13 @@ class TorchSide:
                 handle.remove()
 
 
+def _in_dtype(x: torch.Tensor, dtype: str) -> torch.Tensor:
+    """Real and complex numbers in a dtype, others as they are."""
+    if x.is_complex():
+        return x.to(torch.complex128 if dtype == "float64" else torch.complex64)
+    return x.to(getattr(torch, dtype)) if x.is_floating_point() else x
+
+
 def _is_float(x: Any) -> bool:
     return isinstance(x, torch.Tensor) and x.is_floating_point()
 
@@ -175,6 +186,8 @@ class _Tap(torch.autograd.Function):
 
 def _arguments(module: torch.nn.Module) -> list[str]:
     try:
+        if isinstance(module, _Function):
+            return list(inspect.signature(module.function).parameters)
         return [
             name for name in inspect.signature(module.forward).parameters if name in ("deterministic", "is_training")
         ]

@@ -153,7 +153,73 @@ def test_constants_match_nothing_by_their_values():
 
     verdict = judge(Two(), Two(), [X])
     assert verdict.word == "same"
-    assert "by name" in verdict.matching.how["first.bias"]
+    assert verdict.matching.how["first.bias"] == "first.bias (the same name)"
+
+
+def test_what_is_known_is_never_changed_to_make_outputs_agree():
+    """A candidate that turns its weights, or swaps them, is broken: the judge must not turn them back."""
+    turned = lambda m, x: x @ m.lin.weight + m.lin.bias
+
+    class Turned(Twice):
+        def forward(self, x):
+            return turned(self, x)
+
+    reference, candidate = Twice(), Turned()
+    candidate.load_state_dict(reference.state_dict())
+    assert judge(reference, candidate, [X], weights="given").word == "different"
+    assert judge(reference, candidate, [X], names={"lin.weight": "lin.weight"}).word == "different"
+    assert judge(Twice(), Turned(), [X]).word == "different"
+
+
+def test_one_huge_number_hides_nothing():
+    last = torch.arange(6) == 5
+    hidden = lambda x, plus: (x + plus).masked_fill(last, torch.finfo(x.dtype).min)
+    assert small(lambda x: hidden(x, 0.0), lambda x: hidden(x, 0.0)).word == "same"
+    assert small(lambda x: hidden(x, 0.0), lambda x: hidden(x, 0.5)).word == "different"
+    masked = lambda x: x.masked_fill(last, -torch.inf)
+    assert small(masked, masked).word == "same"
+    assert small(masked, lambda x: masked(x * (1.0 if x.abs().max() < 4 else 2.0))).word == "different"
+
+
+def test_imaginary_parts_are_compared():
+    class Cis(Twice):
+        cis: torch.Tensor
+
+        def __init__(self, sign):
+            super().__init__()
+            self.register_buffer("cis", torch.polar(torch.ones(3), sign * torch.arange(3.0)))
+
+        def forward(self, x):
+            z = torch.view_as_complex(self.lin(x).unflatten(-1, (3, 2)).contiguous()) * self.cis
+            return torch.view_as_real(z).flatten(-2)
+
+    assert judge(Cis(1), Cis(1), [X]).word == "same"
+
+
+def test_a_buffer_that_nothing_uses_buys_no_tolerance():
+    class Junk(Twice):
+        def __init__(self):
+            super().__init__(lambda x: x * (1 + 5e-6))
+            self.register_buffer("junk", torch.rand(6))
+
+    assert judge(Twice(), Junk(), [X]).word == "different"
+
+
+def test_two_runs_of_a_candidate_must_be_the_same():
+    verdict = small(lambda x: x, lambda x: x + 1e-6 * torch.rand_like(x))
+    assert any("two runs of it" in x.hint for x in verdict.findings)
+
+
+def test_inputs_that_never_vary_are_not_covered():
+    verdict = judge(Twice(), Twice(), [X, np.ones(4, bool)][:1])
+    assert not any("only ever as it was given" in x for x in verdict.not_covered)
+
+    class Masked(Twice):
+        def forward(self, x, mask):
+            return super().forward(x)
+
+    verdict = judge(Masked(), Masked(), [X, np.ones(4, bool)])
+    assert any("input 1: only ever as it was given" in x for x in verdict.not_covered)
 
 
 def test_weights_can_go_the_other_way():
