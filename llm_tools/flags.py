@@ -191,7 +191,7 @@ def keep_memory_of_a_small_step(device: str, recipe: Recipe) -> None:
     """`keep_freed_memory` where it pays. To be called before a framework starts its threads, so before one can be asked
     for devices.
     """
-    alone = device == "auto" and not any(any(Path("/dev").glob(name)) for name in ACCELERATORS)
+    alone = device == "auto" and not has_accelerator()
     if (device == "cpu" or alone) and sum(memory_per_step(recipe, False, False).values()) < GIB / 2:
         keep_freed_memory()
 
@@ -279,11 +279,16 @@ DEVICES = ("auto", "cpu", "gpu", "tpu")
 ACCELERATORS = ("nvidia[0-9]*", "accel*", "vfio", "kfd", "dxg")  # what drivers put into /dev
 
 
+def has_accelerator() -> bool:
+    """Whether a driver shows a device in /dev."""
+    return any(any(Path("/dev").glob(name)) for name in ACCELERATORS)
+
+
 def check_device(device: str) -> None:
     """Raise UserError, before a framework is imported, for a device that no machine has, or that this one lacks."""
     if device not in DEVICES:
         raise UserError(f"--device {device}{nearest(device, DEVICES)}; known: {', '.join(DEVICES)}")
-    if device in ("gpu", "tpu") and Path("/dev").is_dir() and not any(any(Path("/dev").glob(x)) for x in ACCELERATORS):
+    if device in ("gpu", "tpu") and Path("/dev").is_dir() and not has_accelerator():
         raise UserError(f"--device {device}: this machine has none that a driver shows in /dev; take --device cpu")
 
 

@@ -37,10 +37,8 @@ def jax_side(model: Any, weights: Any) -> "JaxSide":
         return _keras(model)
     if hasattr(model, "init") and hasattr(model, "apply") and hasattr(model, "_fields"):
         return _haiku(model, weights)
-    if _is(model, "equinox", "Module") and not _is(weights, "equinox.nn", "State"):
-        return _equinox(model, None)
     if _is(model, "equinox", "Module"):
-        return _equinox(model, weights)
+        return _equinox(model, weights if _is(weights, "equinox.nn", "State") else None)
     if weights is None:
         if jax.tree.leaves(model) and callable(model):
             return JaxSide(lambda p, s, a, k, mode: (p(*a, **k), s), model, {}, model)

@@ -101,6 +101,12 @@ class Setup:
         call = Call(args, kwargs, dtype, mode)
         return self.candidate.shapes(self.mapped(self.parameters), self.mapped_state(self.state), call)
 
+    def kept(self, x: np.ndarray) -> np.ndarray:
+        """The positions of an output that count."""
+        if self.keep is None or x.shape[: self.keep.ndim] != self.keep.shape:
+            return x
+        return x[self.keep]
+
     def mapped(self, parameters: Arrays) -> Arrays:
         """The candidate's parameters; what has no partner keeps its own."""
         return {**self.candidate.parameters, **{name: made(parameters) for name, made in self.matching.maps.items()}}
@@ -381,7 +387,7 @@ def _draws(setup: Setup, rng: np.random.Generator):
     """(name, parameters, state, args, kwargs) of every case."""
     yield GIVEN, setup.parameters, setup.state, setup.args, setup.kwargs
     filled = {name: _filled(x, rng) for name, x in setup.parameters.items()}
-    state = {name: _filled_state(name, x, rng) for name, x in setup.state.items()}
+    state = {name: _filled_state(x, rng) for name, x in setup.state.items()}
     if any(filled[name] is not x for name, x in setup.parameters.items()) or any(
         state[n] is not x for n, x in setup.state.items()
     ):
@@ -405,7 +411,7 @@ def _filled(x: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     return value + rng.standard_normal(x.shape) * (0.1 if value == 0 else 0.2 * abs(value))
 
 
-def _filled_state(name: str, x: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+def _filled_state(x: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     if x.size == 0 or np.any(x != x.reshape(-1)[0]):
         return x
     return rng.uniform(0.5, 1.5, x.shape) if x.reshape(-1)[0] == 1 else x + 0.1 * rng.standard_normal(x.shape)
@@ -477,17 +483,28 @@ def _judge_in(
             hint = "two runs of it on the same inputs differ"
             setup.figures.append(Figure("run", "the candidate", math.inf, 0.0, **where, hint=hint))
     rng = np.random.default_rng((setup.seed, 9))
-    nudged = [
-        _nudged(setup, precision, dtype, mode, parameters, state, rng, gradients)
-        for _ in range(NUDGES if draw == GIVEN else 1)
-    ]
+    nudges = NUDGES if draw == GIVEN else 1
+    nudged = [_nudged(setup, precision, dtype, mode, parameters, state, rng, gradients) for _ in range(nudges)]
     common = {"dtype": dtype, "draw": draw, "mode": mode}
-    _outputs(setup, ours, theirs, [x for x in nudged if x], truth, precision, common)
+    runs = _Runs(ours, theirs, [x for x in nudged if x], truth, precision, common)
+    _outputs(setup, runs)
     if gradients:
-        _gradients(setup, ours, theirs, [x for x in nudged if x], truth, precision, common)
+        _gradients(setup, runs)
     if setup.states.maps or mode == "train":
-        _state(setup, ours, theirs, [x for x in nudged if x], truth, precision, common, state)
+        _state(setup, runs, state)
     return ours
+
+
+@dataclass(frozen=True)
+class _Runs:
+    """The runs of one case in one dtype."""
+
+    ours: Result
+    theirs: Result
+    nudged: list[Result]  # the reference's, with one ulp moved
+    truth: Result | None  # the reference's in float64, if this is a narrower dtype
+    precision: str
+    common: dict[str, Any]  # what all figures of the case say
 
 
 def _is_number(x: np.ndarray) -> bool:
@@ -520,9 +537,8 @@ def _nudged(
         setup.args, setup.kwargs = given
 
 
-def _outputs(
-    setup: Setup, ours: Result, theirs: Result, nudged: list[Result], truth, precision: str, common: dict
-) -> None:
+def _outputs(setup: Setup, runs: _Runs) -> None:
+    ours, theirs, common = runs.ours, runs.theirs, runs.common
     pairs = paired(ours.outputs, theirs.outputs)
     if pairs is None:
         hint = f"the reference gives {_shapes(ours.outputs)}, the candidate {_shapes(theirs.outputs)}"
@@ -531,9 +547,8 @@ def _outputs(
     ours_by, theirs_by = {}, {}
     for path, a, b in pairs:
         turned = setup.layout.output(b, a.shape, back=True)
-        if setup.keep is not None and a.shape[: setup.keep.ndim] == setup.keep.shape and turned.shape == a.shape:
-            a, turned = a[setup.keep], turned[setup.keep]
-        ours_by[path], theirs_by[path] = a, turned
+        same_shape = turned.shape == a.shape
+        ours_by[path], theirs_by[path] = (setup.kept(a), setup.kept(turned)) if same_shape else (a, turned)
     numbers = {path: x for path, x in ours_by.items() if _is_number(x)}
     if not ours_by:
         setup.cover("outputs: there is none")
@@ -541,126 +556,80 @@ def _outputs(
         b = theirs_by[path]
         if a.shape != b.shape:
             hint = f"the reference's shape is {a.shape}, the candidate's {b.shape}"
-            setup.figures.append(Figure("outputs", path or "0", math.inf, 0.0, **common, hint=hint))
+            setup.figures.append(Figure("outputs", path, math.inf, 0.0, **common, hint=hint))
         elif _is_number(a) != _is_number(b):
             hint = f"the reference gives {a.dtype.kind}, the candidate {b.dtype.kind} (i: whole numbers, f: real ones)"
             setup.figures.append(Figure("outputs", path, math.inf, 0.0, **common, hint=hint))
         elif not _is_number(a):
             off = int((a != b).sum())
             setup.figures.append(
-                Figure("outputs", path or "0", off, 0.0, **common, hint=f"elements of {a.size}" if off else "")
+                Figure("outputs", path, off, 0.0, **common, hint=f"elements of {a.size}" if off else "")
             )
         elif not np.isfinite(a).all() and common["draw"] == GIVEN:
             bad = int((~np.isfinite(a)).sum())
-            setup.cover(f"outputs: {bad} of {a.size} numbers of {path or 'output 0'} are not finite in the reference")
-    of = lambda result: {
-        path: (x[setup.keep] if setup.keep is not None and x.shape[: setup.keep.ndim] == setup.keep.shape else x)
-        for path, x in named(result.outputs)
-    }
+            setup.cover(f"outputs: {bad} of {a.size} numbers of {path} are not finite in the reference")
+    of = lambda result: {path: setup.kept(x) for path, x in named(result.outputs)}
     # what holds no finite number on the reference's side shows nothing of the candidate
     tells = lambda path, x: np.isfinite(x).any() or not np.array_equal(x, theirs_by[path], equal_nan=True)
     same = {path: x for path, x in numbers.items() if theirs_by[path].shape == x.shape and tells(path, x)}
-    _judge_tensors(
-        setup,
-        "outputs",
-        same,
-        theirs_by,
-        [of(x) for x in nudged],
-        None if truth is None else of(truth),
-        precision,
-        common,
-        False,
-    )
+    _judge_tensors(setup, runs, "outputs", same, theirs_by, of)
 
 
 def _shapes(outputs: list[tuple[str, np.ndarray]]) -> str:
     return f"{counted(len(outputs), 'output')} {', '.join(str(x.shape) for _, x in outputs[:6])}"
 
 
-def _gradients(
-    setup: Setup, ours: Result, theirs: Result, nudged: list[Result], truth, precision: str, common: dict
-) -> None:
+def _gradients(setup: Setup, runs: _Runs) -> None:
+    ours, theirs = runs.ours, runs.theirs
     mapped = lambda result: {
         name: made.gradient(result.gradients) for name, made in setup.matching.maps.items() if name in theirs.gradients
     }
     grads = mapped(ours)
     others = {name: theirs.gradients[name] for name in grads}
     setup.reached |= {name for name, x in grads.items() if x.any() or others[name].any()}
-    _judge_tensors(
-        setup,
-        "gradients",
-        grads,
-        others,
-        [mapped(x) for x in nudged],
-        None if truth is None else mapped(truth),
-        precision,
-        common,
-        True,
-    )
+    _judge_tensors(setup, runs, "gradients", grads, others, mapped, kinds=True)
     of = lambda result: {f"input {path}": x for path, x in result.input_gradients.items()}
     turned = {f"input {path}": setup.layout.input(x, back=True) for path, x in theirs.input_gradients.items()}
     same = {name: x for name, x in of(ours).items() if name in turned}
-    _judge_tensors(
-        setup,
-        "gradients",
-        same,
-        turned,
-        [of(x) for x in nudged],
-        None if truth is None else of(truth),
-        precision,
-        common,
-        True,
-    )
+    _judge_tensors(setup, runs, "gradients", same, turned, of, kinds=True)
 
 
-def _state(
-    setup: Setup,
-    ours: Result,
-    theirs: Result,
-    nudged: list[Result],
-    truth,
-    precision: str,
-    common: dict,
-    before: Arrays,
-) -> None:
+def _state(setup: Setup, runs: _Runs, before: Arrays) -> None:
     """Statistics after the run."""
     mapped = lambda result: {name: np.asarray(made(result.state)) for name, made in setup.states.maps.items()}
-    _judge_tensors(
-        setup,
-        "state",
-        mapped(ours),
-        theirs.state,
-        [mapped(x) for x in nudged],
-        None if truth is None else mapped(truth),
-        precision,
-        common,
-        False,
-    )
+    _judge_tensors(setup, runs, "state", mapped(runs.ours), runs.theirs.state, mapped)
     start = setup.mapped_state(before)
     for name in setup.states.missing:
-        if not np.array_equal(theirs.state[name], start[name], equal_nan=True):
+        if not np.array_equal(runs.theirs.state[name], start[name], equal_nan=True):
             setup.cover(f"state {name} of the candidate, which a run changes and which has no partner")
 
 
-def _judge_tensors(setup, check, ours, theirs, nudged, truth, precision: str, common: dict, kinds: bool) -> None:
-    """One figure for each tensor: by the reference's own result, or by its float64 result if that is known."""
+def _judge_tensors(
+    setup: Setup,
+    runs: _Runs,
+    check: str,
+    ours: Arrays,
+    theirs: Mapping[str, np.ndarray],
+    of: Callable[[Result], Arrays],
+    kinds: bool = False,
+) -> None:
+    """One figure for each tensor of `ours`: by the reference's own result, or by its float64 result if that is known.
+
+    of: the tensors of any run of the reference. kinds: as of `errors`.
+    """
     if not ours:
         return
-    by = (
-        ours
-        if truth is None
-        else {name: truth[name] for name in ours if name in truth and truth[name].shape == ours[name].shape}
-    )
-    by = {**ours, **by}
-    noise = [errors(x, ours, kinds) for x in nudged]
-    own = errors(ours, by, kinds) if truth is not None else {}
-    bound = allowance(precision, noise, own, ours)
-    for name, off in errors({name: theirs.get(name) for name in ours}, by, kinds).items():
+    true = {} if runs.truth is None else of(runs.truth)
+    by = {name: true[name] if name in true and true[name].shape == x.shape else x for name, x in ours.items()}
+    noise = [errors(of(x), ours, kinds) for x in runs.nudged]
+    own = errors(ours, by, kinds) if true else {}
+    bound = allowance(runs.precision, noise, own, ours)
+    for name, off in errors({name: theirs[name] for name in ours if name in theirs}, by, kinds).items():
         if math.isnan(bound.allowed[name]):
-            where = f"{common['dtype']}, {common['draw']}"
+            where = f"{runs.common['dtype']}, {runs.common['draw']}"
             setup.cover(f"{check}: {name} ({where}): rounding alone changes it by {bound.noise[name]:.0e}")
             continue
-        setup.figures.append(Figure(check, name, off, bound.allowed[name], **common, noise=bound.noise[name]))
+        setup.figures.append(Figure(check, name, off, bound.allowed[name], **runs.common, noise=bound.noise[name]))
 
 
 # --- after the runs

@@ -145,13 +145,13 @@ def _numbers(raw: Sequence[str]) -> tuple[int, ...]:
     return tuple(int(word) for word in raw if word.isdigit())
 
 
-def likeness(a: Name, b: Name, numbers: Sequence[int] | None = None) -> float:
+def likeness(a: Name, b: Name) -> float:
     """How alike two names are, about -2 to 3."""
     score = 0.0
     if a.role and b.role:
         score += 1.0 if a.role == b.role else -2.0
     score += difflib.SequenceMatcher(None, a.words, b.words, autojunk=False).ratio()
-    mine, theirs = a.numbers, b.numbers if numbers is None else (*b.numbers, *numbers)
+    mine, theirs = a.numbers, b.numbers
     if mine and theirs:
         n = min(len(mine), len(theirs))
         if a.ranks and a.ranks == b.ranks:

@@ -61,16 +61,16 @@ def trace(setup: Any, mode: str, dtype: str) -> Place:
         ours = Taps()
         setup.reference.tapped(parameters, state, ours_call, ours, {b: a for a, b in names.items()})
         theirs = Taps(ours.forward, ours.backward, setup.layout)
-        grads = setup.candidate.tapped(
+        setup.candidate.tapped(
             setup.mapped(parameters), setup.mapped_state(state), theirs_call, theirs, {a: a for a in names}
         )
     except Exception as raised:  # a module inside of a compiled loop has no values to look at
         return Place(what=f"not traced: {type(raised).__name__}: {str(raised).splitlines()[0][:160]}")
     allowed = LOCAL_ULPS * EPS[setup.precision]
-    return _first_fault(setup, names, ours, theirs, grads, allowed)
+    return _first_fault(setup, names, ours, theirs, allowed)
 
 
-def _first_fault(setup: Any, names: dict[str, str], ours: Taps, theirs: Taps, grads: Any, allowed: float) -> Place:
+def _first_fault(setup: Any, names: dict[str, str], ours: Taps, theirs: Taps, allowed: float) -> Place:
     back = [x for (_, which), x in ours.backward.items() if which == "out"]
     floor = FLOOR * max((float(np.linalg.norm(x)) for x in back), default=0.0)
     seen = [name for name in theirs.order if ours.calls[name] == 1 and theirs.calls[name] == 1]

@@ -16,6 +16,7 @@ import jax
 import numpy as np
 
 from llm_common.errors import UserError
+from parity.judge.jax_side import path_name
 
 Arrays = dict[str, np.ndarray]
 SYNONYMS = {"kernel": "weight", "scale": "weight", "embedding": "weight", "w": "weight", "b": "bias", "gamma": "weight"}
@@ -84,16 +85,6 @@ def leaves_of(params: Any) -> Arrays:
         if hasattr(leaf, "dtype") and jax.numpy.issubdtype(leaf.dtype, jax.numpy.floating):
             found[path_name(path)] = np.array(leaf, np.float64)
     return found
-
-
-def path_name(path: tuple) -> str:
-    parts = []
-    for key in path:
-        part = next((getattr(key, a) for a in ("key", "name", "idx") if hasattr(key, a)), key)
-        parts.append(str(part).strip("."))
-    while len(parts) > 1 and parts[-1] in ("value", "raw_value"):  # NNX keeps a leaf in a variable
-        parts.pop()
-    return ".".join(parts)
 
 
 def with_leaves(params: Any, leaves: Mapping[str, np.ndarray], dtype: Any) -> Any:

@@ -1,10 +1,8 @@
 """An optax transformation against a torch optimizer, and what the comparison of pairs shares."""
 
-import contextlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -12,6 +10,7 @@ import torch
 
 from llm_common.errors import counted
 from parity.core.compare import EPS, Row, Side, tensor_errors, worst
+from parity.judge.jax_side import scope
 from parity.pair.matching import Arrays
 
 EITHER = Side.UNKNOWN
@@ -27,15 +26,6 @@ FLOOR = 64.0
 
 
 STEPS = (1, 3, 10)
-
-
-def scope(dtype: str):
-    """float64 exists in JAX where x64 is on; everything runs on the CPU in full precision."""
-    stack = contextlib.ExitStack()
-    stack.enter_context(jax.enable_x64(dtype == "float64"))
-    stack.enter_context(jax.default_matmul_precision("highest"))
-    stack.enter_context(jax.default_device(jax.devices("cpu")[0]))
-    return stack
 
 
 def compare_optimizers(
